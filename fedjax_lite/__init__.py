@@ -1,0 +1,21 @@
+"""Federated-learning simulation as pure JAX functions: a round is one compiled step."""
+
+from fedjax_lite import data as data
+from fedjax_lite import models as models
+from fedjax_lite import partition as partition
+from fedjax_lite.algorithms.fed_sgd import fed_sgd as fed_sgd
+from fedjax_lite.base import ClientResult as ClientResult
+from fedjax_lite.base import ClientUpdate as ClientUpdate
+from fedjax_lite.base import FederatedAlgorithm as FederatedAlgorithm
+from fedjax_lite.base import RoundInfo as RoundInfo
+from fedjax_lite.base import ServerState as ServerState
+from fedjax_lite.cohort import Cohort as Cohort
+from fedjax_lite.cohort import cohort as cohort
+from fedjax_lite.data.dataset import FederatedDataset as FederatedDataset
+from fedjax_lite.evaluate import evaluate as evaluate
+from fedjax_lite.mesh import clients_mesh as clients_mesh
+from fedjax_lite.model import Model as Model
+from fedjax_lite.model import function_model as function_model
+from fedjax_lite.model import linen_model as linen_model
+
+__version__ = "0.1.0"

@@ -1,0 +1,74 @@
+"""Checks of arguments, with messages that name the argument, its value and the way out."""
+
+import operator
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def integer(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
+    """`value` as an int within `[minimum, maximum]`."""
+    try:
+        result = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} is {value!r}, of type {type(value).__name__}; pass an integer."
+        ) from None
+    if result < minimum or (maximum is not None and result > maximum):
+        bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+        raise ValueError(f"{name} is {result}; choose an integer {bounds}.")
+    return result
+
+
+def choice(name: str, value: Any, options: Collection[str]) -> None:
+    """Refuses a `value` that is none of the options."""
+    if value not in options:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, options))}.")
+
+
+def arrays(name: str, tree: Any) -> None:
+    """Refuses a tree without leaves, or with a leaf that is no array or number."""
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: x is None)
+    if not leaves:
+        raise ValueError(f"{name} is {tree!r}, without a single array; pass a pytree of arrays.")
+    for path, leaf in leaves:
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, int, complex)):
+            where = name + jax.tree_util.keystr(path)
+            raise TypeError(
+                f"{where} is {leaf!r}, of type {type(leaf).__name__}; pass a pytree whose leaves"
+                " are arrays."
+            )
+
+
+def features(name: str, tree: Any) -> None:
+    """Refuses what is not a non-empty mapping of names to arrays of one leading length."""
+    if not isinstance(tree, Mapping) or not tree:
+        raise TypeError(
+            f"{name} is {tree!r}; pass a non-empty dict of arrays by feature name, such as"
+            ' {"x": ..., "y": ...}.'
+        )
+    if "mask" in tree:
+        raise ValueError(
+            f'{name} has a feature named "mask", the name of the padding mask of a batch; rename'
+            " the feature."
+        )
+    shapes = {key: np.shape(value) for key, value in tree.items()}
+    if any(len(shape) == 0 for shape in shapes.values()) or len(
+        {shape[0] for shape in shapes.values()}
+    ) > 1:
+        raise ValueError(
+            f"{name} has features of shapes {shapes}; give all features the same leading length,"
+            " one entry per example."
+        )
+
+
+def per_example(name: str, shape: tuple[int, ...], batch_size: int) -> None:
+    """Refuses values that are not one number per example."""
+    if shape != (batch_size,):
+        raise ValueError(
+            f"{name} returned values of shape {shape} for a batch of {batch_size} examples;"
+            f" return one value per example, of shape ({batch_size},), and leave the mean to the"
+            " algorithm."
+        )

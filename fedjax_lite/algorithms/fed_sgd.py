@@ -1,0 +1,174 @@
+"""Federated SGD: clients send gradients, the server takes one step."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from fedjax_lite import _validate
+from fedjax_lite.algorithms.server import (
+    Weighting,
+    init_server,
+    resolve_weighting,
+    round_info,
+    server_step,
+)
+from fedjax_lite.base import (
+    Batch,
+    ClientResult,
+    ClientUpdate,
+    FederatedAlgorithm,
+    PyTree,
+    RoundInfo,
+    ServerState,
+)
+from fedjax_lite.cohort import Cohort, resolve_batch_size
+from fedjax_lite.model import Model
+from fedjax_lite.runner import ON_NONFINITE, run_clients
+
+DEFAULT_BATCH_SIZE = 128
+REDUCTIONS = ("mean", "sum")
+
+
+class _ClientState(NamedTuple):
+    gradient: PyTree
+    model_state: PyTree
+    loss: jax.Array
+
+
+def fed_sgd(
+    model: Model,
+    server_optimizer: optax.GradientTransformation,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    weighting: Weighting = "examples",
+    batch_size: int | None = None,
+    on_nonfinite: Literal["drop", "keep"] = "drop",
+    lanes: int | None = None,
+    mesh: Mesh | None = None,
+) -> FederatedAlgorithm:
+    r"""FedSGD: the server steps along the gradients that clients compute at its params.
+
+    With $\ell_e$ the loss of example $e$, $B_{i,b}$ the batches of client $i$, $n_i$ its number
+    of examples and $w$ the server's params,
+
+    | `reduction` | client $i$ computes                                         | the server's gradient     |
+    |-------------|-------------------------------------------------------------|---------------------------|
+    | `"mean"`    | $g_i = \frac{1}{n_i} \sum_e \nabla \ell_e(w)$               | $\sum_i p_i g_i / \sum_i p_i$ |
+    | `"sum"`     | $g_i = \sum_b \nabla \frac{1}{\lvert B_{i,b} \rvert} \sum_{e \in B_{i,b}} \ell_e(w)$ | $\sum_i g_i$ |
+
+    with $p_i = n_i$ (`weighting="examples"`: the gradient of the cohort's mean loss),
+    1 (`"uniform"`) or a function of $n_i$.
+
+    Source: McMahan et al. (2017), "Communication-Efficient Learning of Deep Networks from
+    Decentralized Data", section 2 (`"mean"`).
+
+    Args:
+      model: The model.
+      server_optimizer: Any optax transformation; it is given the server's gradient.
+      reduction: `"mean"` or `"sum"`, as above.
+      weighting: With `reduction="mean"`, the weight of a client: `"examples"`, `"uniform"`
+        or a function `num_examples -> weight`, scalar to scalar.
+      batch_size: Examples in a batch. With `"mean"` it bounds memory and leaves results as
+        they are; with `"sum"` it is part of the definition. By default 128, and for
+        generated populations the size that they draw.
+      on_nonfinite: A client whose gradient has a norm that is not finite is left out and
+        counted (`"drop"`), or let through (`"keep"`).
+      lanes: Clients trained side by side on a device; changes the speed only.
+      mesh: Mesh with the axis `"clients"`, all devices by default; changes the speed only.
+
+    Returns:
+      A `FederatedAlgorithm`. Its `init(key_or_params, model_state=None)` returns a
+      `ServerState`, its `round(key, state, cohort)` a `ServerState` and a `RoundInfo`.
+      A round in which no client contributes leaves the params alone and says so in
+      `info.skipped`. Model state (BatchNorm statistics) becomes the weighted mean of the
+      clients'.
+
+    Raises:
+      ValueError: An option is unknown or out of range, at once; the loss does not return one
+        value per example, when the round is first run.
+
+    >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
+    >>> model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2 / 2)
+    >>> algorithm = fed_sgd(model, optax.sgd(1.0))
+    >>> dataset = fl.FederatedDataset.from_clients({"a": {"x": [1.0, 2.0]}, "b": {"x": [6.0]}})
+    >>> state = algorithm.init(jnp.float32(0.0))
+    >>> everyone = fl.cohort(jax.random.key(0), dataset.resident(), 2)
+    >>> state, info = algorithm.round(jax.random.key(1), state, everyone)
+    >>> float(state.params)  # One step of size 1 reaches the mean of all three examples.
+    3.0
+    """
+    _validate.choice("reduction", reduction, REDUCTIONS)
+    _validate.choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
+    client_weight = resolve_weighting(weighting if reduction == "mean" else "uniform")
+    if batch_size is not None:
+        batch_size = _validate.integer("batch_size", batch_size, minimum=1)
+    if lanes is not None:
+        lanes = _validate.integer("lanes", lanes, minimum=1)
+
+    def client_init(shared: ServerState, key: jax.Array) -> _ClientState:
+        del key
+        return _ClientState(
+            gradient=optax.tree.zeros_like(shared.params),
+            model_state=shared.model_state,
+            loss=jnp.zeros(()),
+        )
+
+    def client_step(
+        shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
+    ) -> _ClientState:
+        def batch_loss(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+            losses, model_state = model.loss(params, client_state.model_state, batch, key)
+            _validate.per_example("model.loss", losses.shape, batch["mask"].shape[0])
+            total = jnp.where(batch["mask"], losses, 0).sum()
+            scale = 1 if reduction == "mean" else jnp.maximum(batch["mask"].sum(), 1)
+            return total / scale, (total, model_state)
+
+        gradient, (total, model_state) = jax.grad(batch_loss, has_aux=True)(shared.params)
+        return _ClientState(
+            gradient=optax.tree.add(client_state.gradient, gradient),
+            model_state=model_state,
+            loss=client_state.loss + total,
+        )
+
+    def client_final(
+        shared: ServerState, client_state: _ClientState, num_examples: jax.Array
+    ) -> ClientResult:
+        del shared
+        gradient = client_state.gradient
+        if reduction == "mean":
+            gradient = optax.tree.scale(1 / num_examples, gradient)
+        return ClientResult(
+            update=gradient,
+            weight=client_weight(num_examples),
+            metrics={"loss": client_state.loss / num_examples},
+            model_state=client_state.model_state,
+        )
+
+    client_update = ClientUpdate(client_init, client_step, client_final)
+
+    def init(key_or_params: PyTree, model_state: PyTree | None = None) -> ServerState:
+        return init_server(model, server_optimizer, key_or_params, model_state, mesh)
+
+    @jax.jit
+    def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
+        result = run_clients(
+            client_update,
+            state,
+            cohort,
+            key,
+            batch_size=resolve_batch_size(cohort, batch_size, DEFAULT_BATCH_SIZE),
+            lanes=lanes,
+            mesh=mesh,
+            on_nonfinite=on_nonfinite,
+        )
+        skip = result.weight == 0
+        mean = 1 / jnp.where(skip, 1, result.weight)
+        gradient = result.update if reduction == "sum" else optax.tree.scale(mean, result.update)
+        model_state = optax.tree.scale(mean, result.model_state)
+        info = round_info(cohort, result, gradient, skip)
+        return server_step(server_optimizer, state, gradient, model_state, skip), info
+
+    return FederatedAlgorithm(init, round)

@@ -1,0 +1,99 @@
+"""The server's half of a round, shared by the algorithms."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from fedjax_lite import _validate, random
+from fedjax_lite.base import PyTree, RoundInfo, ServerState
+from fedjax_lite.cohort import Cohort
+from fedjax_lite.mesh import replicate
+from fedjax_lite.model import Model
+from fedjax_lite.runner import CohortResult
+
+Weighting = Literal["examples", "uniform"] | Callable[[jax.Array], jax.Array]
+
+
+def resolve_weighting(weighting: Weighting) -> Callable[[jax.Array], jax.Array]:
+    """The function `num_examples -> weight` of one client.
+
+    Raises:
+      ValueError: `weighting` is a name other than `"examples"` and `"uniform"`.
+    """
+    if callable(weighting):
+        return weighting
+    _validate.choice("weighting", weighting, ("examples", "uniform"))
+    if weighting == "uniform":
+        return lambda num_examples: jnp.ones_like(num_examples, dtype=float)
+    return lambda num_examples: num_examples.astype(float)
+
+
+def init_server(
+    model: Model,
+    server_optimizer: optax.GradientTransformation,
+    key_or_params: PyTree,
+    model_state: PyTree | None,
+    mesh: Mesh | None,
+) -> ServerState:
+    """A fresh state, on the devices that the rounds run on.
+
+    Raises:
+      TypeError: A leaf of the params is not an array.
+      ValueError: There are no params, or the model cannot draw any.
+    """
+    if random.is_key(key_or_params):
+        params, drawn_state = model.init(key_or_params)
+        model_state = drawn_state if model_state is None else model_state
+    else:
+        params, model_state = key_or_params, {} if model_state is None else model_state
+    _validate.arrays("params", params)
+    params, model_state = jax.tree.map(jnp.asarray, (params, model_state))
+    state = ServerState(
+        params=params,
+        model_state=model_state,
+        opt_state=server_optimizer.init(params),
+        round=jnp.int32(0),
+    )
+    return replicate(state, mesh)
+
+
+def server_step(
+    server_optimizer: optax.GradientTransformation,
+    state: ServerState,
+    aggregate: PyTree,
+    model_state: PyTree,
+    skip: jax.Array,
+) -> ServerState:
+    """One step of the server optimizer; with `skip`, only the round number advances."""
+    updates, opt_state = server_optimizer.update(aggregate, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    model_state = optax.tree.cast_like(model_state, state.model_state)
+    after = ServerState(
+        params=params, model_state=model_state, opt_state=opt_state, round=state.round
+    )
+    after = jax.tree.map(lambda new, old: jnp.where(skip, old, new), after, state)
+    return dataclasses.replace(after, round=state.round + 1)
+
+
+def round_info(
+    cohort: Cohort, result: CohortResult, aggregate: PyTree, skip: jax.Array
+) -> RoundInfo:
+    """What to report of a round whose clients report a mean `loss` each."""
+    nonfinite = result.clients["nonfinite"]
+    counted = jnp.where(nonfinite, 0, cohort.num_examples)
+    total_loss = jnp.where(nonfinite, 0, counted * result.clients["loss"]).sum()
+    return RoundInfo(
+        loss=total_loss / jnp.maximum(counted.sum(), 1),
+        update_norm=jnp.where(skip, 0, optax.tree.norm(aggregate)),
+        num_clients=(cohort.client_ids >= 0).sum(),
+        num_examples=cohort.num_examples.sum(),
+        num_empty=((cohort.client_ids >= 0) & (cohort.num_examples == 0)).sum(),
+        num_nonfinite=nonfinite.sum(),
+        skipped=skip,
+        clients=result.clients,
+    )

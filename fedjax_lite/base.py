@@ -1,0 +1,121 @@
+"""The contracts that every part of the package is written against.
+
+Shapes are written as `[clients, steps, batch, ...]` throughout:
+
+| axis      | meaning                                                             |
+|-----------|---------------------------------------------------------------------|
+| `clients` | slots of a cohort, in the order in which the cohort names them      |
+| `waves`   | groups of clients that start and end together                       |
+| `lanes`   | clients of one wave on one device, trained side by side by `vmap`   |
+| `steps`   | local steps of one client                                           |
+| `batch`   | examples of one local step                                          |
+| `rows`    | examples of a whole population, client after client                 |
+
+Every padded axis has a mask, and padding contributes exactly zero: to updates,
+weights, metrics and model state, whatever values it holds.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+"""Features `[batch, ...]` by name, and under `"mask"` a boolean `[batch]`: which examples are real."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerState:
+    """What the server keeps from one round to the next.
+
+    Attributes:
+      params: The trained parameters.
+      model_state: What the model keeps but does not train (BatchNorm statistics).
+      opt_state: State of the server optimizer.
+      round: Number of rounds run, int32 scalar.
+    """
+
+    params: PyTree
+    model_state: PyTree
+    opt_state: PyTree
+    round: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundInfo:
+    """What happened in a round; it never feeds the next one.
+
+    Attributes:
+      loss: Mean training loss over the cohort's examples, at the params that the
+        clients computed it at; 0 for a cohort without examples.
+      update_norm: L2 norm of the aggregate that the server optimizer was given.
+      num_clients: Clients in the cohort, empty ones included.
+      num_examples: Examples processed.
+      num_empty: Clients without examples; they contribute nothing.
+      num_nonfinite: Clients whose update held a NaN or an infinity.
+      skipped: True if no client contributed: `params`, `model_state` and
+        `opt_state` are then unchanged, and only `round` advances.
+      clients: Per-client arrays `[clients]` in cohort order, zero in empty slots:
+        `loss`, `num_examples`, `num_steps`, `update_norm`, `weight`, `nonfinite`.
+    """
+
+    loss: jax.Array
+    update_norm: jax.Array
+    num_clients: jax.Array
+    num_examples: jax.Array
+    num_empty: jax.Array
+    num_nonfinite: jax.Array
+    skipped: jax.Array
+    clients: dict[str, jax.Array]
+
+
+class FederatedAlgorithm(NamedTuple):
+    """A federated algorithm as a pair of pure functions, as in optax.
+
+    Attributes:
+      init: `init(key_or_params) -> state`. A typed key draws fresh parameters
+        from the model; a pytree of arrays is taken as the parameters.
+      round: `round(key, state, cohort) -> (state, info)`: one round, jitted, and
+        usable inside `jit`, `scan` and `vmap`. It compiles once per shape of the
+        cohort: cohort size, client sizes and keys are data.
+    """
+
+    init: Callable[..., Any]
+    round: Callable[..., tuple[Any, RoundInfo]]
+
+
+class ClientResult(NamedTuple):
+    """What one client sends to the server.
+
+    Attributes:
+      update: Pytree of arrays; the server receives the weighted sum over clients.
+      weight: Scalar weight of the update in that sum.
+      metrics: Scalars by name, reported per client and not aggregated.
+      model_state: What the model keeps but does not train, summed with the same weight.
+    """
+
+    update: PyTree
+    weight: jax.Array
+    metrics: dict[str, jax.Array]
+    model_state: PyTree
+
+
+class ClientUpdate(NamedTuple):
+    """What one client computes, written for a single client; the runner maps it.
+
+    Attributes:
+      init: `init(shared, key) -> client_state`, with `shared` what the server
+        broadcasts (the same for all clients, never copied per client).
+      step: `step(shared, client_state, batch, key) -> client_state`, one local
+        step on a batch of the client's examples.
+      final: `final(shared, client_state, num_examples) -> ClientResult`, once
+        all of the client's steps are done.
+    """
+
+    init: Callable[[PyTree, jax.Array], PyTree]
+    step: Callable[[PyTree, PyTree, Batch, jax.Array], PyTree]
+    final: Callable[[PyTree, PyTree, jax.Array], ClientResult]

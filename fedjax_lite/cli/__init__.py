@@ -1,0 +1,63 @@
+"""The command line."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+from typing import TypeVar
+
+from fedjax_lite._extras import require
+from fedjax_lite.cli.errors import Interrupted, UsageError
+
+T = TypeVar("T")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs a command.
+
+    Exit codes: 0, done; 2, a wrong option, a folder that cannot be written or a missing
+    package, told in one line on stderr; 130, interrupted.
+    """
+    try:
+        for module in ("tyro", "rich", "matplotlib"):
+            require(module, "run")
+        from fedjax_lite.cli.quickstart import Quickstart, quickstart
+
+        quickstart(_parse(args, {"quickstart": Quickstart}))
+    except (UsageError, ImportError) as error:
+        print(f"fedjax-lite: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fedjax-lite: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Interrupted as error:
+        print(f"fedjax-lite: {error}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(args: Sequence[str] | None, commands: dict[str, type[T]]) -> T:
+    """The options of the command that is asked for."""
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="fedjax-lite",
+                description="Federated-learning simulation as pure JAX functions.",
+                args=args,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+        raise UsageError(_first_paragraph(complaint.getvalue())) from None
+
+
+def _first_paragraph(box: str) -> str:
+    """The message of a complaint that tyro draws as a box of several paragraphs."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    rules = [i for i, line in enumerate(lines) if line.startswith("─")]
+    message = " ".join(lines[: rules[0] if rules else None])
+    return f"{message.rstrip('.')}; see fedjax-lite --help"

@@ -1,0 +1,9 @@
+"""What ends a command early."""
+
+
+class UsageError(Exception):
+    """The user can mend it: told in one line, exit code 2."""
+
+
+class Interrupted(Exception):
+    """The user pressed Ctrl-C after something was recorded: exit code 130."""

@@ -1,0 +1,179 @@
+"""`fedjax-lite quickstart`: train a federated model, and watch."""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import jax
+import rich.console
+import rich.progress
+import rich.table
+
+from fedjax_lite import _validate
+from fedjax_lite.base import ServerState
+from fedjax_lite.cli import plots
+from fedjax_lite.cli.errors import Interrupted, UsageError
+from fedjax_lite.cpu import configure_cpu
+from fedjax_lite.mesh import replicate
+from fedjax_lite.quickstart import Simulation, digits_simulation, halfspace_simulation
+
+_PACKAGES = ("fedjax_lite", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart:
+    """Train a small federated model and draw how its loss and accuracy develop.
+
+    Attributes:
+      dataset: halfspace (points in a square, generated) or digits (images of 8 x 8 pixels,
+        skewed over 50 clients).
+      rounds: Number of rounds.
+      seed: Determines everything random.
+      out: Folder for metrics, configuration and pictures; its files of the same names are
+        replaced. A new one under runs/ by default.
+      json: Print one JSON object, and nothing else, on stdout.
+    """
+
+    dataset: Literal["halfspace", "digits"] = "halfspace"
+    rounds: int = 100
+    seed: int = 0
+    out: Path | None = None
+    json: bool = False
+
+
+def quickstart(options: Quickstart) -> None:
+    """Runs the command.
+
+    Raises:
+      UsageError: An option is out of range, or the folder cannot be written.
+      Interrupted: Ctrl-C was pressed; what was recorded so far is on disk.
+    """
+    try:
+        _validate.integer("--rounds", options.rounds, minimum=1)
+        _validate.integer("--seed", options.seed, minimum=0, maximum=2**31 - 1)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    configure_cpu()
+    device = jax.devices()[0]
+    out = options.out or Path("runs", f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{options.dataset}")
+    report = {
+        "dataset": options.dataset,
+        "rounds": options.rounds,
+        "seed": options.seed,
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "versions": {name: importlib.import_module(name).__version__ for name in _PACKAGES},
+        "out": str(out),
+    }
+    metrics_file = _open_folder(out, report)
+
+    simulation = _simulation(options)
+    with metrics_file:
+        history, state, timing = _run(simulation, options, metrics_file)
+    plots.curves(out, history, options.dataset)
+    if options.dataset == "halfspace":
+        plots.halfspace(out / "data.png", jax.device_get(state.params))
+
+    series = {name: [row[name] for row in history] for name in ("loss", "accuracy")}
+    report = {**report, **series, **timing}
+    if options.json:
+        print(json.dumps(report))
+    else:
+        _print_table(report)
+
+
+def _open_folder(out: Path, config: dict[str, Any]) -> TextIO:
+    """Makes the folder, writes `config.json`, and opens `metrics.jsonl`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        return (out / "metrics.jsonl").open("w")
+    except OSError as error:
+        raise UsageError(
+            f"--out {out} cannot be written: {error.strerror}; choose another folder"
+        ) from None
+
+
+def _simulation(options: Quickstart) -> Simulation:
+    if options.dataset == "digits":
+        return digits_simulation(seed=options.seed)
+    return halfspace_simulation()
+
+
+def _run(
+    simulation: Simulation, options: Quickstart, metrics_file: TextIO
+) -> tuple[list[dict[str, Any]], ServerState, dict[str, float]]:
+    """Runs all rounds and records each as it ends: history, final state and timing."""
+    key_init, key = jax.random.split(jax.random.key(options.seed))
+    state, key = simulation.init(key_init), replicate(key, None)
+    began = time.perf_counter()
+    step = simulation.round.lower(key, state, simulation.population).compile()
+    compiled = time.perf_counter()
+    history: list[dict[str, Any]] = []
+    try:
+        with _progress(options) as show:
+            for index in range(options.rounds):
+                state, metrics = step(key, state, simulation.population)
+                row = {name: value.item() for name, value in jax.device_get(metrics).items()}
+                history.append({"round": index, **row})
+                print(json.dumps(history[-1]), file=metrics_file, flush=True)
+                show(history[-1])
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted after {len(history)} of {options.rounds} rounds; {metrics_file.name}"
+            " holds them"
+        ) from None
+    ended = time.perf_counter()
+    return history, state, {"compile_s": compiled - began, "run_s": ended - compiled}
+
+
+@contextlib.contextmanager
+def _progress(options: Quickstart) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that shows a round: in a bar on a terminal, else in a line every tenth."""
+
+    def line(row: dict[str, Any]) -> str:
+        return f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}"
+
+    console = rich.console.Console(stderr=options.json)
+    if not console.is_terminal:
+
+        def show_line(row: dict[str, Any]) -> None:
+            done = row["round"] + 1
+            if done == 1 or done % 10 == 0 or done == options.rounds:
+                print(f"round {done}/{options.rounds}  {line(row)}", file=console.file, flush=True)
+
+        yield show_line
+        return
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("round"),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.BarColumn(),
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.TimeElapsedColumn(),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("", total=options.rounds)
+        yield lambda row: bar.update(task, advance=1, description=line(row))
+
+
+def _print_table(report: dict[str, Any]) -> None:
+    table = rich.table.Table(title=f"{report['dataset']}, {report['rounds']} rounds of FedSGD")
+    table.add_column("")
+    table.add_column("before round 1", justify="right")
+    table.add_column(f"before round {report['rounds']}", justify="right")
+    for name, digits in (("loss", 4), ("accuracy", 3)):
+        first, last = report[name][0], report[name][-1]
+        table.add_row(name, f"{first:.{digits}f}", f"{last:.{digits}f}")
+    console = rich.console.Console()
+    console.print(table)
+    console.print(
+        f"{report['run_s']:.2f} s of rounds, {report['compile_s']:.2f} s of compilation,"
+        f" on {report['device']}"
+    )
+    console.print(f"metrics and pictures in {report['out']}", soft_wrap=True)

@@ -1,0 +1,53 @@
+"""The devices that a round runs on."""
+
+from typing import TypeVar
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fedjax_lite import _validate
+
+AXIS = "clients"
+T = TypeVar("T")
+
+
+def clients_mesh(num_devices: int | None = None) -> Mesh:
+    """A mesh with the one axis `"clients"`.
+
+    Args:
+      num_devices: How many devices; all of them if left out.
+
+    Raises:
+      ValueError: `num_devices` is not within the number of devices.
+    """
+    devices = jax.devices()
+    if num_devices is not None:
+        num_devices = _validate.integer(
+            "num_devices", num_devices, minimum=1, maximum=len(devices)
+        )
+    devices = devices[:num_devices]
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def resolve(mesh: Mesh | None) -> Mesh | None:
+    """The mesh to run on: the one given, else all devices; `None` for a single device.
+
+    Raises:
+      ValueError: The mesh has no axis `"clients"`, or has other axes.
+    """
+    if mesh is None:
+        return clients_mesh() if jax.device_count() > 1 else None
+    if mesh.axis_names != (AXIS,):
+        raise ValueError(
+            f'mesh has the axes {mesh.axis_names}; pass one with the single axis "{AXIS}", such as'
+            " fl.clients_mesh()."
+        )
+    return mesh
+
+
+def replicate(tree: T, mesh: Mesh | None) -> T:
+    """Copies arrays to every device that rounds run on."""
+    mesh = resolve(mesh)
+    if mesh is None:
+        return tree
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
