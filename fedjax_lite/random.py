@@ -67,7 +67,7 @@ def permuted(key: jax.Array, index: jax.Array, size: int | jax.Array) -> jax.Arr
     [0, 1, 2, 3, 4]
     """
     size = jnp.asarray(size, jnp.uint32)
-    words = jax.random.bits(key, (_SWAP_ROUNDS, 3))
+    words = jax.random.bits(key, (_SWAP_ROUNDS, 3), jnp.uint32)
 
     def swap(x: jax.Array, words: jax.Array) -> tuple[jax.Array, None]:
         pivot = words[2] % size

@@ -139,7 +139,7 @@ def fed_sgd(
         del shared
         gradient = client_state.gradient
         if reduction == "mean":
-            gradient = optax.tree.scale(1 / num_examples, gradient)
+            gradient = optax.tree.scale(1 / num_examples.astype(float), gradient)
         return ClientResult(
             update=gradient,
             weight=client_weight(num_examples),

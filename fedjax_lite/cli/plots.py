@@ -34,6 +34,7 @@ def curves(folder: Path, history: Sequence[dict[str, Any]], title: str) -> None:
             fontweight="bold",
         )
         axes.set(xlabel="round", ylabel=f"{name} on the server's examples", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0, top=1.02 if name == "accuracy" else None)
         _save(figure, folder / f"{name}.png")
 
@@ -55,7 +56,7 @@ def halfspace(path: Path, params: dict[str, np.ndarray]) -> None:
             axes.plot(x, y, style, color=color, linewidth=2.2, label=name)
     axes.set(xlim=(-1, 1), ylim=(-1, 1), xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
     axes.set_title("halfspace: what the clients' data look like")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False, markerscale=2)
     _save(figure, path)
 
 

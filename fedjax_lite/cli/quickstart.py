@@ -66,6 +66,7 @@ def quickstart(options: Quickstart) -> None:
         "dataset": options.dataset,
         "rounds": options.rounds,
         "seed": options.seed,
+        "json": options.json,
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "versions": {name: importlib.import_module(name).__version__ for name in _PACKAGES},
         "out": str(out),

@@ -1,0 +1,43 @@
+"""Small problems that the tests share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fedjax_lite as fl
+
+SIZES = (7, 0, 1, 12, 3, 5, 2, 9, 4, 6)
+
+
+def regression_dataset(sizes=SIZES, seed=0):
+    """Linear regression with noise; client i has `sizes[i]` examples."""
+    rng = np.random.default_rng(seed)
+    weights = np.array([1.0, -2.0, 0.5])
+    clients = {}
+    for i, size in enumerate(sizes):
+        x = rng.normal(size=(size, 3))
+        y = x @ weights + 0.1 * rng.normal(size=size)
+        clients[i] = {"x": x.astype(np.float32), "y": y.astype(np.float32)}
+    return fl.FederatedDataset.from_clients(clients)
+
+
+def regression_model():
+    def loss(params, batch):
+        return (batch["x"] @ params["w"] + params["b"] - batch["y"]) ** 2 / 2
+
+    return fl.function_model(loss, lambda key: {"w": jax.random.normal(key, (3,)), "b": 0.0})
+
+
+def everyone(population, order=None, capacity=None):
+    """A cohort of all clients of a resident population, in the order given."""
+    order = np.arange(population.num_clients) if order is None else np.asarray(order)
+    capacity = order.size if capacity is None else capacity
+    ids = np.full(capacity, -1, np.int32)
+    ids[: order.size] = order
+    offsets = np.asarray(population.offsets)
+    return fl.Cohort(
+        client_ids=jnp.asarray(ids),
+        num_examples=jnp.where(ids >= 0, jnp.asarray(np.diff(offsets)[ids]), 0),
+        offsets=jnp.asarray(offsets[ids]),
+        examples=population.examples,
+    )
