@@ -11,9 +11,11 @@ from fedjax_lite.base import RoundInfo as RoundInfo
 from fedjax_lite.base import ServerState as ServerState
 from fedjax_lite.cohort import Cohort as Cohort
 from fedjax_lite.cohort import cohort as cohort
+from fedjax_lite.cpu import configure_cpu as configure_cpu
 from fedjax_lite.data.dataset import FederatedDataset as FederatedDataset
 from fedjax_lite.evaluate import evaluate as evaluate
 from fedjax_lite.mesh import clients_mesh as clients_mesh
+from fedjax_lite.mesh import replicate as replicate
 from fedjax_lite.model import Model as Model
 from fedjax_lite.model import function_model as function_model
 from fedjax_lite.model import linen_model as linen_model

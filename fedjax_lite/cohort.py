@@ -172,9 +172,26 @@ def read_batch(
     rows = start + jnp.arange(length)
     mask = (rows >= begin) & (rows < end)
 
-    def read(feature: jax.Array) -> jax.Array:
-        values = jax.lax.dynamic_slice_in_dim(feature, start, length)
-        own = jax.lax.dynamic_index_in_dim(feature, jnp.minimum(begin, end - 1))
-        return jnp.where(mask.reshape((-1,) + (1,) * (feature.ndim - 1)), values, own)
+    def read_full() -> dict[str, jax.Array]:
+        return {
+            name: jax.lax.dynamic_slice_in_dim(feature, start, length)
+            for name, feature in cohort.examples.items()
+        }
 
-    return {**{name: read(feature) for name, feature in cohort.examples.items()}, "mask": mask}
+    def read_partial() -> dict[str, jax.Array]:
+        own = jnp.minimum(begin, end - 1)
+        return {
+            name: jnp.where(
+                mask.reshape((-1,) + (1,) * (values.ndim - 1)),
+                values,
+                jax.lax.dynamic_index_in_dim(cohort.examples[name], own),
+            )
+            for name, values in read_full().items()
+        }
+
+    def read_cpu() -> dict[str, jax.Array]:
+        # Most batches are full, and XLA:CPU would repeat the masking in each consumer.
+        is_full = (begin == start) & (begin + length <= end)
+        return jax.lax.cond(is_full, read_full, read_partial)
+
+    return {**jax.lax.platform_dependent(cpu=read_cpu, default=read_partial), "mask": mask}

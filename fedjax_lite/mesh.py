@@ -45,8 +45,8 @@ def resolve(mesh: Mesh | None) -> Mesh | None:
     return mesh
 
 
-def replicate(tree: T, mesh: Mesh | None) -> T:
-    """Copies arrays to every device that rounds run on."""
+def replicate(tree: T, mesh: Mesh | None = None) -> T:
+    """Copies arrays to every device that rounds run on: all of them, or those of a mesh."""
     mesh = resolve(mesh)
     if mesh is None:
         return tree

@@ -47,7 +47,7 @@ def halfspace_simulation(**options: Any) -> Simulation:
     """
     model = halfspace_classifier()
     algorithm = fed_sgd(model, server_optimizer=optax.adam(1.0), reduction="sum", **options)
-    return _simulation(model, algorithm, halfspace(), lambda key: halfspace_batch(key, 1000))
+    return simulation(model, algorithm, halfspace(), lambda key: halfspace_batch(key, 1000))
 
 
 def digits_simulation(seed: int = 0, **options: Any) -> Simulation:
@@ -68,15 +68,24 @@ def digits_simulation(seed: int = 0, **options: Any) -> Simulation:
     model = mlp(input_shape=(64,), hidden=(64,), num_classes=10)
     algorithm = fed_sgd(model, server_optimizer=optax.adam(0.01), **options)
     population = dataset.resident(options.get("mesh"))
-    return _simulation(model, algorithm, population, lambda key: held_out)
+    return simulation(model, algorithm, population, lambda key: held_out)
 
 
-def _simulation(
+def simulation(
     model: Model,
     algorithm: FederatedAlgorithm,
     population: Population,
     evaluation: Callable[[jax.Array], dict[str, PyTree]],
 ) -> Simulation:
+    """The tutorial's loop around any algorithm: evaluate, draw 20 to 29 clients, train.
+
+    Args:
+      model: The model, for its metrics.
+      algorithm: The algorithm.
+      population: The clients.
+      evaluation: `evaluation(key) -> {feature: [rows, ...]}`, what to evaluate on.
+    """
+
     @jax.jit
     def round(
         key: jax.Array, state: ServerState, population: Population
@@ -88,6 +97,6 @@ def _simulation(
         cohort_size = jax.random.randint(key_size, (), MIN_COHORT, MAX_COHORT + 1)
         clients = cohort(key_cohort, population, cohort_size, capacity=MAX_COHORT)
         state, info = algorithm.round(key_round, state, clients)
-        return state, {**metrics, "cohort_size": info.num_clients, "train_loss": info.loss}
+        return state, {**metrics, "cohort_size": info.num_clients}
 
     return Simulation(algorithm.init, round, population)

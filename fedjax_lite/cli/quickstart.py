@@ -111,7 +111,7 @@ def _run(
 ) -> tuple[list[dict[str, Any]], ServerState, dict[str, float]]:
     """Runs all rounds and records each as it ends: history, final state and timing."""
     key_init, key = jax.random.split(jax.random.key(options.seed))
-    state, key = simulation.init(key_init), replicate(key, None)
+    state, key = simulation.init(key_init), replicate(key)
     began = time.perf_counter()
     step = simulation.round.lower(key, state, simulation.population).compile()
     compiled = time.perf_counter()
