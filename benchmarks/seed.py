@@ -136,6 +136,7 @@ def compare(
 
 
 def main() -> None:
+    """Runs the benchmark and prints its report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.seed", description=__doc__)
     parser.add_argument("--rounds", type=int, default=100, help="rounds of each repeat")
     parser.add_argument("--repeats", type=int, default=5, help="repeats, at least 5")
@@ -158,7 +159,9 @@ def main() -> None:
     modes = {
         "on_the_fly": (
             halfspace_simulation(),
-            functools.partial(torch_loop, options.rounds, lambda i: torch_fresh_batches(), torch_points),
+            functools.partial(
+                torch_loop, options.rounds, lambda i: torch_fresh_batches(), torch_points
+            ),
         ),
         "resident": (
             resident_simulation(data),

@@ -55,9 +55,10 @@ def features(name: str, tree: Any) -> None:
             " the feature."
         )
     shapes = {key: np.shape(value) for key, value in tree.items()}
-    if any(len(shape) == 0 for shape in shapes.values()) or len(
-        {shape[0] for shape in shapes.values()}
-    ) > 1:
+    if (
+        any(len(shape) == 0 for shape in shapes.values())
+        or len({shape[0] for shape in shapes.values()}) > 1
+    ):
         raise ValueError(
             f"{name} has features of shapes {shapes}; give all features the same leading length,"
             " one entry per example."

@@ -23,7 +23,7 @@ import jax
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
-"""Features `[batch, ...]` by name, and under `"mask"` a boolean `[batch]`: which examples are real."""
+"""Features `[batch, ...]` by name; under `"mask"`, a boolean `[batch]`: which are real."""
 
 
 @jax.tree_util.register_dataclass

@@ -1,6 +1,7 @@
 """Who takes part in a round, and how a client's batches are read."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -96,18 +97,24 @@ def cohort(
             " largest cohort size that can occur."
         )
 
+    return _draw(key, population, jnp.asarray(cohort_size), capacity=capacity)
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _draw(
+    key: jax.Array, population: Population, cohort_size: jax.Array, *, capacity: int
+) -> Cohort:
     key_clients, key_sizes = jax.random.split(key)
     slots = jnp.arange(capacity)
-    client_ids = random.permuted(key_clients, slots, num_clients)
+    client_ids = random.permuted(key_clients, slots, population.num_clients)
     filled = slots < cohort_size
     if isinstance(population, ResidentPopulation):
         offsets = population.offsets[client_ids]
         num_examples = population.offsets[client_ids + 1] - offsets
         examples, sample = population.examples, None
     else:
-        size = population.num_examples
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key_sizes, client_ids)
-        num_examples = jax.vmap(size)(keys, client_ids).astype(jnp.int32)
+        num_examples = jax.vmap(population.num_examples)(keys, client_ids).astype(jnp.int32)
         offsets = jnp.zeros_like(num_examples)
         examples, sample = {}, population.sample
     return Cohort(

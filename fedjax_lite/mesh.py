@@ -22,9 +22,7 @@ def clients_mesh(num_devices: int | None = None) -> Mesh:
     """
     devices = jax.devices()
     if num_devices is not None:
-        num_devices = _validate.integer(
-            "num_devices", num_devices, minimum=1, maximum=len(devices)
-        )
+        num_devices = _validate.integer("num_devices", num_devices, minimum=1, maximum=len(devices))
     devices = devices[:num_devices]
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 

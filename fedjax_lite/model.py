@@ -2,25 +2,13 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from fedjax_lite.base import Batch, PyTree
-
-
-class LossFn(Protocol):
-    """`(params, batch) -> losses [batch]`."""
-
-    def __call__(self, params: Any, batch: Batch, /) -> jax.Array: ...
-
-
-class MetricsFn(Protocol):
-    """`(params, batch) -> {name: values [batch]}`."""
-
-    def __call__(self, params: Any, batch: Batch, /) -> dict[str, jax.Array]: ...
 
 
 class Model(NamedTuple):
@@ -41,9 +29,9 @@ class Model(NamedTuple):
 
 
 def function_model(
-    loss: LossFn,
+    loss: Callable[[Any, Batch], jax.Array],
     init: Callable[[jax.Array], PyTree] | None = None,
-    metrics: MetricsFn | None = None,
+    metrics: Callable[[Any, Batch], dict[str, jax.Array]] | None = None,
 ) -> Model:
     """A model from plain functions of the parameters.
 
@@ -115,7 +103,7 @@ def linen_model(
     """
     takes_train = "train" in inspect.signature(type(module).__call__).parameters
 
-    def mode(train: bool) -> dict[str, bool]:
+    def mode(train: bool) -> dict[str, Any]:
         return {"train": train} if takes_train else {}
 
     def init_fn(key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -135,7 +123,8 @@ def linen_model(
         return loss(predictions, batch), {**model_state, **updated}
 
     def metrics_fn(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        predictions = module.apply({"params": params, **model_state}, batch[inputs], **mode(False))
+        variables = {"params": params, **model_state}
+        predictions: Any = module.apply(variables, batch[inputs], **mode(False))
         if metrics is None:
             return {"loss": loss(predictions, batch)}
         return metrics(predictions, batch)

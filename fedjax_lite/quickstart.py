@@ -31,7 +31,7 @@ class Simulation(NamedTuple):
     """
 
     init: Callable[[jax.Array], ServerState]
-    round: Callable[[jax.Array, ServerState, Any], tuple[ServerState, dict[str, jax.Array]]]
+    round: jax.stages.Wrapped
     population: Population
 
 

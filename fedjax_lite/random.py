@@ -121,9 +121,7 @@ def _random_bits(key_data: jax.Array, bit_width: int, shape: tuple[int, ...]) ->
 _UNROLLED = jex_random.define_prng_impl(
     key_shape=(2,),
     seed=lambda seed: jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
-    split=lambda key_data, shape: jax.random.key_data(
-        jax.random.split(_standard(key_data), shape)
-    ),
+    split=lambda key_data, shape: jax.random.key_data(jax.random.split(_standard(key_data), shape)),
     random_bits=_random_bits,
     fold_in=lambda key_data, data: jax.random.key_data(
         jax.random.fold_in(_standard(key_data), data)

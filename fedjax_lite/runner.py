@@ -10,7 +10,7 @@ device has waves of its own, and one sum over the devices ends the round.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,9 +172,7 @@ def _lane(
             "weight": weight,
             "nonfinite": jnp.where(finite, 0.0, 1.0),
         }
-        return ClientResult(
-            weighted(result.update), weight, metrics, weighted(result.model_state)
-        )
+        return ClientResult(weighted(result.update), weight, metrics, weighted(result.model_state))
 
     return _Lane(init, step, final)
 
@@ -216,7 +214,7 @@ def _sum_waves(lane: _Lane, table: jax.Array, num_steps: jax.Array) -> CohortRes
             weight=add(total.weight, result.weight),
             model_state=add(total.model_state, result.model_state),
             clients=jax.tree.map(
-                lambda all, x: all.at[wave].set(x), total.clients, result.metrics
+                lambda waves, x: waves.at[wave].set(x), total.clients, result.metrics
             ),
         )
 

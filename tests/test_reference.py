@@ -103,7 +103,9 @@ def close(actual, desired, start, tolerance):
     jax.tree.map(check, jax.device_get(actual), desired, jax.device_get(start))
 
 
-@pytest.mark.parametrize(("dtype", "rounds", "tolerance"), [("float64", ROUNDS, 1e-9), ("float32", 1, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "rounds", "tolerance"), [("float64", ROUNDS, 1e-9), ("float32", 1, 1e-5)]
+)
 def test_halfspace_agrees_with_pytorch(dtype, rounds, tolerance):
     with jax.enable_x64(dtype == "float64"):
         model = fl.models.halfspace_classifier()
@@ -146,7 +148,9 @@ def test_halfspace_agrees_with_pytorch(dtype, rounds, tolerance):
         close(state.params, halfspace_params(module), start.params, tolerance)
 
 
-@pytest.mark.parametrize(("dtype", "rounds", "tolerance"), [("float64", ROUNDS, 1e-9), ("float32", 1, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "rounds", "tolerance"), [("float64", ROUNDS, 1e-9), ("float32", 1, 1e-5)]
+)
 def test_digits_agree_with_pytorch(dtype, rounds, tolerance):
     with jax.enable_x64(dtype == "float64"):
         dataset, held_out = fl.data.digits()

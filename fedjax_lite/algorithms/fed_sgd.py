@@ -54,10 +54,11 @@ def fed_sgd(
     With $\ell_e$ the loss of example $e$, $B_{i,b}$ the batches of client $i$, $n_i$ its number
     of examples and $w$ the server's params,
 
-    | `reduction` | client $i$ computes                                         | the server's gradient     |
-    |-------------|-------------------------------------------------------------|---------------------------|
-    | `"mean"`    | $g_i = \frac{1}{n_i} \sum_e \nabla \ell_e(w)$               | $\sum_i p_i g_i / \sum_i p_i$ |
-    | `"sum"`     | $g_i = \sum_b \nabla \frac{1}{\lvert B_{i,b} \rvert} \sum_{e \in B_{i,b}} \ell_e(w)$ | $\sum_i g_i$ |
+    - `reduction="mean"`: client $i$ computes $g_i = \frac{1}{n_i} \sum_e \nabla \ell_e(w)$, and
+      the server's gradient is $\sum_i p_i g_i / \sum_i p_i$,
+    - `reduction="sum"`: client $i$ computes
+      $g_i = \sum_b \nabla \frac{1}{\lvert B_{i,b} \rvert} \sum_{e \in B_{i,b}} \ell_e(w)$, and
+      the server's gradient is $\sum_i g_i$,
 
     with $p_i = n_i$ (`weighting="examples"`: the gradient of the cohort's mean loss),
     1 (`"uniform"`) or a function of $n_i$.

@@ -52,7 +52,10 @@ def init_server(
     else:
         params, model_state = key_or_params, {} if model_state is None else model_state
     _validate.arrays("params", params)
-    params, model_state = jax.tree.map(jnp.asarray, (params, model_state))
+    # With a dtype of their own: a weakly typed leaf would have the second round compile again.
+    params, model_state = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.result_type(x)), (params, model_state)
+    )
     state = ServerState(
         params=params,
         model_state=model_state,

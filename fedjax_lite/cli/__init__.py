@@ -3,11 +3,11 @@
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from fedjax_lite._extras import require
-from fedjax_lite.cli.errors import Interrupted, UsageError
+from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 
 T = TypeVar("T")
 
@@ -30,12 +30,12 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("fedjax-lite: interrupted", file=sys.stderr)
         sys.exit(130)
-    except Interrupted as error:
+    except InterruptedRunError as error:
         print(f"fedjax-lite: {error}", file=sys.stderr)
         sys.exit(130)
 
 
-def _parse(args: Sequence[str] | None, commands: dict[str, type[T]]) -> T:
+def _parse(args: Sequence[str] | None, commands: Mapping[str, Callable[..., T]]) -> T:
     """The options of the command that is asked for."""
     import tyro
 
@@ -43,7 +43,7 @@ def _parse(args: Sequence[str] | None, commands: dict[str, type[T]]) -> T:
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.extras.subcommand_cli_from_dict(
-                commands,
+                dict(commands),
                 prog="fedjax-lite",
                 description="Federated-learning simulation as pure JAX functions.",
                 args=args,

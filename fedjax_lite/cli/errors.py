@@ -5,5 +5,5 @@ class UsageError(Exception):
     """The user can mend it: told in one line, exit code 2."""
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """The user pressed Ctrl-C after something was recorded: exit code 130."""

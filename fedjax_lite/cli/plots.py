@@ -11,6 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fedjax_lite.data.synthetic import HALFSPACE_BIAS, HALFSPACE_WEIGHTS, halfspace_batch
 
@@ -34,7 +36,7 @@ def curves(folder: Path, history: Sequence[dict[str, Any]], title: str) -> None:
             fontweight="bold",
         )
         axes.set(xlabel="round", ylabel=f"{name} on the server's examples", title=title)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(bottom=0, top=1.02 if name == "accuracy" else None)
         _save(figure, folder / f"{name}.png")
 
@@ -45,7 +47,15 @@ def halfspace(path: Path, params: dict[str, np.ndarray]) -> None:
     figure, axes = _figure((5.6, 5.6))
     for label, color in ((0, _BLUE), (1, _ORANGE)):
         points = batch["x"][batch["y"] == label]
-        axes.scatter(*points.T, s=9, color=color, alpha=0.55, linewidths=0, label=f"label {label}")
+        axes.scatter(
+            points[:, 0],
+            points[:, 1],
+            s=9,
+            color=color,
+            alpha=0.55,
+            linewidths=0,
+            label=f"label {label}",
+        )
     x = np.linspace(-1, 1, 2)
     true = (HALFSPACE_BIAS, HALFSPACE_WEIGHTS)
     learned = (params["bias"], params["weight"])
@@ -56,17 +66,19 @@ def halfspace(path: Path, params: dict[str, np.ndarray]) -> None:
             axes.plot(x, y, style, color=color, linewidth=2.2, label=name)
     axes.set(xlim=(-1, 1), ylim=(-1, 1), xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
     axes.set_title("halfspace: what the clients' data look like")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False, markerscale=2)
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False, markerscale=2
+    )
     _save(figure, path)
 
 
-def _figure(size: tuple[float, float]) -> tuple[plt.Figure, Axes]:
+def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=_GREY, alpha=0.25, linewidth=0.8)
     return figure, axes
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150)
     plt.close(figure)

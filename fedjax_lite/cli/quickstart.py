@@ -18,7 +18,7 @@ import rich.table
 from fedjax_lite import _validate
 from fedjax_lite.base import ServerState
 from fedjax_lite.cli import plots
-from fedjax_lite.cli.errors import Interrupted, UsageError
+from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cpu import configure_cpu
 from fedjax_lite.mesh import replicate
 from fedjax_lite.quickstart import Simulation, digits_simulation, halfspace_simulation
@@ -52,7 +52,7 @@ def quickstart(options: Quickstart) -> None:
 
     Raises:
       UsageError: An option is out of range, or the folder cannot be written.
-      Interrupted: Ctrl-C was pressed; what was recorded so far is on disk.
+      InterruptedRunError: Ctrl-C was pressed; what was recorded so far is on disk.
     """
     try:
         _validate.integer("--rounds", options.rounds, minimum=1)
@@ -62,7 +62,7 @@ def quickstart(options: Quickstart) -> None:
     configure_cpu()
     device = jax.devices()[0]
     out = options.out or Path("runs", f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{options.dataset}")
-    report = {
+    report: dict[str, Any] = {
         "dataset": options.dataset,
         "rounds": options.rounds,
         "seed": options.seed,
@@ -125,7 +125,7 @@ def _run(
                 print(json.dumps(history[-1]), file=metrics_file, flush=True)
                 show(history[-1])
     except KeyboardInterrupt:
-        raise Interrupted(
+        raise InterruptedRunError(
             f"interrupted after {len(history)} of {options.rounds} rounds; {metrics_file.name}"
             " holds them"
         ) from None

@@ -62,9 +62,7 @@ class FederatedDataset:
         return cls.from_rows(examples, rows, client_ids=names.tolist())
 
     @classmethod
-    def from_clients(
-        cls, clients: Mapping[Hashable, Mapping[str, ArrayLike]]
-    ) -> "FederatedDataset":
+    def from_clients(cls, clients: Mapping[Any, Mapping[str, ArrayLike]]) -> "FederatedDataset":
         """Concatenates one dict of features per client, in the order given.
 
         Args:

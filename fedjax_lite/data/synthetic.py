@@ -1,7 +1,6 @@
 """Populations that are generated, so that everything runs without a file."""
 
 import jax
-import jax.numpy as jnp
 
 from fedjax_lite import _validate
 from fedjax_lite.data.population import GeneratedPopulation

@@ -1,0 +1,238 @@
+"""One battery for all algorithms: what the package promises of every one of them."""
+
+import collections
+import functools
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+from problems import everyone, regression_dataset, regression_model
+
+import fedjax_lite as fl
+
+ALGORITHMS = {
+    "fed_sgd": lambda model, **kw: fl.fed_sgd(model, optax.sgd(0.3), **kw),
+    "fed_sgd_adam": lambda model, **kw: fl.fed_sgd(model, optax.adam(0.2), **kw),
+    "fed_sgd_sum": lambda model, **kw: fl.fed_sgd(
+        model, optax.sgd(0.02), reduction="sum", batch_size=4, **kw
+    ),
+    "fed_sgd_uniform": lambda model, **kw: fl.fed_sgd(
+        model, optax.sgd(0.1), weighting="uniform", **kw
+    ),
+    "fed_sgd_small_batches": lambda model, **kw: fl.fed_sgd(
+        model, optax.sgd(0.3), batch_size=2, **kw
+    ),
+}
+each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
+eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+
+
+@functools.cache
+def one_device():
+    return fl.clients_mesh(1)
+
+
+def build(name, model=None, **options):
+    return ALGORITHMS[name](model or regression_model(), **{"mesh": one_device(), **options})
+
+
+def one_round(name, cohort=None, mesh=None, **options):
+    mesh = mesh or one_device()
+    algorithm = build(name, mesh=mesh, **options)
+    if cohort is None:
+        cohort = everyone(regression_dataset().resident(mesh))
+    return algorithm.round(jax.random.key(1), algorithm.init(jax.random.key(0)), cohort)
+
+
+def assert_same_round(actual, desired, tolerance=1e-5):
+    chex.assert_trees_all_close(
+        jax.device_get(actual), jax.device_get(desired), rtol=tolerance, atol=tolerance
+    )
+
+
+@each_algorithm
+def test_converges(name):
+    model, algorithm = regression_model(), build(name)
+    dataset = regression_dataset()
+    population = dataset.resident(one_device())
+    state = algorithm.init(jax.random.key(0))
+    before = fl.evaluate(model, state, dataset.examples)["loss"]
+    for r in range(100):
+        key_cohort, key_round = jax.random.split(jax.random.fold_in(jax.random.key(2), r))
+        cohort = fl.cohort(key_cohort, population, 6)
+        state, _ = algorithm.round(key_round, state, cohort)
+    after = fl.evaluate(model, state, dataset.examples)["loss"]
+    assert after < 0.05 * before  # the noise alone is 0.1 ** 2 / 2 = 0.005
+    assert state.round == 100
+
+
+@each_algorithm
+@eight_devices
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_compiles_once_whatever_the_cohort(name, num_devices):
+    mesh = fl.clients_mesh(num_devices)
+    traces = collections.Counter()
+    model = regression_model()
+
+    def loss(*args):
+        traces["loss"] += 1
+        return model.loss(*args)
+
+    algorithm = build(name, model._replace(loss=loss), mesh=mesh)
+    state = algorithm.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    for r in range(12):
+        # The table of rows keeps its length; who owns them, and how many take part, varies.
+        sizes = rng.multinomial(49, rng.dirichlet(np.ones(10)))
+        population = regression_dataset(sizes).resident(mesh)
+        order = rng.permutation(10)[: rng.integers(1, 11)]
+        cohort = everyone(population, order, capacity=10)
+        state, _ = algorithm.round(jax.random.key(r), state, cohort)
+        if r == 0:
+            first = traces["loss"]
+    assert traces["loss"] == first
+    assert algorithm.round._cache_size() == 1
+
+
+@each_algorithm
+def test_state_keeps_its_structure_shapes_and_dtypes(name):
+    algorithm = build(name)
+    before = algorithm.init(jax.random.key(0))
+    after, info = one_round(name)
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+    chex.assert_shape(list(info.clients.values()), (10,))
+
+
+@each_algorithm
+@pytest.mark.parametrize("lanes", [2, 3, 8, 64])
+def test_lanes_change_nothing(name, lanes):
+    assert_same_round(one_round(name, lanes=lanes), one_round(name, lanes=1))
+
+
+@each_algorithm
+@eight_devices
+@pytest.mark.parametrize("num_devices", [2, 4, 8])
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_devices_change_nothing(name, num_devices, lanes):
+    spread = one_round(name, mesh=fl.clients_mesh(num_devices), lanes=lanes)
+    assert_same_round(spread, one_round(name))
+
+
+@each_algorithm
+def test_order_of_clients_changes_nothing(name):
+    population = regression_dataset().resident(one_device())
+    order = np.random.default_rng(0).permutation(10)
+    state, info = one_round(name, everyone(population))
+    shuffled_state, shuffled_info = one_round(name, everyone(population, order))
+    assert_same_round(shuffled_state, state)
+    assert_same_round(
+        shuffled_info.clients, jax.tree.map(lambda x: np.asarray(x)[order], info.clients)
+    )
+
+
+@each_algorithm
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_padding_weighs_nothing_even_if_it_is_nan(name, lanes):
+    dataset = regression_dataset()
+    population = dataset.resident(one_device())
+    # Client 3 takes no part and is nothing but NaN; its neighbours' short batches reach into it.
+    order = [i for i in range(10) if i != 3]
+    rows = slice(dataset.offsets[3], dataset.offsets[4])
+    poisoned = {key: value.copy() for key, value in dataset.examples.items()}
+    for value in poisoned.values():
+        value[rows] = np.nan
+    poisoned = fl.FederatedDataset(
+        examples=poisoned, offsets=dataset.offsets, client_ids=dataset.client_ids
+    ).resident(one_device())
+    expected = one_round(name, everyone(population, order), lanes=lanes)
+    actual = one_round(name, everyone(poisoned, order), lanes=lanes)
+    chex.assert_trees_all_equal(jax.device_get(actual), jax.device_get(expected))
+    # Empty slots change nothing either.
+    padded = one_round(name, everyone(population, order, capacity=16), lanes=lanes)[0]
+    assert_same_round(padded, expected[0])
+
+
+@each_algorithm
+def test_scan_over_rounds_equals_a_loop(name):
+    algorithm = build(name)
+    population = regression_dataset().resident(one_device())
+
+    def step(state, key):
+        key_cohort, key_round = jax.random.split(key)
+        size = jax.random.randint(key_cohort, (), 3, 9)
+        return algorithm.round(
+            key_round, state, fl.cohort(key_cohort, population, size, capacity=8)
+        )
+
+    keys = jax.random.split(jax.random.key(4), 5)
+    start = algorithm.init(jax.random.key(0))
+    scanned, infos = jax.jit(lambda s: jax.lax.scan(step, s, keys))(start)
+    looped, losses = start, []
+    for key in keys:
+        looped, info = step(looped, key)
+        losses.append(info.loss)
+    assert_same_round(scanned, looped)
+    np.testing.assert_allclose(infos.loss, losses, rtol=1e-5)
+
+
+@each_algorithm
+@eight_devices
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_vmap_over_seeds_equals_one_run_at_a_time(name, num_devices):
+    mesh = fl.clients_mesh(num_devices)
+    algorithm = build(name, mesh=mesh)
+    population = regression_dataset().resident(mesh)
+
+    def run(key):
+        def step(state, key):
+            key_cohort, key_round = jax.random.split(key)
+            size = jax.random.randint(key_cohort, (), 3, 9)
+            cohort = fl.cohort(key_cohort, population, size, capacity=8)
+            return algorithm.round(key_round, state, cohort)
+
+        key_init, key_rounds = jax.random.split(key)
+        return jax.lax.scan(step, algorithm.init(key_init), jax.random.split(key_rounds, 3))
+
+    keys = jax.random.split(jax.random.key(9), 3)
+    together = jax.jit(jax.vmap(run))(keys)
+    alone = jax.tree.map(lambda *xs: np.stack(xs), *[jax.device_get(jax.jit(run)(k)) for k in keys])
+    assert_same_round(together, alone)
+
+
+@each_algorithm
+def test_same_seed_same_bits(name):
+    first, second = one_round(name), one_round(name)
+    chex.assert_trees_all_equal(jax.device_get(first), jax.device_get(second))
+
+
+@each_algorithm
+def test_a_cohort_without_examples_is_skipped(name):
+    population = regression_dataset().resident(one_device())
+    algorithm = build(name)
+    state = algorithm.init(jax.random.key(0))
+    after, info = algorithm.round(jax.random.key(1), state, everyone(population, [1]))
+    assert info.skipped
+    assert info.num_clients == info.num_empty == 1
+    assert after.round == 1
+    before = jax.device_get((state.params, state.opt_state))
+    chex.assert_trees_all_equal(jax.device_get((after.params, after.opt_state)), before)
+    chex.assert_tree_all_finite(jax.device_get(info))
+
+
+@each_algorithm
+def test_a_client_that_is_not_finite_is_left_out_and_counted(name):
+    dataset = regression_dataset()
+    dataset.examples["y"][dataset.offsets[3]] = np.inf
+    population = dataset.resident(one_device())
+    others = [i for i in range(10) if i != 3]
+    after, info = one_round(name, everyone(population))
+    expected, expected_info = one_round(name, everyone(population, others))
+    assert_same_round(after, expected)
+    assert info.num_nonfinite == 1
+    assert info.clients["nonfinite"].tolist() == [i == 3 for i in range(10)]
+    assert info.clients["weight"][3] == 0
+    np.testing.assert_allclose(info.loss, expected_info.loss, rtol=1e-5)
+    kept, _ = one_round(name, everyone(population), on_nonfinite="keep")
+    assert not np.isfinite(kept.params["w"]).all()

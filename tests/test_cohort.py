@@ -1,0 +1,114 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import everyone, regression_dataset
+
+import fedjax_lite as fl
+from fedjax_lite.cohort import read_batch
+
+
+@pytest.fixture(scope="module")
+def population():
+    return regression_dataset().resident(fl.clients_mesh(1))
+
+
+def test_draws_distinct_clients_with_their_own_rows(population):
+    cohort = fl.cohort(jax.random.key(0), population, 6, capacity=8)
+    ids = np.asarray(cohort.client_ids)
+    assert (ids[6:] == -1).all()
+    assert len(set(ids[:6].tolist())) == 6
+    offsets = np.asarray(population.offsets)
+    np.testing.assert_array_equal(cohort.offsets[:6], offsets[ids[:6]])
+    np.testing.assert_array_equal(cohort.num_examples[:6], np.diff(offsets)[ids[:6]])
+    assert (cohort.num_examples[6:] == 0).all()
+
+
+def test_draws_every_client_equally_often(population):
+    draw = lambda key: fl.cohort(key, population, 3).client_ids
+    ids = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(1), 4000))
+    counts = np.bincount(np.asarray(ids).ravel(), minlength=10)
+    # Each client is in a cohort with probability 0.3; six standard errors.
+    assert (np.abs(counts - 1200) < 6 * np.sqrt(4000 * 0.3 * 0.7)).all()
+
+
+def test_a_traced_size_equals_a_static_one(population):
+    key = jax.random.key(2)
+    draw = jax.jit(lambda size: fl.cohort(key, population, size, capacity=10))
+    for size in (1, 4, 10):
+        traced, static = draw(size), fl.cohort(key, population, size, capacity=10)
+        np.testing.assert_array_equal(traced.client_ids, static.client_ids)
+
+
+def test_a_billion_generated_clients_cost_nothing():
+    population = fl.data.halfspace(num_clients=10**9, batch_size=4)
+    cohort = fl.cohort(jax.random.key(0), population, 50)
+    assert len(set(cohort.client_ids.tolist())) == 50
+    assert set((cohort.num_examples / 4).tolist()) == {5, 6, 7, 8, 9}
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(sum),
+    batch_size=st.integers(1, 12),
+)
+def test_every_example_is_read_exactly_once(sizes, batch_size):
+    rows = np.arange(sum(sizes))
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    parts = [rows[owner == i] for i in range(len(sizes))]
+    dataset = fl.FederatedDataset.from_rows({"row": rows}, parts)
+    cohort = everyone(dataset.resident(fl.clients_mesh(1)))
+    for slot, part in enumerate(parts):
+        read = []
+        for step in range(-(-len(part) // batch_size)):
+            batch = read_batch(cohort, jax.random.key(0), slot, step, batch_size)
+            read += np.asarray(batch["row"])[np.asarray(batch["mask"])].tolist()
+            assert np.isin(batch["row"], part).all()  # padding is filled with the client's own
+        assert read == part.tolist()
+
+
+@pytest.mark.parametrize(
+    ("size", "capacity", "message"),
+    [
+        (0, None, r"cohort_size is 0; choose an integer between 1 and 10"),
+        (11, None, r"cohort_size is 11; choose an integer between 1 and 10"),
+        (5, 4, r"cohort_size is 5, above capacity 4; raise capacity"),
+        (5, 0, r"capacity is 0; choose"),
+    ],
+)
+def test_refuses_impossible_sizes(population, size, capacity, message):
+    with pytest.raises(ValueError, match=message):
+        fl.cohort(jax.random.key(0), population, size, capacity=capacity)
+
+
+def test_refuses_a_traced_size_without_capacity(population):
+    with pytest.raises(ValueError, match="capacity is None while cohort_size is traced; pass"):
+        jax.jit(lambda size: fl.cohort(jax.random.key(0), population, size))(3)
+
+
+def test_refuses_what_is_not_a_number_or_a_population(population):
+    with pytest.raises(TypeError, match=r"cohort_size is 2.5, of type float; pass an integer"):
+        fl.cohort(jax.random.key(0), population, 2.5)
+    with pytest.raises(TypeError, match=r"population is a FederatedDataset; pass .*resident"):
+        fl.cohort(jax.random.key(0), regression_dataset(), 2)
+
+
+def test_generated_batches_differ_between_rounds_clients_and_steps():
+    cohort = fl.cohort(jax.random.key(0), fl.data.halfspace(batch_size=4), 3)
+    keys = [jax.random.key(0), jax.random.key(1)]
+    batches = [read_batch(cohort, key, 0, step, 4)["x"] for key in keys for step in (0, 1)]
+    assert len({np.asarray(b).tobytes() for b in batches}) == 4
+
+
+def test_generated_batches_are_masked_beyond_the_number_of_examples():
+    population = fl.data.GeneratedPopulation(
+        num_clients=2,
+        num_examples=lambda key, client_id: 5 + client_id,
+        sample=lambda key, client_id: {"x": jnp.ones(4)},
+    )
+    cohort = fl.cohort(jax.random.key(0), population, 2)
+    for slot in range(2):
+        masks = [read_batch(cohort, jax.random.key(0), slot, step, 4)["mask"] for step in (0, 1)]
+        assert np.sum(masks) == 5 + cohort.client_ids[slot]

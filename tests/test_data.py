@@ -1,0 +1,180 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fedjax_lite as fl
+
+
+def test_from_arrays_groups_rows_by_client():
+    dataset = fl.FederatedDataset.from_arrays(
+        {"x": np.arange(10).reshape(5, 2), "y": [0, 1, 2, 3, 4]}, ["b", "a", "b", "c", "a"]
+    )
+    assert dataset.client_ids == ("a", "b", "c")
+    assert dataset.num_examples.tolist() == [2, 2, 1]
+    assert dataset["a"]["y"].tolist() == [1, 4]
+    assert dataset["b"]["x"].tolist() == [[0, 1], [4, 5]]
+
+
+def test_from_clients_keeps_order_and_empty_clients():
+    dataset = fl.FederatedDataset.from_clients(
+        {"z": {"x": [1.0]}, "a": {"x": np.zeros(0)}, "m": {"x": [2.0, 3.0]}}
+    )
+    assert dataset.client_ids == ("z", "a", "m")
+    assert dataset.offsets.tolist() == [0, 1, 1, 3]
+
+
+def test_resident_population_holds_the_same_rows():
+    dataset = fl.FederatedDataset.from_clients({0: {"x": [1.0]}, 1: {"x": [2.0, 3.0]}})
+    population = dataset.resident()
+    assert population.num_clients == 2
+    assert population.examples["x"].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: fl.FederatedDataset.from_clients({}), ValueError, "clients is empty"),
+        (
+            lambda: fl.FederatedDataset.from_clients({0: {"x": []}}),
+            ValueError,
+            "the dataset is empty: 1 clients with 0 examples",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_clients({"a": {"x": [1]}, "b": {"z": [1]}}),
+            ValueError,
+            "client 'b' has features {'z'",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_clients({"a": {"x": [[1]]}, "b": {"x": [1]}}),
+            ValueError,
+            "client 'b' has features .* give all clients the same",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_clients({"a": {"x": [1, 2], "y": [1]}}),
+            ValueError,
+            r"client 'a' has features of shapes {'x': \(2,\), 'y': \(1,\)}",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_clients({"a": [1, 2]}),
+            TypeError,
+            r"client 'a' is \[1, 2\]; pass a non-empty dict",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_arrays({"mask": [1]}, [0]),
+            ValueError,
+            'examples has a feature named "mask"',
+        ),
+        (
+            lambda: fl.FederatedDataset.from_arrays({"x": [1, 2]}, [0]),
+            ValueError,
+            r"client_ids has shape \(1,\) beside 2 rows",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_arrays({"x": ["one", "two"]}, [0, 1]),
+            ValueError,
+            "feature 'x' has dtype <U3; encode it as numbers",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_rows({"x": [1, 2]}, [[0], [2]]),
+            ValueError,
+            "rows holds indices from 0 to 2 into 2 rows",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_rows({"x": [1, 2]}, [[0], [1]], client_ids=["a"]),
+            ValueError,
+            "client_ids names 1 clients while rows has 2",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_rows({"x": [1, 2]}, [[0], [1]], client_ids=[7, 7]),
+            ValueError,
+            "client_ids names a client twice",
+        ),
+        (lambda: fl.FederatedDataset.from_clients({0: {"x": [1]}})[3], KeyError, "no client 3"),
+        (lambda: fl.data.halfspace(0), ValueError, "num_clients is 0"),
+        (lambda: fl.data.halfspace(max_batches=4), ValueError, "max_batches is 4"),
+        (lambda: fl.data.digits(held_out=1.0), ValueError, r"held_out is 1.0"),
+    ],
+)
+def test_refuses_bad_data(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_digits_split_every_image_once():
+    dataset, held_out = fl.data.digits()
+    assert dataset.num_clients == 50
+    assert len(held_out["y"]) == 359  # a fifth of 1797
+    assert dataset.num_examples.sum() == 1797 - 359
+    images = np.concatenate([dataset.examples["x"], held_out["x"]])
+    assert images.shape == (1797, 64)
+    assert images.min() == 0
+    assert images.max() == 1
+    again, _ = fl.data.digits()
+    np.testing.assert_array_equal(dataset.examples["x"], again.examples["x"])
+    other, _ = fl.data.digits(seed=1)
+    assert (dataset.offsets != other.offsets).any()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=60),
+    num_clients=st.integers(1, 80),
+    alpha=st.sampled_from([1e-3, 0.1, 1.0, 1e6]),
+    seed=st.integers(0, 2**31),
+)
+def test_dirichlet_deals_every_row_once(labels, num_clients, alpha, seed):
+    rows = fl.partition.dirichlet(labels, num_clients, alpha=alpha, min_examples=0, seed=seed)
+    assert len(rows) == num_clients
+    np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(len(labels)))
+    again = fl.partition.dirichlet(labels, num_clients, alpha=alpha, min_examples=0, seed=seed)
+    assert all(np.array_equal(a, b) for a, b in zip(rows, again, strict=True))
+
+
+def class_shares(alpha, num_draws=2000, num_clients=4):
+    """Client 0's share of the one class, over many draws."""
+    labels = np.zeros(1000, int)
+    draws = [
+        fl.partition.dirichlet(labels, num_clients, alpha=alpha, min_examples=0, seed=seed)
+        for seed in range(num_draws)
+    ]
+    return np.array([len(rows[0]) / 1000 for rows in draws])
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0, 10.0])
+def test_dirichlet_shares_have_the_moments_of_the_distribution(alpha):
+    shares = class_shares(alpha)
+    # A share of Dir_4(a) is Beta(a, 3a): mean 1/4, variance (1/4)(3/4) / (4a + 1).
+    variance = 3 / 16 / (4 * alpha + 1)
+    assert abs(shares.mean() - 1 / 4) < 5 * np.sqrt(variance / shares.size)
+    error = np.sqrt(((shares - shares.mean()) ** 2).var() / shares.size)
+    assert abs(shares.var() - variance) < 5 * error
+    # The check is sharp enough to reject four times the concentration.
+    assert abs(shares.var() - 3 / 16 / (16 * alpha + 1)) > 5 * error
+
+
+def test_dirichlet_limits():
+    labels = np.repeat(np.arange(5), 200)
+    concentrated = fl.partition.dirichlet(labels, 10, alpha=1e-4, min_examples=0, seed=0)
+    assert sum(len(rows) > 0 for rows in concentrated) <= 5
+    even = fl.partition.dirichlet(labels, 10, alpha=1e8, seed=0)
+    assert {len(rows) for rows in even} == {100}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": []}, r"labels has shape \(0,\)"),
+        ({"labels": [[1]]}, r"labels has shape \(1, 1\)"),
+        ({"num_clients": 0}, "num_clients is 0"),
+        ({"alpha": 0.0}, "alpha is 0.0; choose a positive, finite"),
+        ({"alpha": np.nan}, "alpha is nan"),
+        ({"min_examples": 3}, "min_examples is 3 for 2 clients, but there are only 4 rows"),
+        ({"alpha": 1e-6, "min_examples": 2}, "alpha is 1e-06: 10 draws each left a client"),
+    ],
+)
+def test_dirichlet_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fl.partition.dirichlet(
+            **{"labels": [0, 0, 0, 0], "num_clients": 2, "alpha": 1.0, "seed": 0, **arguments}
+        )

@@ -1,0 +1,221 @@
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import everyone, regression_dataset, regression_model
+
+import fedjax_lite as fl
+
+
+class Normalised(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+        return nn.Dropout(0.5, deterministic=not train)(nn.Dense(1)(x))
+
+
+def squared(predictions, batch):
+    return (predictions[:, 0] - batch["y"]) ** 2
+
+
+@pytest.fixture(scope="module")
+def population():
+    return regression_dataset().resident(fl.clients_mesh(1))
+
+
+def test_linen_model_carries_state_and_dropout():
+    model = fl.linen_model(Normalised(), jnp.zeros((1, 3)), squared)
+    params, model_state = model.init(jax.random.key(0))
+    assert set(model_state) == {"batch_stats"}
+    x = jnp.arange(12.0).reshape(4, 3)
+    batch = {"x": x, "y": jnp.ones(4), "mask": jnp.ones(4, bool)}
+    first, after = model.loss(params, model_state, batch, jax.random.key(1))
+    second, _ = model.loss(params, model_state, batch, jax.random.key(2))
+    assert first.shape == (4,)
+    mean = after["batch_stats"]["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(mean, x.mean(0) / 2)  # momentum 0.5, from 0
+    assert (first != second).any()  # another dropout mask
+    evaluated = model.metrics(params, model_state, batch)
+    np.testing.assert_array_equal(
+        evaluated["loss"], model.metrics(params, model_state, batch)["loss"]
+    )
+
+
+def test_model_state_reaches_the_server_as_the_weighted_mean(population):
+    def loss(params, model_state, batch, key):
+        del key
+        seen = jnp.where(batch["mask"], batch["y"], 0).sum()
+        return (batch["y"] - params) ** 2, {"seen": model_state["seen"] + seen}
+
+    init = lambda key: (jnp.float32(0.0), {"seen": jnp.float32(0.0)})
+    model = fl.Model(init, loss, lambda params, model_state, batch: {})
+    algorithm = fl.fed_sgd(model, optax.sgd(0.1), mesh=fl.clients_mesh(1), batch_size=4)
+    state, _ = algorithm.round(
+        jax.random.key(1), algorithm.init(jax.random.key(0)), everyone(population)
+    )
+    y, offsets = np.asarray(population.examples["y"]), np.asarray(population.offsets)
+    totals = np.array([y[a:b].sum() for a, b in itertools.pairwise(offsets)])
+    np.testing.assert_allclose(
+        state.model_state["seen"], np.average(totals, weights=np.diff(offsets)), rtol=1e-5
+    )
+
+
+def test_halfspace_classifier_starts_as_pytorch_does():
+    keys = jax.random.split(jax.random.key(0), 2000)
+    params, _ = jax.vmap(fl.models.halfspace_classifier().init)(keys)
+    for leaf in (params["weight"][:, 0], params["weight"][:, 1], params["bias"]):
+        # Uniform within +-1/sqrt(2): variance 1/6, whose standard error is sqrt(4/45/4/2000).
+        assert jnp.abs(leaf).max() < 2**-0.5
+        assert abs(leaf.var() - 1 / 6) < 6 * np.sqrt((1 / 20 - 1 / 36) / 2000)
+        assert abs(leaf.mean()) < 6 * np.sqrt(1 / 6 / 2000)
+
+
+def test_halfspace_loss_is_stable_far_from_the_line():
+    model = fl.models.halfspace_classifier()
+    params = {"weight": jnp.array([1e4, 0.0]), "bias": jnp.float32(0.0)}
+    batch = {"x": jnp.array([[1.0, 0.0], [-1.0, 0.0]]), "y": jnp.array([0.0, 1.0])}
+    batch["mask"] = jnp.ones(2, bool)
+    losses, _ = model.loss(params, {}, batch, jax.random.key(0))
+    # A wrong answer costs |s|: 1e4 above zero, 0.2 * 1e4 below (PyTorch would clamp both to 100).
+    np.testing.assert_allclose(losses, [1e4, 2e3])
+
+
+def test_mlp_has_the_parameters_it_should():
+    model = fl.models.mlp(input_shape=(8, 8), hidden=(32, 16), num_classes=10)
+    params, _ = model.init(jax.random.key(0))
+    assert sum(p.size for p in jax.tree.leaves(params)) == 65 * 32 + 33 * 16 + 17 * 10
+
+
+def test_evaluate_averages_over_examples():
+    model = regression_model()
+    dataset = regression_dataset()
+    algorithm = fl.fed_sgd(model, optax.sgd(0.1))
+    state = algorithm.init({"w": jnp.zeros(3), "b": jnp.float32(0.0)})
+    expected = (dataset.examples["y"] ** 2 / 2).mean()
+    np.testing.assert_allclose(
+        fl.evaluate(model, state, dataset.examples)["loss"], expected, rtol=1e-6
+    )
+
+
+def test_memory_does_not_grow_with_the_cohort(population):
+    def temporary_bytes(capacity):
+        algorithm = fl.fed_sgd(
+            fl.models.mlp(input_shape=(3,), hidden=(256, 256), num_classes=2),
+            optax.sgd(0.1),
+            lanes=4,
+            mesh=fl.clients_mesh(1),
+        )
+        population = fl.data.GeneratedPopulation(
+            num_clients=capacity,
+            num_examples=lambda key, client_id: 4,
+            sample=lambda key, client_id: {"x": jnp.ones((4, 3)), "y": jnp.ones(4, jnp.int32)},
+        )
+        cohort = fl.cohort(jax.random.key(0), population, capacity)
+        state = algorithm.init(jax.random.key(0))
+        compiled = algorithm.round.lower(jax.random.key(0), state, cohort).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, cohort
+
+    small, _ = temporary_bytes(50)
+    large, cohort = temporary_bytes(10_000)
+    # What grows is the list of clients: a few words for each, no copy of the 270 kB of params.
+    assert large - small < 100 * (cohort.capacity - 50)
+
+
+BAD = {
+    "reduction": (ValueError, "reduction is 'median'; choose one of 'mean', 'sum'"),
+    "weighting": (ValueError, "weighting is 'size'; choose one of 'examples', 'uniform'"),
+    "on_nonfinite": (ValueError, "on_nonfinite is 'raise'; choose one of 'drop', 'keep'"),
+    "batch_size": (ValueError, "batch_size is 0; choose an integer at least 1"),
+    "lanes": (TypeError, "lanes is 'many', of type str; pass an integer"),
+}
+VALUES = {
+    "reduction": "median",
+    "weighting": "size",
+    "on_nonfinite": "raise",
+    "batch_size": 0,
+    "lanes": "many",
+}
+
+
+@pytest.mark.parametrize("option", BAD)
+def test_fed_sgd_refuses_bad_options(option):
+    error, message = BAD[option]
+    with pytest.raises(error, match=message):
+        fl.fed_sgd(regression_model(), optax.sgd(0.1), **{option: VALUES[option]})
+
+
+def test_a_scalar_loss_is_refused(population):
+    model = fl.function_model(lambda params, batch: ((batch["y"] - params) ** 2).mean())
+    algorithm = fl.fed_sgd(model, optax.sgd(0.1))
+    state = algorithm.init(jnp.float32(0.0))
+    with pytest.raises(ValueError, match=r"model.loss returned values of shape \(\) for a batch"):
+        algorithm.round(jax.random.key(0), state, fl.cohort(jax.random.key(0), population, 2))
+
+
+def test_labels_of_the_wrong_shape_are_refused(population):
+    # [batch] minus [batch, 1] broadcasts to [batch, batch]: the field's favourite silent bug.
+    model = fl.function_model(
+        lambda params, batch: (batch["y"] - batch["x"] @ params[:, None]) ** 2
+    )
+    algorithm = fl.fed_sgd(model, optax.sgd(0.1), batch_size=8)
+    state = algorithm.init(jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"returned values of shape \(8, 8\) for a batch of 8"):
+        algorithm.round(jax.random.key(0), state, fl.cohort(jax.random.key(0), population, 2))
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        ({"w": "zero"}, TypeError, r"params\['w'\] is 'zero', of type str"),
+        ({"w": None}, TypeError, r"params\['w'\] is None"),
+        ({}, ValueError, "params is {}, without a single array"),
+    ],
+)
+def test_params_that_are_not_arrays_are_refused(params, error, message):
+    with pytest.raises(error, match=message):
+        fl.fed_sgd(regression_model(), optax.sgd(0.1)).init(params)
+
+
+def test_a_model_without_init_says_what_to_pass():
+    model = fl.function_model(lambda params, batch: params * batch["y"])
+    with pytest.raises(ValueError, match="built without an init function"):
+        fl.fed_sgd(model, optax.sgd(0.1)).init(jax.random.key(0))
+
+
+def test_a_batch_size_that_the_population_does_not_draw_is_refused():
+    model = fl.models.halfspace_classifier()
+    algorithm = fl.fed_sgd(model, optax.sgd(0.1), batch_size=10)
+    cohort = fl.cohort(jax.random.key(0), fl.data.halfspace(), 2)
+    with pytest.raises(
+        ValueError, match="batch_size is 10, but the population draws batches of 1000"
+    ):
+        algorithm.round(jax.random.key(0), algorithm.init(jax.random.key(0)), cohort)
+
+
+def test_a_mesh_without_a_clients_axis_is_refused():
+    mesh = jax.make_mesh(
+        (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
+    )
+    algorithm = fl.fed_sgd(regression_model(), optax.sgd(0.1), mesh=mesh)
+    with pytest.raises(ValueError, match=r"mesh has the axes \('data',\); pass one with"):
+        algorithm.init(jax.random.key(0))
+    with pytest.raises(ValueError, match="num_devices is 0"):
+        fl.clients_mesh(0)
+
+
+@pytest.mark.parametrize(
+    ("examples", "error", "message"),
+    [
+        ({"x": jnp.zeros((0, 3)), "y": jnp.zeros(0)}, ValueError, "examples has no rows"),
+        ([1.0], TypeError, r"examples is \[1.0\]; pass a non-empty dict"),
+    ],
+)
+def test_evaluate_refuses(examples, error, message):
+    model = regression_model()
+    state = fl.fed_sgd(model, optax.sgd(0.1)).init(jax.random.key(0))
+    with pytest.raises(error, match=message):
+        fl.evaluate(model, state, examples)

@@ -1,0 +1,88 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_lite import random as fl_random
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 4), (0,)])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32"])
+def test_fast_keys_draw_the_bits_of_jax(shape, dtype):
+    key = jax.random.split(jax.random.key(3), 2)[1]
+    expected = jax.random.bits(key, shape, dtype)
+    np.testing.assert_array_equal(jax.random.bits(fl_random.fast(key), shape, dtype), expected)
+
+
+def test_fast_keys_split_and_fold_as_jax_does():
+    key = jax.random.key(5)
+    draw = lambda k: jax.random.normal(
+        jax.random.fold_in(jax.random.split(k, (2, 3))[1, 2], 9), (4,)
+    )
+    np.testing.assert_array_equal(draw(fl_random.fast(key)), draw(key))
+
+
+def test_fast_keys_agree_under_vmap_scan_and_float64():
+    keys = jax.random.split(jax.random.key(1), 4)
+    draw = jax.vmap(lambda k: jax.random.uniform(k, (5,)))
+    np.testing.assert_array_equal(draw(fl_random.fast(keys)), draw(keys))
+
+    def scanned(key):
+        body = lambda c, i: (c, jax.random.normal(jax.random.fold_in(key, i), (3,)))
+        return jax.lax.scan(body, 0, jnp.arange(4))[1]
+
+    np.testing.assert_array_equal(scanned(fl_random.fast(keys[0])), scanned(keys[0]))
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(
+            jax.random.uniform(fl_random.fast(keys[0]), (3,)), jax.random.uniform(keys[0], (3,))
+        )
+
+
+def test_keys_of_other_implementations_stay():
+    key = jax.random.key(0, impl="rbg")
+    assert fl_random.fast(key) is key
+    assert (
+        fl_random.fast(fl_random.fast(jax.random.key(0))).dtype
+        == fl_random.fast(jax.random.key(0)).dtype
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100, 1000])
+def test_permuted_is_a_permutation(size):
+    order = fl_random.permuted(jax.random.key(size), jnp.arange(size), size)
+    np.testing.assert_array_equal(np.sort(order), np.arange(size))
+
+
+def test_permuted_handles_the_largest_size():
+    index = jnp.array([0, 1, 2**31 - 1], jnp.uint32)
+    order = np.asarray(fl_random.permuted(jax.random.key(0), index, jnp.uint32(2**31)))
+    assert (order >= 0).all()
+    assert len(set(order.tolist())) == 3
+
+
+def chi_square(size, num_keys, seed):
+    """The statistic of the counts of all permutations against the uniform distribution."""
+    keys = jax.random.split(jax.random.key(seed), num_keys)
+    orders = np.asarray(
+        jax.jit(jax.vmap(lambda k: fl_random.permuted(k, jnp.arange(size), size)))(keys)
+    )
+    counts = dict.fromkeys(itertools.permutations(range(size)), 0)
+    for order in map(tuple, orders.tolist()):
+        counts[order] += 1
+    expected = num_keys / len(counts)
+    return sum((count - expected) ** 2 / expected for count in counts.values()), len(counts) - 1
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_permuted_is_uniform_over_all_permutations(size):
+    statistic, freedom = chi_square(size, num_keys=24_000, seed=11)
+    # Mean `freedom`, standard deviation sqrt(2 freedom); six of them, both ways.
+    assert abs(statistic - freedom) < 6 * np.sqrt(2 * freedom)
+
+
+def test_the_uniformity_test_rejects_too_few_rounds(monkeypatch):
+    monkeypatch.setattr(fl_random, "_SWAP_ROUNDS", 4)
+    statistic, freedom = chi_square(4, num_keys=24_000, seed=12)
+    assert statistic > freedom + 6 * np.sqrt(2 * freedom)
