@@ -107,7 +107,7 @@ def test_a_missing_extra_is_told_in_one_line(tmp_path, module, dataset):
 
 
 def test_the_core_needs_no_extra(tmp_path):
-    for module in ("tyro", "rich", "matplotlib", "sklearn", "torch", "hypothesis", "pytest"):
+    for module in ("tyro", "matplotlib", "sklearn", "torch", "hypothesis", "pytest"):
         (tmp_path / f"{module}.py").write_text("raise ImportError")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     subprocess.run([sys.executable, "-c", "import fedjax_lite"], env=env, check=True)

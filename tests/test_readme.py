@@ -1,0 +1,27 @@
+"""The README's programs run, and its commands are the ones that are tested."""
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_programs_run_and_learn(capsys):
+    programs = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(programs) == 2
+    names = {}
+    for program in programs:
+        exec(program, names)
+    assert float(re.search(r"'loss': Array\(([\d.]+)", capsys.readouterr().out)[1]) < 0.5
+    assert names["infos"].loss.shape == (8, 100)
+    assert float(names["infos"].loss[:, -1].max()) < 0.5
+
+
+def test_the_first_program_has_about_fifteen_lines():
+    program = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    assert len([line for line in program.splitlines() if line.strip()]) <= 18
+
+
+def test_the_commands_are_there():
+    assert "pip install -e '.[run]' && fedjax-lite quickstart" in README
+    assert "pip install -e '.[test]' && pytest" in README
