@@ -1,4 +1,4 @@
-"""Who takes part in a round, and how a client's batches are read."""
+"""Who takes part in a round."""
 
 import dataclasses
 import functools
@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate, random
-from fedjax_lite.base import Batch
 from fedjax_lite.data.population import GeneratedPopulation, Population, ResidentPopulation
 
 
@@ -124,81 +123,3 @@ def _draw(
         examples=examples,
         sample=sample,
     )
-
-
-def client_key(key: jax.Array, client_id: ArrayLike, purpose: int) -> jax.Array:
-    """The key of one client in one round, for one of the purposes below."""
-    return jax.random.fold_in(jax.random.fold_in(key, purpose), client_id)
-
-
-KEY_INIT, KEY_DATA, KEY_STEP = range(3)
-
-
-def resolve_batch_size(cohort: Cohort, batch_size: int | None, default: int) -> int:
-    """The size of a local batch: as asked for, or as the generator of the cohort draws it."""
-    if cohort.sample is None:
-        return default if batch_size is None else batch_size
-    batch = jax.eval_shape(cohort.sample, jax.random.key(0), jnp.int32(0))
-    _validate.features("the sample function of the population", batch)
-    (drawn,) = {feature.shape[0] for feature in batch.values()}
-    if batch_size not in (None, drawn):
-        raise ValueError(
-            f"batch_size is {batch_size}, but the population draws batches of {drawn}; leave"
-            " batch_size out, or change the population's sample function."
-        )
-    return drawn
-
-
-def read_batch(
-    cohort: Cohort, key: jax.Array, slot: jax.Array, step: jax.Array, batch_size: int
-) -> Batch:
-    """Batch number `step` of the client in `slot`: its rows in their order.
-
-    Args:
-      cohort: The cohort.
-      key: The client's key for data (used by generated clients alone).
-      slot: Which client, int32 scalar.
-      step: Which batch, int32 scalar.
-      batch_size: Number of examples in the batch.
-
-    Returns:
-      Features `[batch, ...]` and `"mask"`. Rows beyond the client's last are filled
-      with one of its own (so that a stranger's NaN never enters) and masked.
-    """
-    first = step * batch_size
-    if cohort.sample is not None:
-        batch = cohort.sample(jax.random.fold_in(key, step), cohort.client_ids[slot])
-        return {**batch, "mask": first + jnp.arange(batch_size) < cohort.num_examples[slot]}
-
-    begin = cohort.offsets[slot] + first
-    end = cohort.offsets[slot] + cohort.num_examples[slot]
-    num_rows = next(iter(cohort.examples.values())).shape[0]
-    length = min(batch_size, num_rows)
-    # Near the end of the table the slice starts early: the mask is in terms of rows.
-    start = jnp.clip(begin, 0, num_rows - length)
-    rows = start + jnp.arange(length)
-    mask = (rows >= begin) & (rows < end)
-
-    def read_full() -> dict[str, jax.Array]:
-        return {
-            name: jax.lax.dynamic_slice_in_dim(feature, start, length)
-            for name, feature in cohort.examples.items()
-        }
-
-    def read_partial() -> dict[str, jax.Array]:
-        own = jnp.minimum(begin, end - 1)
-        return {
-            name: jnp.where(
-                mask.reshape((-1,) + (1,) * (values.ndim - 1)),
-                values,
-                jax.lax.dynamic_index_in_dim(cohort.examples[name], own),
-            )
-            for name, values in read_full().items()
-        }
-
-    def read_cpu() -> dict[str, jax.Array]:
-        # Most batches are full, and XLA:CPU would repeat the masking in each consumer.
-        is_full = (begin == start) & (begin + length <= end)
-        return jax.lax.cond(is_full, read_full, read_partial)
-
-    return {**jax.lax.platform_dependent(cpu=read_cpu, default=read_partial), "mask": mask}

@@ -19,7 +19,16 @@ from jax.sharding import Mesh, PartitionSpec
 
 from fedjax_lite import random as fl_random
 from fedjax_lite.base import ClientResult, ClientUpdate, PyTree
-from fedjax_lite.cohort import KEY_DATA, KEY_INIT, KEY_STEP, Cohort, client_key, read_batch
+from fedjax_lite.batches import (
+    KEY_DATA,
+    KEY_INIT,
+    KEY_STEP,
+    Batching,
+    client_key,
+    count_steps,
+    read_batch,
+)
+from fedjax_lite.cohort import Cohort
 from fedjax_lite.mesh import AXIS, resolve
 
 ON_NONFINITE = ("drop", "keep")
@@ -48,19 +57,19 @@ def run_clients(
     cohort: Cohort,
     key: jax.Array,
     *,
-    batch_size: int,
+    batching: Batching,
     lanes: int | None = None,
     mesh: Mesh | None = None,
     on_nonfinite: str = "drop",
 ) -> CohortResult:
-    """Runs every client of a cohort once through its examples and sums what they send.
+    """Runs the local steps of every client of a cohort and sums what the clients send.
 
     Args:
       client_update: What one client computes.
       shared: What the server broadcasts to the clients.
       cohort: Who takes part.
       key: Typed key of the round; clients derive theirs from it by their id.
-      batch_size: Number of examples in a local batch.
+      batching: What a client runs through.
       lanes: How many clients a device trains side by side. Changes the speed, and results
         only by the order of additions. By default 1 on CPUs and up to 64 elsewhere.
       mesh: Mesh with the axis `"clients"`; all devices by default. Changes the speed only.
@@ -75,7 +84,7 @@ def run_clients(
     num_devices = 1 if mesh is None else mesh.devices.size
     per_device = -(-cohort.capacity // num_devices)
     lanes = min(_default_lanes() if lanes is None else lanes, per_device)
-    num_steps = -(-cohort.num_examples // batch_size)
+    num_steps = count_steps(cohort.num_examples, batching)
     table = _deal(num_steps, num_devices, lanes)
 
     def run_waves(
@@ -85,7 +94,7 @@ def run_clients(
         cohort: Cohort,
         key: jax.Array,
     ) -> CohortResult:
-        lane = _lane(client_update, shared, cohort, key, batch_size, on_nonfinite)
+        lane = _lane(client_update, shared, cohort, key, batching, on_nonfinite)
         return _sum_waves(lane, table, num_steps)
 
     replicated = (num_steps, shared, cohort, fl_random.fast(key))
@@ -142,7 +151,7 @@ def _lane(
     shared: PyTree,
     cohort: Cohort,
     key: jax.Array,
-    batch_size: int,
+    batching: Batching,
     on_nonfinite: str,
 ) -> _Lane:
     def init(slot: jax.Array) -> PyTree:
@@ -152,7 +161,7 @@ def _lane(
         client_id = cohort.client_ids[slot]
         key_data = client_key(key, client_id, KEY_DATA)
         key_step = jax.random.fold_in(client_key(key, client_id, KEY_STEP), step)
-        batch = read_batch(cohort, key_data, slot, step, batch_size)
+        batch = read_batch(cohort, key_data, slot, step, batching)
         return client_update.step(shared, client_state, batch, key_step)
 
     def final(slot: jax.Array, client_state: PyTree) -> ClientResult:

@@ -9,6 +9,10 @@ NAMES = {
     "cohort": ["key", "population", "cohort_size", "capacity"],
     "configure_cpu": ["num_devices"],
     "evaluate": ["model", "state", "examples"],
+    "fed_avg": [
+        *("model", "client_optimizer", "server_optimizer", "batch_size", "num_epochs"),
+        *("num_steps", "shuffle", "weighting", "on_nonfinite", "lanes", "mesh"),
+    ],
     "fed_sgd": [
         *("model", "server_optimizer", "reduction", "weighting", "batch_size", "on_nonfinite"),
         *("lanes", "mesh"),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from problems import everyone, regression_dataset
 
 import fedjax_lite as fl
-from fedjax_lite.cohort import read_batch
+from fedjax_lite.batches import Batching, read_batch
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,9 @@ def test_every_example_is_read_exactly_once(sizes, batch_size):
     for slot, part in enumerate(parts):
         read = []
         for step in range(-(-len(part) // batch_size)):
-            batch = read_batch(cohort, jax.random.key(0), slot, step, batch_size)
+            batch = read_batch(
+                cohort, jax.random.key(0), slot, step, Batching(batch_size=batch_size)
+            )
             read += np.asarray(batch["row"])[np.asarray(batch["mask"])].tolist()
             assert np.isin(batch["row"], part).all()  # padding is filled with the client's own
         assert read == part.tolist()
@@ -98,7 +100,11 @@ def test_refuses_what_is_not_a_number_or_a_population(population):
 def test_generated_batches_differ_between_rounds_clients_and_steps():
     cohort = fl.cohort(jax.random.key(0), fl.data.halfspace(batch_size=4), 3)
     keys = [jax.random.key(0), jax.random.key(1)]
-    batches = [read_batch(cohort, key, 0, step, 4)["x"] for key in keys for step in (0, 1)]
+    batches = [
+        read_batch(cohort, key, 0, step, Batching(batch_size=4))["x"]
+        for key in keys
+        for step in (0, 1)
+    ]
     assert len({np.asarray(b).tobytes() for b in batches}) == 4
 
 
@@ -110,5 +116,8 @@ def test_generated_batches_are_masked_beyond_the_number_of_examples():
     )
     cohort = fl.cohort(jax.random.key(0), population, 2)
     for slot in range(2):
-        masks = [read_batch(cohort, jax.random.key(0), slot, step, 4)["mask"] for step in (0, 1)]
+        masks = [
+            read_batch(cohort, jax.random.key(0), slot, step, Batching(batch_size=4))["mask"]
+            for step in (0, 1)
+        ]
         assert np.sum(masks) == 5 + cohort.client_ids[slot]

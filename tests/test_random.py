@@ -62,12 +62,11 @@ def test_permuted_handles_the_largest_size():
     assert len(set(order.tolist())) == 3
 
 
-def chi_square(size, num_keys, seed):
+def chi_square(size, num_keys, seed, **options):
     """The statistic of the counts of all permutations against the uniform distribution."""
     keys = jax.random.split(jax.random.key(seed), num_keys)
-    orders = np.asarray(
-        jax.jit(jax.vmap(lambda k: fl_random.permuted(k, jnp.arange(size), size)))(keys)
-    )
+    permute = lambda k: fl_random.permuted(k, jnp.arange(size), size, **options)
+    orders = np.asarray(jax.jit(jax.vmap(permute))(keys))
     counts = dict.fromkeys(itertools.permutations(range(size)), 0)
     for order in map(tuple, orders.tolist()):
         counts[order] += 1
@@ -75,14 +74,26 @@ def chi_square(size, num_keys, seed):
     return sum((count - expected) ** 2 / expected for count in counts.values()), len(counts) - 1
 
 
-@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_permuted_is_uniform_over_all_permutations(size):
     statistic, freedom = chi_square(size, num_keys=24_000, seed=11)
     # Mean `freedom`, standard deviation sqrt(2 freedom); six of them, both ways.
     assert abs(statistic - freedom) < 6 * np.sqrt(2 * freedom)
 
 
-def test_the_uniformity_test_rejects_too_few_rounds(monkeypatch):
-    monkeypatch.setattr(fl_random, "_SWAP_ROUNDS", 4)
-    statistic, freedom = chi_square(4, num_keys=24_000, seed=12)
+def test_the_uniformity_test_rejects_too_few_rounds():
+    statistic, freedom = chi_square(4, num_keys=24_000, seed=12, num_rounds=4)
     assert statistic > freedom + 6 * np.sqrt(2 * freedom)
+
+
+def test_permuted_sends_every_pair_everywhere():
+    size, num_keys = 50, 40_000
+    keys = jax.random.split(jax.random.key(13), num_keys)
+    permute = lambda k: fl_random.permuted(k, jnp.arange(2), size)
+    first, second = np.asarray(jax.jit(jax.vmap(permute))(keys)).T
+    counts = np.bincount(first * size + second, minlength=size**2).reshape(size, size)
+    assert (np.diag(counts) == 0).all()
+    pairs = counts[~np.eye(size, dtype=bool)]
+    freedom = pairs.size - 1
+    statistic = ((pairs - pairs.mean()) ** 2 / pairs.mean()).sum()
+    assert abs(statistic - freedom) < 6 * np.sqrt(2 * freedom)

@@ -11,7 +11,7 @@ import torch
 
 import fedjax_lite as fl
 from fedjax_lite import random as fl_random
-from fedjax_lite.cohort import KEY_DATA, client_key, read_batch
+from fedjax_lite.batches import KEY_DATA, Batching, client_key, read_batch
 
 ROUNDS = 100
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -23,7 +23,9 @@ def cohort_batches(cohort, key, *, max_steps, batch_size):
 
     def client(slot):
         key_data = client_key(fl_random.fast(key), cohort.client_ids[slot], KEY_DATA)
-        read = lambda step: read_batch(cohort, key_data, slot, step, batch_size)
+        read = lambda step: read_batch(
+            cohort, key_data, slot, step, Batching(batch_size=batch_size)
+        )
         return jax.vmap(read)(jax.numpy.arange(max_steps))
 
     return jax.vmap(client)(jax.numpy.arange(cohort.capacity))

@@ -8,27 +8,19 @@ import optax
 from jax.sharding import Mesh
 
 from fedjax_lite import _validate
-from fedjax_lite.algorithms.server import (
-    Weighting,
-    init_server,
-    resolve_weighting,
-    round_info,
-    server_step,
-)
+from fedjax_lite.algorithms.server import Weighting, federated_algorithm, resolve_weighting
 from fedjax_lite.base import (
     Batch,
     ClientResult,
     ClientUpdate,
     FederatedAlgorithm,
     PyTree,
-    RoundInfo,
     ServerState,
 )
-from fedjax_lite.cohort import Cohort, resolve_batch_size
+from fedjax_lite.batches import Batching
+from fedjax_lite.local import batch_loss
 from fedjax_lite.model import Model
-from fedjax_lite.runner import ON_NONFINITE, run_clients
 
-DEFAULT_BATCH_SIZE = 128
 REDUCTIONS = ("mean", "sum")
 
 
@@ -102,12 +94,7 @@ def fed_sgd(
     3.0
     """
     _validate.choice("reduction", reduction, REDUCTIONS)
-    _validate.choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
     client_weight = resolve_weighting(weighting if reduction == "mean" else "uniform")
-    if batch_size is not None:
-        batch_size = _validate.integer("batch_size", batch_size, minimum=1)
-    if lanes is not None:
-        lanes = _validate.integer("lanes", lanes, minimum=1)
 
     def client_init(shared: ServerState, key: jax.Array) -> _ClientState:
         del key
@@ -120,14 +107,8 @@ def fed_sgd(
     def client_step(
         shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
     ) -> _ClientState:
-        def batch_loss(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
-            losses, model_state = model.loss(params, client_state.model_state, batch, key)
-            _validate.per_example("model.loss", losses.shape, batch["mask"].shape[0])
-            total = jnp.where(batch["mask"], losses, 0).sum()
-            scale = 1 if reduction == "mean" else jnp.maximum(batch["mask"].sum(), 1)
-            return total / scale, (total, model_state)
-
-        gradient, (total, model_state) = jax.grad(batch_loss, has_aux=True)(shared.params)
+        loss = batch_loss(model, client_state.model_state, batch, key, mean=reduction == "sum")
+        gradient, (total, model_state) = jax.grad(loss, has_aux=True)(shared.params)
         return _ClientState(
             gradient=optax.tree.add(client_state.gradient, gradient),
             model_state=model_state,
@@ -148,28 +129,14 @@ def fed_sgd(
             model_state=client_state.model_state,
         )
 
-    client_update = ClientUpdate(client_init, client_step, client_final)
-
-    def init(key_or_params: PyTree, model_state: PyTree | None = None) -> ServerState:
-        return init_server(model, server_optimizer, key_or_params, model_state, mesh)
-
-    @jax.jit
-    def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
-        result = run_clients(
-            client_update,
-            state,
-            cohort,
-            key,
-            batch_size=resolve_batch_size(cohort, batch_size, DEFAULT_BATCH_SIZE),
-            lanes=lanes,
-            mesh=mesh,
-            on_nonfinite=on_nonfinite,
-        )
-        skip = result.weight == 0
-        mean = 1 / jnp.where(skip, 1, result.weight)
-        gradient = result.update if reduction == "sum" else optax.tree.scale(mean, result.update)
-        model_state = optax.tree.scale(mean, result.model_state)
-        info = round_info(cohort, result, gradient, skip)
-        return server_step(server_optimizer, state, gradient, model_state, skip), info
-
-    return FederatedAlgorithm(init, round)
+    return federated_algorithm(
+        model,
+        ClientUpdate(client_init, client_step, client_final),
+        server_optimizer,
+        batching=Batching(batch_size=128 if batch_size is None else batch_size),
+        batch_size=batch_size,
+        average=reduction == "mean",
+        on_nonfinite=on_nonfinite,
+        lanes=lanes,
+        mesh=mesh,
+    )

@@ -1,4 +1,4 @@
-"""The server's half of a round, shared by the algorithms."""
+"""The server's half of a round, and what makes it an algorithm."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,11 +10,12 @@ import optax
 from jax.sharding import Mesh
 
 from fedjax_lite import _validate, random
-from fedjax_lite.base import PyTree, RoundInfo, ServerState
+from fedjax_lite.base import ClientUpdate, FederatedAlgorithm, PyTree, RoundInfo, ServerState
+from fedjax_lite.batches import Batching, adapt_batch_size
 from fedjax_lite.cohort import Cohort
 from fedjax_lite.mesh import replicate
 from fedjax_lite.model import Model
-from fedjax_lite.runner import CohortResult
+from fedjax_lite.runner import ON_NONFINITE, CohortResult, run_clients
 
 Weighting = Literal["examples", "uniform"] | Callable[[jax.Array], jax.Array]
 
@@ -33,39 +34,78 @@ def resolve_weighting(weighting: Weighting) -> Callable[[jax.Array], jax.Array]:
     return lambda num_examples: num_examples.astype(float)
 
 
-def init_server(
+def federated_algorithm(
     model: Model,
+    client_update: ClientUpdate,
     server_optimizer: optax.GradientTransformation,
-    key_or_params: PyTree,
-    model_state: PyTree | None,
+    *,
+    batching: Batching,
+    batch_size: int | None,
+    average: bool,
+    on_nonfinite: str,
+    lanes: int | None,
     mesh: Mesh | None,
-) -> ServerState:
-    """A fresh state, on the devices that the rounds run on.
+) -> FederatedAlgorithm:
+    """The algorithm that gives the server optimizer the mean, or the sum, of client updates.
 
-    Raises:
-      TypeError: A leaf of the params is not an array.
-      ValueError: There are no params, or the model cannot draw any.
+    Args:
+      model: The model, which draws params where a key is given.
+      client_update: What a client computes from the `ServerState`.
+      server_optimizer: Is given the aggregate as its gradient.
+      batching: What a client runs through.
+      batch_size: What the user asked for; a generated population may not contradict it.
+      average: Divide the sum of the updates by the sum of the weights.
+      on_nonfinite: As for `run_clients`.
+      lanes: As for `run_clients`.
+      mesh: As for `run_clients`.
     """
-    if random.is_key(key_or_params):
-        params, drawn_state = model.init(key_or_params)
-        model_state = drawn_state if model_state is None else model_state
-    else:
-        params, model_state = key_or_params, {} if model_state is None else model_state
-    _validate.arrays("params", params)
-    # With a dtype of their own: a weakly typed leaf would have the second round compile again.
-    params, model_state = jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.result_type(x)), (params, model_state)
-    )
-    state = ServerState(
-        params=params,
-        model_state=model_state,
-        opt_state=server_optimizer.init(params),
-        round=jnp.int32(0),
-    )
-    return replicate(state, mesh)
+    _validate.choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
+    if lanes is not None:
+        lanes = _validate.integer("lanes", lanes, minimum=1)
+
+    def init(key_or_params: PyTree, model_state: PyTree | None = None) -> ServerState:
+        if random.is_key(key_or_params):
+            params, drawn_state = model.init(key_or_params)
+            model_state = drawn_state if model_state is None else model_state
+        else:
+            params, model_state = key_or_params, {} if model_state is None else model_state
+        _validate.arrays("params", params)
+        # With a dtype of their own: a weakly typed leaf would have the second round compile
+        # again.
+        params, model_state = jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.result_type(x)), (params, model_state)
+        )
+        state = ServerState(
+            params=params,
+            model_state=model_state,
+            opt_state=server_optimizer.init(params),
+            round=jnp.int32(0),
+        )
+        return replicate(state, mesh)
+
+    @jax.jit
+    def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
+        result = run_clients(
+            client_update,
+            state,
+            cohort,
+            key,
+            batching=adapt_batch_size(cohort, batching, batch_size),
+            lanes=lanes,
+            mesh=mesh,
+            on_nonfinite=on_nonfinite,
+        )
+        skip = result.weight == 0
+        mean = 1 / jnp.where(skip, 1, result.weight)
+        aggregate = optax.tree.scale(mean, result.update) if average else result.update
+        model_state = optax.tree.scale(mean, result.model_state)
+        info = _round_info(cohort, result, aggregate, skip)
+        return _server_step(server_optimizer, state, aggregate, model_state, skip), info
+
+    return FederatedAlgorithm(init, round)
 
 
-def server_step(
+def _server_step(
     server_optimizer: optax.GradientTransformation,
     state: ServerState,
     aggregate: PyTree,
@@ -83,7 +123,7 @@ def server_step(
     return dataclasses.replace(after, round=state.round + 1)
 
 
-def round_info(
+def _round_info(
     cohort: Cohort, result: CohortResult, aggregate: PyTree, skip: jax.Array
 ) -> RoundInfo:
     """What to report of a round whose clients report a mean `loss` each."""

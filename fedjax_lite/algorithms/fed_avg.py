@@ -1,0 +1,161 @@
+"""Federated averaging: clients train, the server averages what changed."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from fedjax_lite.algorithms.server import Weighting, federated_algorithm, resolve_weighting
+from fedjax_lite.base import (
+    Batch,
+    ClientResult,
+    ClientUpdate,
+    FederatedAlgorithm,
+    PyTree,
+    ServerState,
+)
+from fedjax_lite.batches import Batching
+from fedjax_lite.local import batch_loss
+from fedjax_lite.model import Model
+
+
+class _ClientState(NamedTuple):
+    params: PyTree
+    model_state: PyTree
+    opt_state: PyTree
+    loss: jax.Array
+    num_examples: jax.Array
+
+
+def fed_avg(
+    model: Model,
+    client_optimizer: optax.GradientTransformation
+    | Callable[[jax.Array], optax.GradientTransformation],
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    batch_size: int | None = None,
+    num_epochs: int = 1,
+    num_steps: int | None = None,
+    shuffle: bool = True,
+    weighting: Weighting = "examples",
+    on_nonfinite: Literal["drop", "keep"] = "drop",
+    lanes: int | None = None,
+    mesh: Mesh | None = None,
+) -> FederatedAlgorithm:
+    r"""FedAvg: clients train from the server's params, the server steps along the mean delta.
+
+    Client $i$ starts from the server's params $w$, takes its local steps with the client
+    optimizer on the mean loss of each batch, and ends at $w_i$. The server optimizer is given
+    $\sum_i p_i (w - w_i) / \sum_i p_i$ as its gradient, with $p_i$ the number of examples of the
+    client (`weighting="examples"`), 1 (`"uniform"`) or a function of that number.
+
+    With `server_optimizer=optax.sgd(1.0)` this is FedAvg; momentum makes it FedAvgM, and
+    `optax.adam`, `optax.yogi`, `optax.adagrad`, `optax.lamb` and `optax.lars` make it FedAdam,
+    FedYogi, FedAdagrad, FedLAMB and FedLARS.
+
+    Sources: McMahan et al. (2017), "Communication-Efficient Learning of Deep Networks from
+    Decentralized Data"; Reddi et al. (2021), "Adaptive Federated Optimization".
+
+    Args:
+      model: The model.
+      client_optimizer: Any optax transformation, with a fresh state for each client and round;
+        or a function `round -> transformation` of the traced number of the round, such as
+        `lambda round: optax.sgd(schedule(round))`, for learning rates that change between
+        rounds. Chain `optax.clip_by_global_norm` before it to clip local gradients.
+      server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
+      batch_size: Examples in a local batch. By default 32, and for generated populations the
+        size that they draw. The last batch of an epoch may be short: it is masked, never
+        filled up.
+      num_epochs: How often a client runs through its examples.
+      num_steps: Number of local steps, whatever the client's size; replaces `num_epochs`.
+      shuffle: A new order of a client's examples in each epoch, from the key of the round.
+      weighting: The weight of a client: `"examples"`, `"uniform"`, or a function
+        `num_examples -> weight`, scalar to scalar.
+      on_nonfinite: A client whose delta has a norm that is not finite is left out and
+        counted (`"drop"`), or let through (`"keep"`).
+      lanes: Clients trained side by side on a device; changes the speed only.
+      mesh: Mesh with the axis `"clients"`, all devices by default; changes the speed only.
+
+    Returns:
+      A `FederatedAlgorithm`. Its `init(key_or_params, model_state=None)` returns a
+      `ServerState`, its `round(key, state, cohort)` a `ServerState` and a `RoundInfo`, in which
+      a client's `loss` is the mean over the examples that it processed, each at the params of
+      its step. A round in which no client contributes leaves the params alone and says so in
+      `info.skipped`. Model state (BatchNorm statistics) becomes the weighted mean of the
+      clients'.
+
+    Raises:
+      ValueError: An option is unknown or out of range, at once; the loss does not return one
+        value per example, when the round is first run.
+
+    >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
+    >>> model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2 / 2)
+    >>> algorithm = fed_avg(model, client_optimizer=optax.sgd(0.5), num_epochs=2)
+    >>> dataset = fl.FederatedDataset.from_clients({"a": {"x": [4.0]}, "b": {"x": [8.0]}})
+    >>> state = algorithm.init(jnp.float32(0.0))
+    >>> everyone = fl.cohort(jax.random.key(0), dataset.resident(), 2)
+    >>> state, info = algorithm.round(jax.random.key(1), state, everyone)
+    >>> float(state.params)  # Two steps of 1/2 take each client 3/4 of its way: to 3 and to 6.
+    4.5
+    """
+    client_weight = resolve_weighting(weighting)
+
+    def optimizer(shared: ServerState) -> optax.GradientTransformation:
+        if isinstance(client_optimizer, optax.GradientTransformation):
+            return client_optimizer
+        return client_optimizer(shared.round)
+
+    def client_init(shared: ServerState, key: jax.Array) -> _ClientState:
+        del key
+        return _ClientState(
+            params=shared.params,
+            model_state=shared.model_state,
+            opt_state=optimizer(shared).init(shared.params),
+            loss=jnp.zeros(()),
+            num_examples=jnp.int32(0),
+        )
+
+    def client_step(
+        shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
+    ) -> _ClientState:
+        params = client_state.params
+        loss = batch_loss(model, client_state.model_state, batch, key, mean=True)
+        gradient, (total, model_state) = jax.grad(loss, has_aux=True)(params)
+        updates, opt_state = optimizer(shared).update(gradient, client_state.opt_state, params)
+        return _ClientState(
+            params=optax.apply_updates(params, updates),
+            model_state=model_state,
+            opt_state=opt_state,
+            loss=client_state.loss + total,
+            num_examples=client_state.num_examples + batch["mask"].sum(dtype=jnp.int32),
+        )
+
+    def client_final(
+        shared: ServerState, client_state: _ClientState, num_examples: jax.Array
+    ) -> ClientResult:
+        return ClientResult(
+            update=optax.tree.sub(shared.params, client_state.params),
+            weight=client_weight(num_examples),
+            metrics={"loss": client_state.loss / client_state.num_examples},
+            model_state=client_state.model_state,
+        )
+
+    return federated_algorithm(
+        model,
+        ClientUpdate(client_init, client_step, client_final),
+        optax.sgd(1.0) if server_optimizer is None else server_optimizer,
+        batching=Batching(
+            batch_size=32 if batch_size is None else batch_size,
+            num_epochs=num_epochs,
+            num_steps=num_steps,
+            shuffle=shuffle,
+        ),
+        batch_size=batch_size,
+        average=True,
+        on_nonfinite=on_nonfinite,
+        lanes=lanes,
+        mesh=mesh,
+    )

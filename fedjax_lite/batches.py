@@ -1,0 +1,143 @@
+"""How a client's examples become the batches of its local steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from fedjax_lite import _validate, random
+from fedjax_lite.base import Batch
+from fedjax_lite.cohort import Cohort
+
+KEY_INIT, KEY_DATA, KEY_STEP = range(3)
+
+
+def client_key(key: jax.Array, client_id: ArrayLike, purpose: int) -> jax.Array:
+    """The key of one client in one round, for one of the purposes above."""
+    return jax.random.fold_in(jax.random.fold_in(key, purpose), client_id)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batching:
+    """What a client runs through in a round.
+
+    Attributes:
+      batch_size: Examples in a batch; the last batch of an epoch may be short, and is masked.
+      num_epochs: How often the client runs through its examples.
+      num_steps: Number of local steps, whatever the client's size, in as many epochs as it
+        takes; replaces `num_epochs`.
+      shuffle: A new order of the client's examples in each epoch, or always their own.
+    """
+
+    batch_size: int
+    num_epochs: int = 1
+    num_steps: int | None = None
+    shuffle: bool = False
+
+    def __post_init__(self) -> None:
+        _validate.integer("batch_size", self.batch_size, minimum=1)
+        _validate.integer("num_epochs", self.num_epochs, minimum=1)
+        if self.num_steps is not None:
+            _validate.integer("num_steps", self.num_steps, minimum=1)
+
+
+def adapt_batch_size(cohort: Cohort, batching: Batching, requested: int | None) -> Batching:
+    """The batching, at the size that the generator of the cohort draws if it has one.
+
+    Raises:
+      ValueError: Another size was requested.
+    """
+    if cohort.sample is None:
+        return batching
+    batch = jax.eval_shape(cohort.sample, jax.random.key(0), jnp.int32(0))
+    _validate.features("the sample function of the population", batch)
+    (drawn,) = {feature.shape[0] for feature in batch.values()}
+    if requested not in (None, drawn):
+        raise ValueError(
+            f"batch_size is {requested}, but the population draws batches of {drawn}; leave"
+            " batch_size out, or change the population's sample function."
+        )
+    return dataclasses.replace(batching, batch_size=drawn)
+
+
+def steps_per_epoch(num_examples: jax.Array, batching: Batching) -> jax.Array:
+    """Batches that it takes to see each example once."""
+    return -(-num_examples // batching.batch_size)
+
+
+def count_steps(num_examples: jax.Array, batching: Batching) -> jax.Array:
+    """Local steps of clients with so many examples; none without examples."""
+    if batching.num_steps is not None:
+        return jnp.where(num_examples > 0, batching.num_steps, 0)
+    return batching.num_epochs * steps_per_epoch(num_examples, batching)
+
+
+def read_batch(
+    cohort: Cohort, key: jax.Array, slot: ArrayLike, step: ArrayLike, batching: Batching
+) -> Batch:
+    """The batch of one local step of one client.
+
+    Args:
+      cohort: The cohort.
+      key: The client's key for data.
+      slot: Which client, int32 scalar.
+      step: Which of its steps, int32 scalar.
+      batching: What the client runs through.
+
+    Returns:
+      Features `[batch, ...]` and `"mask"`. What is masked of a resident client's batch is
+      filled with rows of its own, so that a stranger's NaN never enters.
+    """
+    num_examples, batch_size = cohort.num_examples[slot], batching.batch_size
+    epoch, batch_in_epoch = jnp.divmod(
+        step, jnp.maximum(steps_per_epoch(num_examples, batching), 1)
+    )
+    position = batch_in_epoch * batch_size + jnp.arange(batch_size)
+    if cohort.sample is not None:
+        batch = cohort.sample(jax.random.fold_in(key, step), cohort.client_ids[slot])
+        return {**batch, "mask": position < num_examples}
+    if batching.shuffle:
+        own = jnp.minimum(position, num_examples - 1)
+        rows = cohort.offsets[slot] + random.permuted(
+            jax.random.fold_in(key, epoch), own, num_examples
+        )
+        batch = {name: feature[rows] for name, feature in cohort.examples.items()}
+        return {**batch, "mask": position < num_examples}
+    return _read_in_order(cohort, slot, position[0], batch_size)
+
+
+def _read_in_order(cohort: Cohort, slot: ArrayLike, first: jax.Array, batch_size: int) -> Batch:
+    """The client's rows from its `first` on, as one slice."""
+    begin = cohort.offsets[slot] + first
+    end = cohort.offsets[slot] + cohort.num_examples[slot]
+    num_rows = next(iter(cohort.examples.values())).shape[0]
+    length = min(batch_size, num_rows)
+    # Near the end of the table the slice starts early: the mask is in terms of rows.
+    start = jnp.clip(begin, 0, num_rows - length)
+    rows = start + jnp.arange(length)
+    mask = (rows >= begin) & (rows < end)
+
+    def read_full() -> dict[str, jax.Array]:
+        return {
+            name: jax.lax.dynamic_slice_in_dim(feature, start, length)
+            for name, feature in cohort.examples.items()
+        }
+
+    def read_partial() -> dict[str, jax.Array]:
+        own = jnp.minimum(begin, end - 1)
+        return {
+            name: jnp.where(
+                mask.reshape((-1,) + (1,) * (values.ndim - 1)),
+                values,
+                jax.lax.dynamic_index_in_dim(cohort.examples[name], own),
+            )
+            for name, values in read_full().items()
+        }
+
+    def read_cpu() -> dict[str, jax.Array]:
+        # Most batches are full, and XLA:CPU would repeat the masking in each consumer.
+        is_full = (begin == start) & (begin + length <= end)
+        return jax.lax.cond(is_full, read_full, read_partial)
+
+    return {**jax.lax.platform_dependent(cpu=read_cpu, default=read_partial), "mask": mask}

@@ -1,0 +1,37 @@
+"""Pieces of local training that the algorithms share."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lite import _validate
+from fedjax_lite.base import Batch, PyTree
+from fedjax_lite.model import Model
+
+LossAndAux = Callable[[PyTree], tuple[jax.Array, tuple[jax.Array, PyTree]]]
+
+
+def batch_loss(
+    model: Model, model_state: PyTree, batch: Batch, key: jax.Array, *, mean: bool
+) -> LossAndAux:
+    """The loss of a batch as a function of the params, for `jax.grad` with `has_aux=True`.
+
+    Args:
+      model: The model.
+      model_state: Its state before the batch.
+      batch: Features and mask.
+      key: Typed key of the step.
+      mean: Over the real examples; else their sum.
+
+    Returns:
+      A function `params -> (loss, (sum of the losses, model state after the batch))`.
+    """
+
+    def loss(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+        losses, after = model.loss(params, model_state, batch, key)
+        _validate.per_example("model.loss", losses.shape, batch["mask"].shape[0])
+        total = jnp.where(batch["mask"], losses, 0).sum()
+        return total / jnp.maximum(batch["mask"].sum(), 1) if mean else total, (total, after)
+
+    return loss
