@@ -28,18 +28,39 @@ def choice(name: str, value: Any, options: Collection[str]) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, options))}.")
 
 
-def arrays(name: str, tree: Any) -> None:
-    """Refuses a tree without leaves, or with a leaf that is no array or number."""
+def instance(name: str, value: Any, kind: type) -> None:
+    """Refuses a value of another type."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} is of type {type(value).__name__}; pass a {kind.__name__}"
+            f" ({kind.__module__.partition('.')[0]})."
+        )
+
+
+def params(tree: Any) -> None:
+    """Refuses a tree without leaves, or with a leaf that is no floating-point array."""
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: x is None)
     if not leaves:
-        raise ValueError(f"{name} is {tree!r}, without a single array; pass a pytree of arrays.")
+        raise ValueError(f"params is {tree!r}, without a single array; pass a pytree of arrays.")
     for path, leaf in leaves:
-        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, int, complex)):
-            where = name + jax.tree_util.keystr(path)
+        where = "params" + jax.tree_util.keystr(path)
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, complex)):
             raise TypeError(
-                f"{where} is {leaf!r}, of type {type(leaf).__name__}; pass a pytree whose leaves"
-                " are arrays."
+                f"{where} is {leaf!r}, of type {type(leaf).__name__}; pass floating-point arrays,"
+                " or a typed key such as jax.random.key(0)."
             )
+        if not jax.numpy.issubdtype(jax.numpy.result_type(leaf), jax.numpy.inexact):
+            raise TypeError(
+                f"{where} has dtype {jax.numpy.result_type(leaf)}, which has no gradient; pass"
+                " floating-point arrays, or a typed key such as jax.random.key(0)."
+            )
+
+
+def scalar(name: str, value: Any) -> jax.Array:
+    """`value` as a floating-point scalar."""
+    if np.shape(value) != () or value is None:
+        raise ValueError(f"{name} returned {value!r}; return a scalar, one weight for one client.")
+    return jax.numpy.asarray(value, float)
 
 
 def features(name: str, tree: Any) -> None:

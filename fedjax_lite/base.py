@@ -27,7 +27,7 @@ Batch = Mapping[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ServerState:
     """What the server keeps from one round to the next.
 
@@ -45,18 +45,19 @@ class ServerState:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RoundInfo:
     """What happened in a round; it never feeds the next one.
 
     Attributes:
-      loss: Mean training loss over the cohort's examples, at the params that the
-        clients computed it at; 0 for a cohort without examples.
+      loss: Mean training loss over the examples processed by clients that were not left
+        out, each at the params that its client had; 0 if there are none.
       update_norm: L2 norm of the aggregate that the server optimizer was given.
       num_clients: Clients in the cohort, empty ones included.
-      num_examples: Examples processed.
+      num_examples: Examples processed, those of every epoch counted; int32.
       num_empty: Clients without examples; they contribute nothing.
-      num_nonfinite: Clients whose update held a NaN or an infinity.
+      num_nonfinite: Clients whose update, model state or weight is not finite, or so
+        large that the norm of the update is not.
       skipped: True if no client contributed: `params`, `model_state` and
         `opt_state` are then unchanged, and only `round` advances.
       clients: Per-client arrays `[clients]` in cohort order, zero in empty slots:
@@ -77,8 +78,8 @@ class FederatedAlgorithm(NamedTuple):
     """A federated algorithm as a pair of pure functions, as in optax.
 
     Attributes:
-      init: `init(key_or_params) -> state`. A typed key draws fresh parameters
-        from the model; a pytree of arrays is taken as the parameters.
+      init: `init(key_or_params, model_state=None) -> state`. A typed key draws fresh
+        parameters from the model; a pytree of arrays is taken as the parameters.
       round: `round(key, state, cohort) -> (state, info)`: one round, jitted, and
         usable inside `jit`, `scan` and `vmap`. It compiles once per shape of the
         cohort: cohort size, client sizes and keys are data.

@@ -1,6 +1,7 @@
 """How a client's examples become the batches of its local steps."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,13 @@ def steps_per_epoch(num_examples: jax.Array, batching: Batching) -> jax.Array:
     return -(-num_examples // batching.batch_size)
 
 
+def count_processed(num_examples: jax.Array, batching: Batching) -> jax.Array:
+    """Examples in all local steps of clients with so many, those of each epoch counted."""
+    per_epoch = jnp.maximum(steps_per_epoch(num_examples, batching), 1)
+    epochs, rest = jnp.divmod(count_steps(num_examples, batching), per_epoch)
+    return epochs * num_examples + jnp.minimum(rest * batching.batch_size, num_examples)
+
+
 def count_steps(num_examples: jax.Array, batching: Batching) -> jax.Array:
     """Local steps of clients with so many examples; none without examples."""
     if batching.num_steps is not None:
@@ -96,7 +104,7 @@ def read_batch(
     position = batch_in_epoch * batch_size + jnp.arange(batch_size)
     if cohort.sample is not None:
         batch = cohort.sample(jax.random.fold_in(key, step), cohort.client_ids[slot])
-        return {**batch, "mask": position < num_examples}
+        return _fill_padding(batch, position < num_examples)
     if batching.shuffle:
         own = jnp.minimum(position, num_examples - 1)
         rows = cohort.offsets[slot] + random.permuted(
@@ -105,6 +113,36 @@ def read_batch(
         batch = {name: feature[rows] for name, feature in cohort.examples.items()}
         return {**batch, "mask": position < num_examples}
     return _read_in_order(cohort, slot, position[0], batch_size)
+
+
+def _fill_padding(batch: dict[str, jax.Array], mask: jax.Array) -> Batch:
+    """The batch with its first example, a real one, in place of those that are masked."""
+
+    def fill(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: jnp.where(_over(mask, x), x, x[:1]) for name, x in batch.items()}
+
+    return {**_unless_full(mask[-1], fill, batch), "mask": mask}
+
+
+def _over(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """`mask [batch]` with trailing axes, to go with `x [batch, ...]`."""
+    return mask.reshape((-1,) + (1,) * (x.ndim - 1))
+
+
+def _unless_full(
+    is_full: jax.Array,
+    mend: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
+    batch: dict[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """`mend(batch)`; where it is cheaper to ask first, `batch` itself if it is full.
+
+    Most batches are full, and XLA:CPU would repeat the masking in each consumer of the batch.
+    """
+
+    def ask_first(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return jax.lax.cond(is_full, lambda batch: batch, mend, batch)
+
+    return jax.lax.platform_dependent(batch, cpu=ask_first, default=mend)
 
 
 def _read_in_order(cohort: Cohort, slot: ArrayLike, first: jax.Array, batch_size: int) -> Batch:
@@ -118,26 +156,20 @@ def _read_in_order(cohort: Cohort, slot: ArrayLike, first: jax.Array, batch_size
     rows = start + jnp.arange(length)
     mask = (rows >= begin) & (rows < end)
 
-    def read_full() -> dict[str, jax.Array]:
-        return {
-            name: jax.lax.dynamic_slice_in_dim(feature, start, length)
-            for name, feature in cohort.examples.items()
-        }
-
-    def read_partial() -> dict[str, jax.Array]:
+    def own_row_in_padding(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         own = jnp.minimum(begin, end - 1)
         return {
             name: jnp.where(
-                mask.reshape((-1,) + (1,) * (values.ndim - 1)),
+                _over(mask, values),
                 values,
                 jax.lax.dynamic_index_in_dim(cohort.examples[name], own),
             )
-            for name, values in read_full().items()
+            for name, values in batch.items()
         }
 
-    def read_cpu() -> dict[str, jax.Array]:
-        # Most batches are full, and XLA:CPU would repeat the masking in each consumer.
-        is_full = (begin == start) & (begin + length <= end)
-        return jax.lax.cond(is_full, read_full, read_partial)
-
-    return {**jax.lax.platform_dependent(cpu=read_cpu, default=read_partial), "mask": mask}
+    batch = {
+        name: jax.lax.dynamic_slice_in_dim(feature, start, length)
+        for name, feature in cohort.examples.items()
+    }
+    is_full = (begin == start) & (begin + length <= end)
+    return {**_unless_full(is_full, own_row_in_padding, batch), "mask": mask}

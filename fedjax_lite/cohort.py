@@ -13,7 +13,7 @@ from fedjax_lite.data.population import GeneratedPopulation, Population, Residen
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Cohort:
     """The clients of one round: a list of slots, of which the last may be empty.
 
@@ -21,7 +21,8 @@ class Cohort:
     devices: the runner deals the clients out inside the compiled round.
 
     Attributes:
-      client_ids: `[clients]`, int32; -1 marks an empty slot.
+      client_ids: `[clients]`, int32, positions in the population (and in the `client_ids` of
+        the dataset that it came from); -1 marks an empty slot.
       num_examples: `[clients]`, int32; 0 in empty slots.
       offsets: `[clients]`, int32, the first row of each client in `examples`.
       examples: Features `[rows, ...]` by name; empty for generated clients.
@@ -96,7 +97,18 @@ def cohort(
             " largest cohort size that can occur."
         )
 
-    return _draw(key, population, jnp.asarray(cohort_size), capacity=capacity)
+    size = jnp.asarray(cohort_size)
+    if size.shape != () or not jnp.issubdtype(size.dtype, jnp.integer):
+        raise ValueError(
+            f"cohort_size is traced with shape {size.shape} and dtype {size.dtype}; pass an"
+            " integer scalar."
+        )
+    if isinstance(population, GeneratedPopulation):
+        return _draw(random.fast(key), population, size, capacity=capacity)
+    # The examples stay out of the jitted function, which would return a copy of them.
+    without_examples = dataclasses.replace(population, examples={})
+    drawn = _draw(random.fast(key), without_examples, size, capacity=capacity)
+    return dataclasses.replace(drawn, examples=population.examples)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
@@ -110,16 +122,16 @@ def _draw(
     if isinstance(population, ResidentPopulation):
         offsets = population.offsets[client_ids]
         num_examples = population.offsets[client_ids + 1] - offsets
-        examples, sample = population.examples, None
+        sample = None
     else:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key_sizes, client_ids)
         num_examples = jax.vmap(population.num_examples)(keys, client_ids).astype(jnp.int32)
         offsets = jnp.zeros_like(num_examples)
-        examples, sample = {}, population.sample
+        sample = population.sample
     return Cohort(
         client_ids=jnp.where(filled, client_ids, -1),
         num_examples=jnp.where(filled, num_examples, 0),
         offsets=offsets,
-        examples=examples,
+        examples={},
         sample=sample,
     )

@@ -30,7 +30,8 @@ def configure_cpu(num_devices: int | None = None) -> None:
       RuntimeError: JAX has already computed something, so that it is too late.
     """
     if num_devices is None:
-        num_devices = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        usable = getattr(os, "sched_getaffinity", None)
+        num_devices = len(usable(0)) if usable else os.cpu_count() or 1
     num_devices = _validate.integer("num_devices", num_devices, minimum=1)
     jax.config.update("jax_num_cpu_devices", num_devices)
     flags = os.environ.get("XLA_FLAGS", "")

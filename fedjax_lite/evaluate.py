@@ -37,6 +37,7 @@ def evaluate(
     >>> {name: float(value) for name, value in evaluate(model, state, {"x": [1.0, 5.0]}).items()}
     {'loss': 5.0}
     """
+    _validate.instance("state", state, ServerState)
     _validate.features("examples", examples)
     batch = {name: jnp.asarray(feature) for name, feature in examples.items()}
     num_rows = next(iter(batch.values())).shape[0]

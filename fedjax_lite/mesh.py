@@ -31,14 +31,15 @@ def resolve(mesh: Mesh | None) -> Mesh | None:
     """The mesh to run on: the one given, else all devices; `None` for a single device.
 
     Raises:
-      ValueError: The mesh has no axis `"clients"`, or has other axes.
+      ValueError: The mesh has not the one axis `"clients"`, of type Auto.
     """
     if mesh is None:
         return clients_mesh() if jax.device_count() > 1 else None
-    if mesh.axis_names != (AXIS,):
+    _validate.instance("mesh", mesh, Mesh)
+    if mesh.axis_names != (AXIS,) or mesh.axis_types != (AxisType.Auto,):
         raise ValueError(
-            f'mesh has the axes {mesh.axis_names}; pass one with the single axis "{AXIS}", such as'
-            " fl.clients_mesh()."
+            f"mesh has the axes {mesh.axis_names} of types {mesh.axis_types}; pass one with the"
+            f' single axis "{AXIS}" of type Auto, such as fl.clients_mesh().'
         )
     return mesh
 

@@ -84,8 +84,10 @@ def linen_model(
 
     Args:
       module: The module. If its `__call__` takes `train`, it is called with
-        `train=True` by the loss and `train=False` by the metrics. Dropout draws from
-        the `"dropout"` stream. Collections other than `"params"` are the model state.
+        `train=True` by the loss and `train=False` by the metrics (`deterministic`, the other
+        way round). If it takes `mask`, it is given the mask `[batch]` of the real examples;
+        one with BatchNorm must take it, and hand it to its `BatchNorm` layers. Dropout draws
+        from the `"dropout"` stream. Collections other than `"params"` are the model state.
       example: An input of one batch, for its shape and dtype only: `[batch, ...]`.
       loss: `loss(predictions, batch) -> losses [batch]`.
       metrics: `metrics(predictions, batch) -> {name: values [batch]}`; the loss alone
@@ -95,36 +97,58 @@ def linen_model(
     Returns:
       A `Model` whose params are the module's `"params"` collection.
 
+    Raises:
+      ValueError: The module has batch statistics and its `__call__` does not take `mask`.
+
     >>> import jax, jax.numpy as jnp, flax.linen as nn
     >>> model = linen_model(nn.Dense(1), jnp.zeros((1, 4)), lambda p, batch: p[:, 0] ** 2)
     >>> params, model_state = model.init(jax.random.key(0))
     >>> jax.tree.map(jnp.shape, params)
     {'bias': (1,), 'kernel': (4, 1)}
     """
-    takes_train = "train" in inspect.signature(type(module).__call__).parameters
+    parameters = inspect.signature(type(module).__call__).parameters
 
-    def mode(train: bool) -> dict[str, Any]:
-        return {"train": train} if takes_train else {}
+    def options(train: bool, mask: jax.Array) -> dict[str, Any]:
+        given = {"train": train, "deterministic": not train, "mask": mask}
+        return {name: value for name, value in given.items() if name in parameters}
 
     def init_fn(key: jax.Array) -> tuple[PyTree, PyTree]:
-        variables = module.init(key, jnp.zeros_like(example), **mode(False))
+        mask = jnp.ones(jnp.shape(example)[0], bool)
+        variables = module.init(key, jnp.zeros_like(example), **options(False, mask))
         return variables["params"], {k: v for k, v in variables.items() if k != "params"}
+
+    collections = sorted(jax.eval_shape(init_fn, jax.random.key(0))[1])
+    if "batch_stats" in collections and "mask" not in parameters:
+        raise ValueError(
+            f"module {type(module).__name__} has batch statistics, and its __call__ does not take"
+            " mask, so that padding would enter them; add mask=None to its arguments and pass it"
+            " on, as in nn.BatchNorm(...)(x, mask=mask[:, None])."
+        )
+
+    def variables(params: PyTree, model_state: PyTree) -> dict[str, Any]:
+        if sorted(model_state) != collections:
+            raise ValueError(
+                f"model_state has the collections {sorted(model_state)}, and the module"
+                f" {collections}; pass algorithm.init a key, or model_state= beside the params."
+            )
+        return {"params": params, **model_state}
 
     def loss_fn(
         params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, PyTree]:
         predictions, updated = module.apply(
-            {"params": params, **model_state},
+            variables(params, model_state),
             batch[inputs],
             rngs={"dropout": key},
-            mutable=list(model_state),
-            **mode(True),
+            mutable=collections,
+            **options(True, batch["mask"]),
         )
         return loss(predictions, batch), {**model_state, **updated}
 
     def metrics_fn(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        variables = {"params": params, **model_state}
-        predictions: Any = module.apply(variables, batch[inputs], **mode(False))
+        predictions: Any = module.apply(
+            variables(params, model_state), batch[inputs], **options(False, batch["mask"])
+        )
         if metrics is None:
             return {"loss": loss(predictions, batch)}
         return metrics(predictions, batch)

@@ -50,8 +50,8 @@ def dirichlet(
         )
     num_clients = _validate.integer("num_clients", num_clients, minimum=1)
     min_examples = _validate.integer("min_examples", min_examples, minimum=0)
-    if not (np.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha is {alpha}; choose a positive, finite concentration.")
+    if not 0 < alpha <= 1e15:
+        raise ValueError(f"alpha is {alpha}; choose a positive concentration, at most 1e15.")
     if min_examples * num_clients > labels.size:
         raise ValueError(
             f"min_examples is {min_examples} for {num_clients} clients, but there are only"

@@ -14,6 +14,7 @@ import jax.extend.random as jex_random
 import jax.numpy as jnp
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_TAG = "ufry"
 _PARITY = 0x1BD11BDA  # Salmon et al. (2011), the constant of the key schedule.
 
 
@@ -21,11 +22,12 @@ def fast(key: jax.Array) -> jax.Array:
     """The same key, for the unrolled generator.
 
     Whatever is drawn from the result has the bits that `jax.random` draws from
-    `key` itself (under JAX's default `jax_threefry_partitionable=True`). Keys of
-    other implementations than threefry are returned as they are.
+    `key` itself (under JAX's default `jax_threefry_partitionable=True`). A key of
+    another implementation than threefry seeds a threefry key: some of them draw
+    other numbers under `vmap`, and results would depend on the number of lanes.
 
     Args:
-      key: Typed key (`jax.random.key`), of any shape.
+      key: Typed key (`jax.random.key`), of any shape if it is a threefry key.
 
     Returns:
       A typed key of the same shape.
@@ -35,8 +37,11 @@ def fast(key: jax.Array) -> jax.Array:
     >>> bool(jax.random.normal(key) == jax.random.normal(fast(key)))
     True
     """
-    if str(jax.random.key_impl(key)) != "threefry2x32":
+    implementation = str(jax.random.key_impl(key))
+    if implementation == _TAG:
         return key
+    if implementation != "threefry2x32":
+        key = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
     return jax.random.wrap_key_data(jax.random.key_data(key), impl=_UNROLLED)
 
 
@@ -69,6 +74,8 @@ def permuted(
     >>> sorted(permuted(jax.random.key(0), jnp.arange(5), 5).tolist())
     [0, 1, 2, 3, 4]
     """
+    if isinstance(size, int) and size == 1:  # XLA:CPU fails to compile the swaps of one element.
+        return jnp.zeros(jnp.shape(index), jnp.int32)
     size = jnp.asarray(size, jnp.uint32)
     words = jax.random.bits(key, (num_rounds, 2), jnp.uint32)
     pivots = words[:, 0] % size
@@ -135,5 +142,5 @@ _UNROLLED = jex_random.define_prng_impl(
         jax.random.fold_in(_standard(key_data), data)
     ),
     name="unrolled_threefry2x32",
-    tag="ufry",
+    tag=_TAG,
 )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from fedjax_lite import random as fl_random
+from fedjax_lite import random
 from fedjax_lite.base import ClientResult, ClientUpdate, PyTree
 from fedjax_lite.batches import (
     KEY_DATA,
@@ -25,6 +25,7 @@ from fedjax_lite.batches import (
     KEY_STEP,
     Batching,
     client_key,
+    count_processed,
     count_steps,
     read_batch,
 )
@@ -73,8 +74,8 @@ def run_clients(
       lanes: How many clients a device trains side by side. Changes the speed, and results
         only by the order of additions. By default 1 on CPUs and up to 64 elsewhere.
       mesh: Mesh with the axis `"clients"`; all devices by default. Changes the speed only.
-      on_nonfinite: `"drop"` leaves out a client whose update holds a NaN or an infinity,
-        `"keep"` lets it through.
+      on_nonfinite: `"drop"` leaves out a client whose update has a norm that is not finite (or
+        whose model state or weight is not), `"keep"` lets it through.
 
     Returns:
       The weighted sum, the total weight and the metrics. A client without examples takes no
@@ -83,7 +84,7 @@ def run_clients(
     mesh = resolve(mesh)
     num_devices = 1 if mesh is None else mesh.devices.size
     per_device = -(-cohort.capacity // num_devices)
-    lanes = min(_default_lanes() if lanes is None else lanes, per_device)
+    lanes = min(_default_lanes(mesh) if lanes is None else lanes, per_device)
     num_steps = count_steps(cohort.num_examples, batching)
     table = _deal(num_steps, num_devices, lanes)
 
@@ -97,7 +98,7 @@ def run_clients(
         lane = _lane(client_update, shared, cohort, key, batching, on_nonfinite)
         return _sum_waves(lane, table, num_steps)
 
-    replicated = (num_steps, shared, cohort, fl_random.fast(key))
+    replicated = (num_steps, shared, cohort, random.fast(key))
     if mesh is None:
         result = run_waves(table[0], *replicated)
     else:
@@ -114,16 +115,17 @@ def run_clients(
     clients = {
         **result.clients,
         "nonfinite": result.clients["nonfinite"] > 0,
-        "num_examples": cohort.num_examples,
+        "num_examples": count_processed(cohort.num_examples, batching),
         "num_steps": num_steps,
     }
     return result._replace(clients=clients)
 
 
-def _default_lanes() -> int:
+def _default_lanes(mesh: Mesh | None) -> int:
     # On a CPU a second lane only turns matrix products and convolutions into batched ones,
     # which run slower per client; elsewhere many lanes fill the chip.
-    return 1 if jax.default_backend() == "cpu" else 64
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return 1 if platform == "cpu" else 64
 
 
 def _deal(num_steps: jax.Array, num_devices: int, lanes: int) -> jax.Array:

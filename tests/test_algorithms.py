@@ -14,22 +14,18 @@ import fedjax_lite as fl
 
 ALGORITHMS = {
     "fed_sgd": lambda model, **kw: fl.fed_sgd(model, optax.sgd(0.3), **kw),
-    "fed_sgd_adam": lambda model, **kw: fl.fed_sgd(model, optax.adam(0.2), **kw),
+    "fed_sgd_uniform": lambda model, **kw: fl.fed_sgd(
+        model, optax.adam(0.2), weighting="uniform", batch_size=2, **kw
+    ),
     "fed_sgd_sum": lambda model, **kw: fl.fed_sgd(
         model, optax.sgd(0.02), reduction="sum", batch_size=4, **kw
     ),
-    "fed_sgd_uniform": lambda model, **kw: fl.fed_sgd(
-        model, optax.sgd(0.1), weighting="uniform", **kw
-    ),
     "fed_avg": lambda model, **kw: fl.fed_avg(model, optax.sgd(0.1), batch_size=3, **kw),
-    "fed_avg_adam": lambda model, **kw: fl.fed_avg(
+    "fed_avg_epochs": lambda model, **kw: fl.fed_avg(
         model, optax.sgd(0.05, momentum=0.9), optax.adam(0.2), batch_size=4, num_epochs=2, **kw
     ),
     "fed_avg_steps": lambda model, **kw: fl.fed_avg(
         model, optax.adam(0.05), batch_size=5, num_steps=3, weighting="uniform", **kw
-    ),
-    "fed_sgd_small_batches": lambda model, **kw: fl.fed_sgd(
-        model, optax.sgd(0.3), batch_size=2, **kw
     ),
 }
 each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)

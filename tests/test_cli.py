@@ -61,7 +61,7 @@ def test_quickstart_without_a_terminal_prints_plain_lines(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--bogus", "3"], "Unrecognized options: --bogus, 3; see fedjax-lite --help"),
+        (["--bogus", "3"], "Unrecognized options: --bogus, 3; see fedjax-lite quickstart --help"),
         (["--dataset", "mnist"], "invalid choice 'mnist' for argument '--dataset'"),
         (["--rounds", "0"], "--rounds is 0; choose an integer at least 1"),
         (["--rounds", "ten"], "Error parsing --rounds"),

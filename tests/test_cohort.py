@@ -90,6 +90,23 @@ def test_refuses_a_traced_size_without_capacity(population):
         jax.jit(lambda size: fl.cohort(jax.random.key(0), population, size))(3)
 
 
+def test_refuses_a_traced_size_that_is_no_integer_scalar(population):
+    for size in (2.5, jnp.ones(3, jnp.int32)):
+        with pytest.raises(ValueError, match="cohort_size is traced with shape"):
+            jax.jit(lambda size: fl.cohort(jax.random.key(0), population, size, capacity=3))(size)
+
+
+def test_shares_the_examples_of_the_population(population):
+    cohort = fl.cohort(jax.random.key(0), population, 3)
+    assert cohort.examples["x"] is population.examples["x"]
+
+
+def test_draws_from_a_population_of_one():
+    cohort = fl.cohort(jax.random.key(0), regression_dataset([4]).resident(), 1)
+    assert cohort.client_ids.tolist() == [0]
+    assert cohort.num_examples.tolist() == [4]
+
+
 def test_refuses_what_is_not_a_number_or_a_population(population):
     with pytest.raises(TypeError, match=r"cohort_size is 2.5, of type float; pass an integer"):
         fl.cohort(jax.random.key(0), population, 2.5)

@@ -13,8 +13,8 @@ import fedjax_lite as fl
 
 class Normalised(nn.Module):
     @nn.compact
-    def __call__(self, x, *, train):
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+    def __call__(self, x, *, train, mask=None):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(x, mask=mask[:, None])
         return nn.Dropout(0.5, deterministic=not train)(nn.Dense(1)(x))
 
 
@@ -43,6 +43,120 @@ def test_linen_model_carries_state_and_dropout():
     np.testing.assert_array_equal(
         evaluated["loss"], model.metrics(params, model_state, batch)["loss"]
     )
+
+
+@pytest.mark.parametrize("batch_size", [20, 32, 128])
+def test_padding_does_not_enter_batch_statistics(batch_size):
+    model = fl.linen_model(Normalised(), jnp.zeros((1, 3)), squared)
+    dataset = regression_dataset([20])
+    algorithm = fl.fed_sgd(model, optax.sgd(0.1), batch_size=batch_size, mesh=fl.clients_mesh(1))
+    cohort = everyone(dataset.resident(fl.clients_mesh(1)))
+    state, _ = algorithm.round(jax.random.key(0), algorithm.init(jax.random.key(0)), cohort)
+    mean = state.model_state["batch_stats"]["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(mean, dataset.examples["x"].mean(0) / 2, rtol=1e-5)
+
+
+def test_batch_norm_without_a_mask_is_refused():
+    class Careless(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=False)(x)
+
+    with pytest.raises(ValueError, match=r"Careless has batch statistics, .* add mask=None"):
+        fl.linen_model(Careless(), jnp.zeros((1, 3)), squared)
+
+
+def test_params_without_their_model_state_are_refused(population):
+    model = fl.linen_model(Normalised(), jnp.zeros((1, 3)), squared)
+    params, model_state = model.init(jax.random.key(0))
+    algorithm = fl.fed_sgd(model, optax.sgd(0.1), mesh=fl.clients_mesh(1))
+    cohort = fl.cohort(jax.random.key(0), population, 2)
+    with pytest.raises(ValueError, match=r"model_state has the collections \[\], and the module"):
+        algorithm.round(jax.random.key(0), algorithm.init(params), cohort)
+    algorithm.round(jax.random.key(0), algorithm.init(params, model_state), cohort)
+
+
+def test_a_counter_in_the_model_state_survives_the_mean(population):
+    def loss(params, model_state, batch, key):
+        return (batch["y"] - params) ** 2, {"steps": model_state["steps"] + 1}
+
+    init = lambda key: (jnp.float32(0.0), {"steps": jnp.int32(0)})
+    model = fl.Model(init, loss, lambda params, model_state, batch: {})
+    algorithm = fl.fed_sgd(model, optax.sgd(0.1), mesh=fl.clients_mesh(1))
+    state = algorithm.init(jax.random.key(0))
+    for r in range(5):
+        state, _ = algorithm.round(jax.random.key(r), state, everyone(population))
+    assert state.model_state["steps"] == 5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "build", [fl.fed_sgd, lambda m, o, **kw: fl.fed_avg(m, optax.sgd(0.1), o, **kw)]
+)
+def test_small_floats_keep_their_dtype_and_their_sums(build, dtype):
+    model = fl.function_model(lambda w, batch: w * batch["x"].astype(w.dtype))
+    clients = {i: {"x": np.ones(1000, np.float32)} for i in range(2)}
+    population = fl.FederatedDataset.from_clients(clients).resident(fl.clients_mesh(1))
+    algorithm = build(model, optax.adam(0.5), batch_size=1, mesh=fl.clients_mesh(1))
+    state = algorithm.init(jnp.zeros((), dtype))
+    _, info = algorithm.round(jax.random.key(0), state, everyone(population))
+    if build is fl.fed_sgd:
+        np.testing.assert_allclose(info.update_norm, 1.0, rtol=1e-3)
+
+    def step(state, key):
+        return algorithm.round(key, state, everyone(population))
+
+    after, _ = jax.jit(lambda s: jax.lax.scan(step, s, jax.random.split(jax.random.key(0), 2)))(
+        state
+    )
+    assert after.params.dtype == after.opt_state[0].mu.dtype == dtype
+
+
+def test_padding_of_generated_batches_weighs_nothing_even_if_it_is_nan():
+    def run(padding):
+        sample = lambda key, client_id: {"x": jnp.where(jnp.arange(8) < 5, 1.0, padding)}
+        population = fl.data.GeneratedPopulation(
+            num_clients=3, num_examples=lambda key, client_id: jnp.int32(5), sample=sample
+        )
+        model = fl.function_model(lambda w, batch: (batch["x"] * w - 1) ** 2)
+        algorithm = fl.fed_sgd(model, optax.sgd(0.1))
+        cohort = fl.cohort(jax.random.key(0), population, 3)
+        return algorithm.round(jax.random.key(0), algorithm.init(jnp.float32(0.5)), cohort)[
+            0
+        ].params
+
+    np.testing.assert_allclose(run(np.nan), 0.6, rtol=1e-6)  # 0.5 + 0.1 * 2 * 0.5
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_lanes_change_nothing_for_keys_of_any_kind(population, impl):
+    def loss(params, batch):
+        return (batch["y"] - params) ** 2
+
+    def noisy(params, model_state, batch, key):
+        return loss(params, batch) * jax.random.uniform(key), model_state
+
+    model = fl.Model(lambda key: (jnp.float32(0.0), {}), noisy, lambda *args: {})
+    results = []
+    for lanes in (1, 3, 8):
+        algorithm = fl.fed_sgd(model, optax.sgd(0.1), lanes=lanes, mesh=fl.clients_mesh(1))
+        state = algorithm.init(jnp.float32(0.0))
+        key = jax.random.key(0, impl=impl)
+        results.append(algorithm.round(key, state, everyone(population))[0].params)
+    np.testing.assert_allclose(results, results[0], rtol=1e-5)
+
+
+def test_a_weight_function_computes_in_floats():
+    clients = {i: {"y": np.ones(60_000, np.float32)} for i in range(2)}
+    population = fl.FederatedDataset.from_clients(clients).resident(fl.clients_mesh(1))
+    model = fl.function_model(lambda w, batch: (batch["y"] - w) ** 2)
+    algorithm = fl.fed_sgd(
+        model, optax.sgd(0.1), weighting=lambda n: n**2, batch_size=60_000, mesh=fl.clients_mesh(1)
+    )
+    _, info = algorithm.round(
+        jax.random.key(0), algorithm.init(jnp.float32(0.0)), everyone(population)
+    )
+    np.testing.assert_allclose(info.clients["weight"], 3.6e9, rtol=1e-6)
 
 
 def test_model_state_reaches_the_server_as_the_weighted_mean(population):
@@ -170,6 +284,8 @@ def test_labels_of_the_wrong_shape_are_refused(population):
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
+        (0, TypeError, r"params is 0, of type int; .* a typed key"),
+        (np.zeros(2, np.uint32), TypeError, r"params has dtype uint32, .* jax.random.key\(0\)"),
         ({"w": "zero"}, TypeError, r"params\['w'\] is 'zero', of type str"),
         ({"w": None}, TypeError, r"params\['w'\] is None"),
         ({}, ValueError, "params is {}, without a single array"),
@@ -201,7 +317,9 @@ def test_a_mesh_without_a_clients_axis_is_refused():
         (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
     )
     algorithm = fl.fed_sgd(regression_model(), optax.sgd(0.1), mesh=mesh)
-    with pytest.raises(ValueError, match=r"mesh has the axes \('data',\); pass one with"):
+    with pytest.raises(
+        ValueError, match=r"mesh has the axes \('data',\) of types .*; pass one with"
+    ):
         algorithm.init(jax.random.key(0))
     with pytest.raises(ValueError, match="num_devices is 0"):
         fl.clients_mesh(0)
@@ -219,3 +337,29 @@ def test_evaluate_refuses(examples, error, message):
     state = fl.fed_sgd(model, optax.sgd(0.1)).init(jax.random.key(0))
     with pytest.raises(error, match=message):
         fl.evaluate(model, state, examples)
+
+
+def test_wrong_kinds_of_arguments_are_refused(population):
+    model = regression_model()
+    with pytest.raises(TypeError, match="server_optimizer is of type float; pass a Gradient"):
+        fl.fed_sgd(model, 0.1)
+    with pytest.raises(TypeError, match="client_optimizer is of type float"):
+        fl.fed_avg(model, 0.1)
+    algorithm = fl.fed_sgd(model, optax.sgd(0.1))
+    state = algorithm.init(jax.random.key(0))
+    with pytest.raises(TypeError, match="cohort is of type ResidentPopulation; pass a Cohort"):
+        algorithm.round(jax.random.key(0), state, population)
+    with pytest.raises(TypeError, match="state is of type dict; pass a ServerState"):
+        fl.evaluate(model, state.params, {"x": jnp.ones((2, 3)), "y": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r'weighting is .* with reduction="sum"'):
+        fl.fed_sgd(model, optax.sgd(0.1), reduction="sum", weighting="uniform")
+    explicit = jax.make_mesh((1,), ("clients",), devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"of types .*Explicit.*; pass one with"):
+        fl.fed_sgd(model, optax.sgd(0.1), mesh=explicit).init(jax.random.key(0))
+
+
+def test_a_weight_function_must_return_a_scalar(population):
+    algorithm = fl.fed_sgd(regression_model(), optax.sgd(0.1), weighting=lambda n: n[None])
+    cohort = fl.cohort(jax.random.key(0), population, 2)
+    with pytest.raises(ValueError, match=r"weighting returned .*; return a scalar"):
+        algorithm.round(jax.random.key(0), algorithm.init(jax.random.key(0)), cohort)

@@ -40,13 +40,18 @@ def test_fast_keys_agree_under_vmap_scan_and_float64():
         )
 
 
-def test_keys_of_other_implementations_stay():
-    key = jax.random.key(0, impl="rbg")
+def test_keys_of_other_implementations_become_threefry_keys():
+    key = fl_random.fast(jax.random.key(0, impl="rbg"))
+    assert key.dtype == fl_random.fast(jax.random.key(0)).dtype
     assert fl_random.fast(key) is key
-    assert (
-        fl_random.fast(fl_random.fast(jax.random.key(0))).dtype
-        == fl_random.fast(jax.random.key(0)).dtype
-    )
+    other = fl_random.fast(jax.random.key(1, impl="rbg"))
+    assert jax.random.bits(key) != jax.random.bits(other)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 64])
+def test_permuted_compiles_for_sizes_known_beforehand(size):
+    order = jax.jit(lambda key: fl_random.permuted(key, jnp.arange(size), size))
+    np.testing.assert_array_equal(np.sort(order(jax.random.key(0))), np.arange(size))
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 100, 1000])

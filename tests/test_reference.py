@@ -8,40 +8,38 @@ import numpy as np
 import optax
 import pytest
 import torch
+from problems import regression_dataset, regression_model
 
 import fedjax_lite as fl
 from fedjax_lite import random as fl_random
-from fedjax_lite.batches import KEY_DATA, Batching, client_key, read_batch
+from fedjax_lite.batches import KEY_DATA, Batching, client_key, count_steps, read_batch
 
 ROUNDS = 100
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
-@functools.partial(jax.jit, static_argnames=("max_steps", "batch_size"))
-def cohort_batches(cohort, key, *, max_steps, batch_size):
+@functools.partial(jax.jit, static_argnames=("max_steps", "batching"))
+def cohort_batches(cohort, key, *, max_steps, batching):
     """Every batch of every client, as the runner reads them: `[clients, steps, batch, ...]`."""
 
     def client(slot):
         key_data = client_key(fl_random.fast(key), cohort.client_ids[slot], KEY_DATA)
-        read = lambda step: read_batch(
-            cohort, key_data, slot, step, Batching(batch_size=batch_size)
-        )
+        read = lambda step: read_batch(cohort, key_data, slot, step, batching)
         return jax.vmap(read)(jax.numpy.arange(max_steps))
 
     return jax.vmap(client)(jax.numpy.arange(cohort.capacity))
 
 
-def torch_batches(cohort, key, *, max_steps, batch_size):
+def torch_batches(cohort, key, *, max_steps, batching):
     """For each client of the cohort, its batches without padding, as tensors."""
-    batches = jax.device_get(
-        cohort_batches(cohort, key, max_steps=max_steps, batch_size=batch_size)
-    )
+    batches = jax.device_get(cohort_batches(cohort, key, max_steps=max_steps, batching=batching))
     mask = batches.pop("mask")
+    num_steps = np.asarray(count_steps(cohort.num_examples, batching))
+    assert num_steps.max() <= max_steps
     for slot in range(cohort.capacity):
         yield [
             {name: torch.tensor(a[slot, step][mask[slot, step]]) for name, a in batches.items()}
-            for step in range(max_steps)
-            if mask[slot, step].any()
+            for step in range(num_steps[slot])
         ]
 
 
@@ -136,7 +134,9 @@ def test_halfspace_agrees_with_pytorch(dtype, rounds, tolerance):
             cohort = fl.cohort(key_cohort, population, 20 + r % 10, capacity=29)
             state, _ = algorithm.round(key_round, state, cohort)
             gradients = []
-            for client in torch_batches(cohort, key_round, max_steps=9, batch_size=1000):
+            for client in torch_batches(
+                cohort, key_round, max_steps=9, batching=Batching(batch_size=1000)
+            ):
                 local = copy.deepcopy(module)
                 local.zero_grad()
                 for batch in client:
@@ -185,7 +185,9 @@ def test_digits_agree_with_pytorch(dtype, rounds, tolerance):
             cohort = fl.cohort(key_cohort, population, 20 + r % 10, capacity=29)
             state, _ = algorithm.round(key_round, state, cohort)
             gradients, sizes = [], []
-            for client in torch_batches(cohort, key_round, max_steps=9, batch_size=16):
+            for client in torch_batches(
+                cohort, key_round, max_steps=9, batching=Batching(batch_size=16)
+            ):
                 if client:
                     local = copy.deepcopy(module)
                     local.zero_grad()
@@ -204,3 +206,92 @@ def test_digits_agree_with_pytorch(dtype, rounds, tolerance):
                 parameter.grad = torch.stack(weighted).sum(0) / sum(sizes)
             optimizer.step()
         close(state.params, mlp_params(module), start.params, tolerance)
+
+
+FED_AVG = {
+    "sgd": (
+        lambda: fl.fed_avg(regression_model(), optax.sgd(0.1), batch_size=4),
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.SGD(p, lr=1.0),
+        Batching(batch_size=4, shuffle=True),
+    ),
+    "momentum_epochs_adam": (
+        lambda: fl.fed_avg(
+            regression_model(),
+            optax.sgd(0.05, momentum=0.9),
+            optax.adam(0.1),
+            batch_size=5,
+            num_epochs=3,
+        ),
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+        lambda p: torch.optim.Adam(p, lr=0.1),
+        Batching(batch_size=5, num_epochs=3, shuffle=True),
+    ),
+    "adam_steps_momentum": (
+        lambda: fl.fed_avg(
+            regression_model(),
+            optax.adam(0.02),
+            optax.sgd(0.7, momentum=0.5),
+            batch_size=3,
+            num_steps=4,
+        ),
+        lambda p: torch.optim.Adam(p, lr=0.02),
+        lambda p: torch.optim.SGD(p, lr=0.7, momentum=0.5),
+        Batching(batch_size=3, num_steps=4, shuffle=True),
+    ),
+    "clipped": (
+        lambda: fl.fed_avg(
+            regression_model(),
+            optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1)),
+            batch_size=4,
+            shuffle=False,
+        ),
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.SGD(p, lr=1.0),
+        Batching(batch_size=4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FED_AVG)
+def test_fed_avg_agrees_with_pytorch(name):
+    build, client_optimizer, server_optimizer, batching = FED_AVG[name]
+    with jax.enable_x64(True):
+        dataset = regression_dataset()
+        examples = {key: value.astype(np.float64) for key, value in dataset.examples.items()}
+        population = fl.FederatedDataset(
+            examples=examples, offsets=dataset.offsets, client_ids=dataset.client_ids
+        ).resident()
+        algorithm = build()
+        state = start = algorithm.init({"w": np.zeros(3), "b": np.float64(0.5)})
+        module = torch.nn.Linear(3, 1, dtype=torch.float64)
+        with torch.no_grad():
+            module.weight.zero_()
+            module.bias.fill_(0.5)
+        optimizer = server_optimizer(module.parameters())
+        for r in range(3):
+            key_cohort, key_round = jax.random.split(jax.random.fold_in(jax.random.key(0), r))
+            cohort = fl.cohort(key_cohort, population, 7)
+            state, _ = algorithm.round(key_round, state, cohort)
+            deltas, sizes = [], []
+            clients = torch_batches(cohort, key_round, max_steps=12, batching=batching)
+            for slot, client in enumerate(clients):
+                local = copy.deepcopy(module)
+                local_optimizer = client_optimizer(local.parameters())
+                for batch in client:
+                    local_optimizer.zero_grad()
+                    residual = local(batch["x"])[:, 0] - batch["y"]
+                    (residual**2 / 2).mean().backward()
+                    if name == "clipped":
+                        torch.nn.utils.clip_grad_norm_(local.parameters(), 0.5)
+                    local_optimizer.step()
+                pairs = zip(module.parameters(), local.parameters(), strict=True)
+                deltas.append([(before - after).detach() for before, after in pairs])
+                sizes.append(int(cohort.num_examples[slot]))
+            for parameter, *parts in zip(module.parameters(), *deltas, strict=True):
+                weighted = [size * part for size, part in zip(sizes, parts, strict=True)]
+                parameter.grad = torch.stack(weighted).sum(0) / sum(sizes)
+            optimizer.step()
+        expected = {"b": module.bias.detach().numpy()[0], "w": module.weight.detach().numpy()[0]}
+        # clip_grad_norm_ divides by the norm plus 1e-6, by definition of PyTorch's.
+        close(state.params, expected, start.params, 1e-6 if name == "clipped" else 1e-9)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from fedjax_lite import _validate
 from fedjax_lite.algorithms.server import Weighting, federated_algorithm, resolve_weighting
 from fedjax_lite.base import (
     Batch,
@@ -73,7 +74,7 @@ def fed_avg(
       num_steps: Number of local steps, whatever the client's size; replaces `num_epochs`.
       shuffle: A new order of a client's examples in each epoch, from the key of the round.
       weighting: The weight of a client: `"examples"`, `"uniform"`, or a function
-        `num_examples -> weight`, scalar to scalar.
+        `num_examples -> weight`, float scalar to non-negative scalar.
       on_nonfinite: A client whose delta has a norm that is not finite is left out and
         counted (`"drop"`), or let through (`"keep"`).
       lanes: Clients trained side by side on a device; changes the speed only.
@@ -102,6 +103,8 @@ def fed_avg(
     4.5
     """
     client_weight = resolve_weighting(weighting)
+    if not callable(client_optimizer):
+        _validate.instance("client_optimizer", client_optimizer, optax.GradientTransformation)
 
     def optimizer(shared: ServerState) -> optax.GradientTransformation:
         if isinstance(client_optimizer, optax.GradientTransformation):

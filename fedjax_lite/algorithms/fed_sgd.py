@@ -35,7 +35,7 @@ def fed_sgd(
     server_optimizer: optax.GradientTransformation,
     *,
     reduction: Literal["mean", "sum"] = "mean",
-    weighting: Weighting = "examples",
+    weighting: Weighting | None = None,
     batch_size: int | None = None,
     on_nonfinite: Literal["drop", "keep"] = "drop",
     lanes: int | None = None,
@@ -62,8 +62,8 @@ def fed_sgd(
       model: The model.
       server_optimizer: Any optax transformation; it is given the server's gradient.
       reduction: `"mean"` or `"sum"`, as above.
-      weighting: With `reduction="mean"`, the weight of a client: `"examples"`, `"uniform"`
-        or a function `num_examples -> weight`, scalar to scalar.
+      weighting: With `reduction="mean"`, the weight of a client: `"examples"` (the default),
+        `"uniform"` or a function `num_examples -> weight`, float scalar to non-negative scalar.
       batch_size: Examples in a batch. With `"mean"` it bounds memory and leaves results as
         they are; with `"sum"` it is part of the definition. By default 128, and for
         generated populations the size that they draw.
@@ -94,12 +94,23 @@ def fed_sgd(
     3.0
     """
     _validate.choice("reduction", reduction, REDUCTIONS)
-    client_weight = resolve_weighting(weighting if reduction == "mean" else "uniform")
+    if reduction == "sum" and weighting is not None:
+        raise ValueError(
+            f'weighting is {weighting!r} with reduction="sum", which adds all gradients up; leave'
+            ' weighting out, or choose reduction="mean".'
+        )
+    client_weight = resolve_weighting(
+        weighting or ("examples" if reduction == "mean" else "uniform")
+    )
 
     def client_init(shared: ServerState, key: jax.Array) -> _ClientState:
         del key
         return _ClientState(
-            gradient=optax.tree.zeros_like(shared.params),
+            # Sums of many small terms: in float32 at least.
+            gradient=jax.tree.map(
+                lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)),
+                shared.params,
+            ),
             model_state=shared.model_state,
             loss=jnp.zeros(()),
         )

@@ -24,10 +24,13 @@ def resolve_weighting(weighting: Weighting) -> Callable[[jax.Array], jax.Array]:
     """The function `num_examples -> weight` of one client.
 
     Raises:
-      ValueError: `weighting` is a name other than `"examples"` and `"uniform"`.
+      ValueError: `weighting` is a name other than `"examples"` and `"uniform"`, or does not
+        return a scalar.
     """
     if callable(weighting):
-        return weighting
+        return lambda num_examples: _validate.scalar(
+            "weighting", weighting(num_examples.astype(float))
+        )
     _validate.choice("weighting", weighting, ("examples", "uniform"))
     if weighting == "uniform":
         return lambda num_examples: jnp.ones_like(num_examples, dtype=float)
@@ -60,6 +63,7 @@ def federated_algorithm(
       mesh: As for `run_clients`.
     """
     _validate.choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
+    _validate.instance("server_optimizer", server_optimizer, optax.GradientTransformation)
     if lanes is not None:
         lanes = _validate.integer("lanes", lanes, minimum=1)
 
@@ -69,7 +73,7 @@ def federated_algorithm(
             model_state = drawn_state if model_state is None else model_state
         else:
             params, model_state = key_or_params, {} if model_state is None else model_state
-        _validate.arrays("params", params)
+        _validate.params(params)
         # With a dtype of their own: a weakly typed leaf would have the second round compile
         # again.
         params, model_state = jax.tree.map(
@@ -85,6 +89,8 @@ def federated_algorithm(
 
     @jax.jit
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
+        _validate.instance("cohort", cohort, Cohort)
+        _validate.instance("state", state, ServerState)
         result = run_clients(
             client_update,
             state,
@@ -99,10 +105,15 @@ def federated_algorithm(
         mean = 1 / jnp.where(skip, 1, result.weight)
         aggregate = optax.tree.scale(mean, result.update) if average else result.update
         model_state = optax.tree.scale(mean, result.model_state)
-        info = _round_info(cohort, result, aggregate, skip)
+        info = _round_info(cohort, result, aggregate, skip, on_nonfinite == "drop")
         return _server_step(server_optimizer, state, aggregate, model_state, skip), info
 
     return FederatedAlgorithm(init, round)
+
+
+def _round_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x` in the dtype of `like`; a mean of counters becomes the nearest one."""
+    return (x if jnp.issubdtype(like.dtype, jnp.inexact) else jnp.round(x)).astype(like.dtype)
 
 
 def _server_step(
@@ -113,9 +124,11 @@ def _server_step(
     skip: jax.Array,
 ) -> ServerState:
     """One step of the server optimizer; with `skip`, only the round number advances."""
+    # A mean of float32 sums would leave optimizer state of another dtype than params have.
+    aggregate = optax.tree.cast_like(aggregate, state.params)
     updates, opt_state = server_optimizer.update(aggregate, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    model_state = optax.tree.cast_like(model_state, state.model_state)
+    model_state = jax.tree.map(_round_like, model_state, state.model_state)
     after = ServerState(
         params=params, model_state=model_state, opt_state=opt_state, round=state.round
     )
@@ -124,17 +137,19 @@ def _server_step(
 
 
 def _round_info(
-    cohort: Cohort, result: CohortResult, aggregate: PyTree, skip: jax.Array
+    cohort: Cohort, result: CohortResult, aggregate: PyTree, skip: jax.Array, drop: bool
 ) -> RoundInfo:
     """What to report of a round whose clients report a mean `loss` each."""
     nonfinite = result.clients["nonfinite"]
-    counted = jnp.where(nonfinite, 0, cohort.num_examples)
-    total_loss = jnp.where(nonfinite, 0, counted * result.clients["loss"]).sum()
+    left_out = nonfinite if drop else jnp.zeros_like(nonfinite)
+    num_examples = result.clients["num_examples"]
+    counted = jnp.where(left_out, 0, num_examples.astype(float))
+    total_loss = jnp.where(left_out, 0, counted * result.clients["loss"]).sum()
     return RoundInfo(
         loss=total_loss / jnp.maximum(counted.sum(), 1),
         update_norm=jnp.where(skip, 0, optax.tree.norm(aggregate)),
         num_clients=(cohort.client_ids >= 0).sum(),
-        num_examples=cohort.num_examples.sum(),
+        num_examples=num_examples.sum(),
         num_empty=((cohort.client_ids >= 0) & (cohort.num_examples == 0)).sum(),
         num_nonfinite=nonfinite.sum(),
         skipped=skip,

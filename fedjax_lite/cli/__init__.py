@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -27,9 +28,14 @@ def main(args: Sequence[str] | None = None) -> None:
     except (UsageError, ImportError) as error:
         print(f"fedjax-lite: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"fedjax-lite: {error}", file=sys.stderr)
+        # What is still in the buffer of a closed pipe would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("fedjax-lite: interrupted", file=sys.stderr)
-        sys.exit(130)
+        print("fedjax-lite: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # XLA may be compiling: to tear it down now would crash.
     except InterruptedRunError as error:
         print(f"fedjax-lite: {error}", file=sys.stderr)
         sys.exit(130)
@@ -52,12 +58,13 @@ def _parse(args: Sequence[str] | None, commands: Mapping[str, Callable[..., T]])
     except SystemExit as error:
         if error.code in (0, None):
             raise
-        raise UsageError(_first_paragraph(complaint.getvalue())) from None
+        command = next((name for name in commands if name in (args or sys.argv)), "")
+        message = _first_paragraph(complaint.getvalue())
+        raise UsageError(f"{message}; see {f'fedjax-lite {command}'.strip()} --help") from None
 
 
 def _first_paragraph(box: str) -> str:
     """The message of a complaint that tyro draws as a box of several paragraphs."""
     lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
     rules = [i for i, line in enumerate(lines) if line.startswith("─")]
-    message = " ".join(lines[: rules[0] if rules else None])
-    return f"{message.rstrip('.')}; see fedjax-lite --help"
+    return " ".join(lines[: rules[0] if rules else None]).rstrip(".")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -61,7 +62,7 @@ def quickstart(options: Quickstart) -> None:
         raise UsageError(str(error)) from None
     configure_cpu()
     device = jax.devices()[0]
-    out = options.out or Path("runs", f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{options.dataset}")
+    out = options.out or _new_folder(options.dataset)
     report: dict[str, Any] = {
         "dataset": options.dataset,
         "rounds": options.rounds,
@@ -86,6 +87,13 @@ def quickstart(options: Quickstart) -> None:
         print(json.dumps(report))
     else:
         _print_table(report)
+
+
+def _new_folder(dataset: str) -> Path:
+    """A path under runs/ that nothing has yet."""
+    stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{dataset}"
+    names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+    return next(path for path in (Path("runs", name) for name in names) if not path.exists())
 
 
 def _open_folder(out: Path, config: dict[str, Any]) -> TextIO:

@@ -1,6 +1,7 @@
 """Federated data sets: flat arrays in which every client owns a run of rows."""
 
 import dataclasses
+import functools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,12 @@ class FederatedDataset:
         (('a', 'b'), [1, 3])
         """
         _validate.features("examples", examples)
+        kinds = {type(client_id) for client_id in client_ids}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"client_ids mixes the types {sorted(kind.__name__ for kind in kinds)}; name all"
+                " clients by values of one type."
+            )
         names, owner = np.unique(np.asarray(client_ids), return_inverse=True)
         num_rows = np.shape(next(iter(examples.values())))[0]
         if owner.shape != (num_rows,):
@@ -116,7 +123,14 @@ class FederatedDataset:
         """
         _validate.features("examples", examples)
         arrays = {name: np.asarray(value) for name, value in examples.items()}
-        parts = [np.asarray(part, dtype=np.int64) for part in rows]
+        parts = [np.asarray(part) for part in rows]
+        for i, part in enumerate(parts):
+            if part.ndim != 1 or (part.size and part.dtype.kind not in "iu"):
+                raise ValueError(
+                    f"rows[{i}] has shape {part.shape} and dtype {part.dtype}; pass a list of row"
+                    " indices for each client (np.flatnonzero of a mask)."
+                )
+        parts = [part.astype(np.int64) for part in parts]
         order = np.concatenate(parts) if parts else np.zeros(0, np.int64)
         num_rows = next(iter(arrays.values())).shape[0]
         if order.size and (order.min() < 0 or order.max() >= num_rows):
@@ -161,15 +175,18 @@ class FederatedDataset:
         """`[num_clients]`, the number of examples of each client."""
         return np.diff(self.offsets)
 
+    @functools.cached_property
+    def _index(self) -> dict[Hashable, int]:
+        return {client_id: i for i, client_id in enumerate(self.client_ids)}
+
     def __getitem__(self, client_id: Hashable) -> dict[str, np.ndarray]:
         """The features of one client, as views."""
-        try:
-            index = self.client_ids.index(client_id)
-        except ValueError:
+        index = self._index.get(client_id)
+        if index is None:
             raise KeyError(
                 f"no client {client_id!r} among the {self.num_clients} of the dataset; see"
                 " client_ids."
-            ) from None
+            )
         rows = slice(self.offsets[index], self.offsets[index + 1])
         return {name: feature[rows] for name, feature in self.examples.items()}
 
@@ -177,16 +194,26 @@ class FederatedDataset:
         """Copies all examples to the device, or to each device of a mesh.
 
         Args:
-          mesh: The mesh that the rounds run on; all devices if left out.
+          mesh: The mesh that the algorithm is given; all devices if left out.
+
+        Returns:
+          A population whose client i is `client_ids[i]`.
 
         Raises:
-          ValueError: The dataset has 2**31 rows or more.
+          ValueError: The dataset has 2**31 rows or more, or integers that JAX would cut off.
         """
         if self.offsets[-1] >= 2**31:
             raise ValueError(
                 f"the dataset has {self.offsets[-1]} rows; a resident population indexes rows with"
                 " int32, so split it below 2**31."
             )
+        for name, feature in self.examples.items():
+            dtype = jax.dtypes.canonicalize_dtype(feature.dtype)
+            if feature.dtype.kind in "iu" and (feature.astype(dtype) != feature).any():
+                raise ValueError(
+                    f"feature {name!r} holds integers that do not fit {dtype}; encode it anew, or"
+                    " set jax_enable_x64."
+                )
         population = ResidentPopulation(
             examples=jax.tree.map(jnp.asarray, self.examples),
             offsets=jnp.asarray(self.offsets, jnp.int32),

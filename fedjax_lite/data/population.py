@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 
+from fedjax_lite import _validate
+
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ResidentPopulation:
     """Clients whose examples all lie on the device; see `FederatedDataset.resident`.
 
@@ -30,19 +32,29 @@ class ResidentPopulation:
 class GeneratedPopulation:
     """Clients whose examples are computed when they are used: any number, at no cost.
 
+    Both functions are traced: they draw with `jax.random`, and `client_id` is an int32 scalar
+    to compute with. They are part of what is compiled, so build a population once and keep it.
+
     Attributes:
-      num_clients: Size of the population; clients are numbered from 0.
+      num_clients: Size of the population, below 2**31; clients are numbered from 0.
       num_examples: `num_examples(key, client_id) -> int32 scalar`, the client's number
-        of examples in a round. The key differs from round to round and from client to
-        client.
+        of examples in a round, not negative. The key differs from round to round and from
+        client to client.
       sample: `sample(key, client_id) -> {feature: [batch, ...]}`, a batch of the
-        client's examples. The key differs between rounds, clients and steps; the batch
-        has the same size for all of them, and its surplus over `num_examples` is masked.
+        client's examples, called for each local step. The key differs between rounds, clients
+        and steps; the batch has the same size for all of them, and what it holds beyond
+        `num_examples` is masked.
+
+    Raises:
+      ValueError: `num_clients` is out of range.
     """
 
     num_clients: int
     num_examples: Callable[[jax.Array, jax.Array], Any]
     sample: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
+
+    def __post_init__(self) -> None:
+        _validate.integer("num_clients", self.num_clients, minimum=1, maximum=2**31 - 1)
 
 
 # The functions are structure and not numbers: all of a generated population is static.
