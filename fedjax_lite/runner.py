@@ -30,6 +30,7 @@ from fedjax_lite.batches import (
     read_batch,
 )
 from fedjax_lite.cohort import Cohort
+from fedjax_lite.convolution import canonical_convolutions
 from fedjax_lite.mesh import AXIS, resolve
 
 ON_NONFINITE = ("drop", "keep")
@@ -62,6 +63,7 @@ def run_clients(
     lanes: int | None = None,
     mesh: Mesh | None = None,
     on_nonfinite: str = "drop",
+    rewrite_convolutions: bool | None = None,
 ) -> CohortResult:
     """Runs the local steps of every client of a cohort and sums what the clients send.
 
@@ -76,6 +78,8 @@ def run_clients(
       mesh: Mesh with the axis `"clients"`; all devices by default. Changes the speed only.
       on_nonfinite: `"drop"` leaves out a client whose update has a norm that is not finite (or
         whose model state or weight is not), `"keep"` lets it through.
+      rewrite_convolutions: Whether to apply `canonical_convolutions` to the local step. Changes
+        the speed only; by default on CPUs.
 
     Returns:
       The weighted sum, the total weight and the metrics. A client without examples takes no
@@ -84,7 +88,11 @@ def run_clients(
     mesh = resolve(mesh)
     num_devices = 1 if mesh is None else mesh.devices.size
     per_device = -(-cohort.capacity // num_devices)
-    lanes = min(_default_lanes(mesh) if lanes is None else lanes, per_device)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    lanes = min(_default_lanes(platform) if lanes is None else lanes, per_device)
+    if rewrite_convolutions is None:
+        rewrite_convolutions = platform == "cpu"
+    rewrite = canonical_convolutions if rewrite_convolutions else lambda function: function
     num_steps = count_steps(cohort.num_examples, batching)
     table = _deal(num_steps, num_devices, lanes)
 
@@ -96,7 +104,7 @@ def run_clients(
         key: jax.Array,
     ) -> CohortResult:
         lane = _lane(client_update, shared, cohort, key, batching, on_nonfinite)
-        return _sum_waves(lane, table, num_steps)
+        return _sum_waves(lane, table, num_steps, rewrite)
 
     replicated = (num_steps, shared, cohort, random.fast(key))
     if mesh is None:
@@ -121,10 +129,9 @@ def run_clients(
     return result._replace(clients=clients)
 
 
-def _default_lanes(mesh: Mesh | None) -> int:
+def _default_lanes(platform: str) -> int:
     # On a CPU a second lane only turns matrix products and convolutions into batched ones,
     # which run slower per client; elsewhere many lanes fill the chip.
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return 1 if platform == "cpu" else 64
 
 
@@ -188,7 +195,12 @@ def _lane(
     return _Lane(init, step, final)
 
 
-def _sum_waves(lane: _Lane, table: jax.Array, num_steps: jax.Array) -> CohortResult:
+def _sum_waves(
+    lane: _Lane,
+    table: jax.Array,
+    num_steps: jax.Array,
+    rewrite: Callable[[Callable[..., PyTree]], Callable[..., PyTree]],
+) -> CohortResult:
     """Runs one device's waves `[waves, lanes]` and sums what their clients send."""
     capacity, lanes = num_steps.shape[0], table.shape[1]
     lane_map = jax.vmap if lanes > 1 else _map_one
@@ -206,7 +218,7 @@ def _sum_waves(lane: _Lane, table: jax.Array, num_steps: jax.Array) -> CohortRes
             return lane_map(functools.partial(step, i))(slots[wave], steps[wave], states)
 
         states = lane_map(lane.init)(slots[wave])
-        states = jax.lax.fori_loop(0, steps[wave].max(), steps_of_all, states)
+        states = jax.lax.fori_loop(0, steps[wave].max(), rewrite(steps_of_all), states)
         results = lane_map(lane.final)(slots[wave], states)
 
         def zero_untrained(x: jax.Array) -> jax.Array:

@@ -12,10 +12,11 @@ NAMES = {
     "fed_avg": [
         *("model", "client_optimizer", "server_optimizer", "batch_size", "num_epochs"),
         *("num_steps", "shuffle", "weighting", "on_nonfinite", "lanes", "mesh"),
+        "rewrite_convolutions",
     ],
     "fed_sgd": [
         *("model", "server_optimizer", "reduction", "weighting", "batch_size", "on_nonfinite"),
-        *("lanes", "mesh"),
+        *("lanes", "mesh", "rewrite_convolutions"),
     ],
     "function_model": ["loss", "init", "metrics"],
     "linen_model": ["module", "example", "loss", "metrics", "inputs"],

@@ -45,6 +45,7 @@ def fed_avg(
     on_nonfinite: Literal["drop", "keep"] = "drop",
     lanes: int | None = None,
     mesh: Mesh | None = None,
+    rewrite_convolutions: bool | None = None,
 ) -> FederatedAlgorithm:
     r"""FedAvg: clients train from the server's params, the server steps along the mean delta.
 
@@ -79,6 +80,9 @@ def fed_avg(
         counted (`"drop"`), or let through (`"keep"`).
       lanes: Clients trained side by side on a device; changes the speed only.
       mesh: Mesh with the axis `"clients"`, all devices by default; changes the speed only.
+      rewrite_convolutions: Put the convolutions of a local step into the layout that is fast
+        inside loops on a CPU, about thirty times faster; changes the speed only. By default on
+        CPUs.
 
     Returns:
       A `FederatedAlgorithm`. Its `init(key_or_params, model_state=None)` returns a
@@ -161,4 +165,5 @@ def fed_avg(
         on_nonfinite=on_nonfinite,
         lanes=lanes,
         mesh=mesh,
+        rewrite_convolutions=rewrite_convolutions,
     )

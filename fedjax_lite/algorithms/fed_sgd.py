@@ -40,6 +40,7 @@ def fed_sgd(
     on_nonfinite: Literal["drop", "keep"] = "drop",
     lanes: int | None = None,
     mesh: Mesh | None = None,
+    rewrite_convolutions: bool | None = None,
 ) -> FederatedAlgorithm:
     r"""FedSGD: the server steps along the gradients that clients compute at its params.
 
@@ -71,6 +72,9 @@ def fed_sgd(
         counted (`"drop"`), or let through (`"keep"`).
       lanes: Clients trained side by side on a device; changes the speed only.
       mesh: Mesh with the axis `"clients"`, all devices by default; changes the speed only.
+      rewrite_convolutions: Put the convolutions of a local step into the layout that is fast
+        inside loops on a CPU, about thirty times faster; changes the speed only. By default on
+        CPUs.
 
     Returns:
       A `FederatedAlgorithm`. Its `init(key_or_params, model_state=None)` returns a
@@ -150,4 +154,5 @@ def fed_sgd(
         on_nonfinite=on_nonfinite,
         lanes=lanes,
         mesh=mesh,
+        rewrite_convolutions=rewrite_convolutions,
     )

@@ -48,6 +48,7 @@ def federated_algorithm(
     on_nonfinite: str,
     lanes: int | None,
     mesh: Mesh | None,
+    rewrite_convolutions: bool | None,
 ) -> FederatedAlgorithm:
     """The algorithm that gives the server optimizer the mean, or the sum, of client updates.
 
@@ -61,6 +62,7 @@ def federated_algorithm(
       on_nonfinite: As for `run_clients`.
       lanes: As for `run_clients`.
       mesh: As for `run_clients`.
+      rewrite_convolutions: As for `run_clients`.
     """
     _validate.choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
     _validate.instance("server_optimizer", server_optimizer, optax.GradientTransformation)
@@ -100,6 +102,7 @@ def federated_algorithm(
             lanes=lanes,
             mesh=mesh,
             on_nonfinite=on_nonfinite,
+            rewrite_convolutions=rewrite_convolutions,
         )
         skip = result.weight == 0
         mean = 1 / jnp.where(skip, 1, result.weight)

@@ -1,0 +1,199 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import everyone
+
+import fedjax_lite as fl
+from fedjax_lite.convolution import canonical_convolutions
+
+NCHW, HWNC = ("NCHW", "OIHW", "NCHW"), ("HWNC", "OHWI", "CNHW")
+CASES = {
+    "plain": {},
+    "channels_first": {"dimension_numbers": NCHW},
+    "mixed_layouts": {"dimension_numbers": HWNC},
+    "strides": {"window_strides": (2, 3), "dimension_numbers": NCHW},
+    "padding": {"padding": ((1, 2), (0, 3)), "dimension_numbers": NCHW},
+    "dilation": {"rhs_dilation": (2, 1), "dimension_numbers": NCHW},
+    "transposed": {"lhs_dilation": (2, 2), "padding": ((2, 2), (2, 2)), "dimension_numbers": NCHW},
+    "groups": {"feature_group_count": 2, "dimension_numbers": NCHW},
+}
+
+
+def layout(x, order, spec):
+    """`x`, whose axes are named by `order`, with the axes of `spec`."""
+    return jnp.transpose(x, [order.index(axis) for axis in spec])
+
+
+def gradients(case):
+    """A function of image and kernel that returns a convolution and both its gradients."""
+    case = {"window_strides": (1, 1), "padding": "VALID", **CASES[case]}
+    lhs_spec, rhs_spec, out_spec = case.pop("dimension_numbers", ("NHWC", "HWIO", "NHWC"))
+    image = jax.random.normal(jax.random.key(0), (3, 9, 8, 4))
+    inputs = 4 // case.get("feature_group_count", 1)
+    kernel = jax.random.normal(jax.random.key(1), (3, 2, inputs, 6))
+    conv = functools.partial(
+        jax.lax.conv_general_dilated, dimension_numbers=(lhs_spec, rhs_spec, out_spec), **case
+    )
+
+    def function(image, kernel):
+        out, pull = jax.vjp(conv, image, kernel)
+        return out, pull(jnp.cos(out))
+
+    return function, layout(image, "NHWC", lhs_spec), layout(kernel, "HWIO", rhs_spec)
+
+
+def assert_same(function, *args):
+    expected = jax.jit(function)(*args)
+    actual = jax.jit(canonical_convolutions(function))(*args)
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5), actual, expected
+    )
+
+
+def convolutions(function, *args):
+    """The dimension numbers of all convolutions that a function runs, at any depth."""
+    found = []
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "conv_general_dilated":
+                found.append(eqn.params["dimension_numbers"])
+            for value in eqn.params.values():
+                for inner in value if isinstance(value, tuple) else (value,):
+                    inner = getattr(inner, "jaxpr", inner)
+                    if hasattr(inner, "eqns"):
+                        visit(inner)
+
+    visit(jax.make_jaxpr(function)(*args).jaxpr)
+    return found
+
+
+def is_canonical(numbers):
+    last = len(numbers.lhs_spec) - 1
+    channels_last = (0, last, *range(1, last))
+    return numbers.lhs_spec == numbers.out_spec == channels_last and numbers.rhs_spec == (
+        last,
+        last - 1,
+        *range(last - 1),
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_convolutions_and_their_gradients_are_the_same(case):
+    function, image, kernel = gradients(case)
+    assert_same(function, image, kernel)
+    found = convolutions(canonical_convolutions(function), image, kernel)
+    assert len(found) == 3
+    assert all(map(is_canonical, found))
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_other_numbers_of_dimensions(dimensions):
+    image = jax.random.normal(jax.random.key(0), (2, 3, *(7, 6, 5)[:dimensions]))
+    kernel = jax.random.normal(jax.random.key(1), (4, 3, *(3, 2, 2)[:dimensions]))
+    conv = lambda x, w: jax.lax.conv(x, w, (1,) * dimensions, "SAME")
+    function = lambda x, w: jax.value_and_grad(lambda x, w: (conv(x, w) ** 2).sum(), (0, 1))(x, w)
+    assert_same(function, image, kernel)
+
+
+class ConvNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3))(x))
+        x = nn.ConvTranspose(3, (2, 2), strides=(2, 2))(x)
+        return nn.Dense(2)(x.reshape(x.shape[0], -1))
+
+
+def loss_gradient(module, x):
+    params = module.init(jax.random.key(0), x)
+    return params, lambda p: jax.grad(lambda p: (module.apply(p, x) ** 2).mean())(p)
+
+
+@jax.custom_vjp
+def scaled(x, w):
+    return jax.lax.conv(x, w, (1, 1), "SAME")
+
+
+scaled.defvjp(
+    lambda x, w: (scaled(x, w), (x, w)),
+    lambda res, g: jax.tree.map(
+        lambda t: 3 * t, jax.vjp(lambda x, w: jax.lax.conv(x, w, (1, 1), "SAME"), *res)[1](g)
+    ),
+)
+
+
+def test_descends_into_everything_that_calls():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    params, gradient = loss_gradient(ConvNet(), x)
+    step = lambda p: jax.tree.map(lambda a, b: a - 0.1 * b, p, gradient(p))
+    image, kernel = jnp.ones((1, 3, 6, 6)), jax.random.normal(jax.random.key(2), (3, 3, 3, 3))
+    conv = lambda x: jax.lax.conv(x, kernel, (1, 1), "SAME")
+    functions = {
+        "jit": (jax.jit(step), params),
+        "remat": (jax.grad(lambda x: jax.checkpoint(lambda x: jnp.sin(conv(x)))(x).sum()), image),
+        "scan": (lambda p: jax.lax.scan(lambda p, _: (step(p), None), p, length=3)[0], params),
+        "fori_loop": (lambda p: jax.lax.fori_loop(0, 3, lambda _, p: step(p), p), params),
+        "while": (
+            lambda x: jax.lax.while_loop(lambda x: x.sum() < 1e3, lambda x: conv(x) ** 2 + 1, x),
+            image,
+        ),
+        "cond": (lambda x: jax.lax.cond(x.sum() > 0, conv, jnp.cos, x), image),
+        "custom_vjp": (jax.grad(lambda x: (scaled(x, kernel) ** 2).sum()), image),
+        "vmap": (jax.vmap(step), jax.tree.map(lambda a: jnp.stack([a, 2 * a]), params)),
+    }
+    for name, (function, argument) in functions.items():
+        before = convolutions(function, argument)
+        after = convolutions(canonical_convolutions(function), argument)
+        assert len(after) == len(before) > 0, name
+        assert all(map(is_canonical, after)), name
+        assert_same(function, argument)
+
+
+def test_works_on_what_it_closes_over_while_tracing():
+    kernel = jax.random.normal(jax.random.key(2), (3, 3, 3, 3))
+
+    def outer(x, scale):
+        return canonical_convolutions(lambda x: jax.lax.conv(x, scale * kernel, (1, 1), "SAME"))(x)
+
+    x = jnp.ones((1, 3, 6, 6))
+    expected = jax.lax.conv(x, 2 * kernel, (1, 1), "SAME")
+    np.testing.assert_allclose(jax.jit(outer)(x, 2.0), expected, rtol=1e-6)
+
+
+def test_leaves_alone_what_has_no_convolution():
+    function = lambda x: {"y": jnp.sin(x)}
+    assert canonical_convolutions(function)(jnp.ones(3))["y"].shape == (3,)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_a_round_is_the_same_with_and_without(lanes):
+    mesh = fl.clients_mesh(1)
+    rng = np.random.default_rng(0)
+    clients = {
+        i: {"x": rng.normal(size=(n, 6, 6, 3)), "y": rng.normal(size=n)}
+        for i, n in enumerate((3, 5))
+    }
+    population = fl.FederatedDataset.from_clients(clients).resident(mesh)
+    squared = lambda predictions, batch: (predictions[:, 0] - batch["y"]) ** 2
+    model = fl.linen_model(ConvNet(), jnp.zeros((1, 6, 6, 3)), squared)
+    params = []
+    for rewrite in (True, False):
+        algorithm = fl.fed_avg(
+            model,
+            optax.sgd(0.1),
+            batch_size=2,
+            lanes=lanes,
+            mesh=mesh,
+            rewrite_convolutions=rewrite,
+        )
+        state = algorithm.init(jax.random.key(0))
+        cohort = everyone(population)
+        found = convolutions(algorithm.round, jax.random.key(1), state, cohort)
+        assert all(map(is_canonical, found)) == rewrite
+        params.append(algorithm.round(jax.random.key(1), state, cohort)[0].params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *params)
