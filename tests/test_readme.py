@@ -8,7 +8,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 def test_the_programs_run_and_learn(capsys):
     programs = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(programs) == 2
+    assert len(programs) == 3
     names = {}
     for program in programs:
         exec(program, names)
