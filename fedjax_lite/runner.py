@@ -34,6 +34,7 @@ from fedjax_lite.convolution import canonical_convolutions
 from fedjax_lite.mesh import AXIS, resolve
 
 ON_NONFINITE = ("drop", "keep")
+_Rewrite = Callable[[Callable[..., PyTree]], Callable[..., PyTree]]
 
 
 class CohortResult(NamedTuple):
@@ -195,75 +196,62 @@ def _lane(
     return _Lane(init, step, final)
 
 
+def _run_one(lane: _Lane, rewrite: _Rewrite, slot: jax.Array, num_steps: jax.Array) -> ClientResult:
+    """One client, without an axis of lanes that would make products and copies batched."""
+
+    def step(i: jax.Array, state: PyTree) -> PyTree:
+        return lane.step(i, slot, state)
+
+    state = jax.lax.fori_loop(0, num_steps, rewrite(step), lane.init(slot))
+    return lane.final(slot, state)
+
+
+def _run_lanes(
+    lane: _Lane, rewrite: _Rewrite, slots: jax.Array, num_steps: jax.Array
+) -> ClientResult:
+    """A wave of clients `[lanes]` side by side: summed, but for the metrics `[lanes]`."""
+
+    def where(active: jax.Array, x: jax.Array, otherwise: jax.Array | int) -> jax.Array:
+        return jnp.where(active.reshape((-1,) + (1,) * (x.ndim - 1)), x, otherwise)
+
+    def step(i: jax.Array, states: PyTree) -> PyTree:
+        after = jax.vmap(functools.partial(lane.step, i))(slots, states)
+        return jax.tree.map(lambda new, old: where(i < num_steps, new, old), after, states)
+
+    states = jax.vmap(lane.init)(slots)
+    states = jax.lax.fori_loop(0, num_steps.max(), rewrite(step), states)
+    results = jax.vmap(lane.final)(slots, states)
+    results = jax.tree.map(lambda x: where(num_steps > 0, x, 0), results)
+    summed = jax.tree.map(lambda x: x.sum(0), results._replace(metrics={}))
+    return summed._replace(metrics=results.metrics)
+
+
 def _sum_waves(
-    lane: _Lane,
-    table: jax.Array,
-    num_steps: jax.Array,
-    rewrite: Callable[[Callable[..., PyTree]], Callable[..., PyTree]],
+    lane: _Lane, table: jax.Array, num_steps: jax.Array, rewrite: _Rewrite
 ) -> CohortResult:
     """Runs one device's waves `[waves, lanes]` and sums what their clients send."""
-    capacity, lanes = num_steps.shape[0], table.shape[1]
-    lane_map = jax.vmap if lanes > 1 else _map_one
+    capacity, single = num_steps.shape[0], table.shape[1] == 1
+    table, run_wave = (table[:, 0], _run_one) if single else (table, _run_lanes)
     slots = jnp.minimum(table, capacity - 1)
     steps = jnp.where(table < capacity, num_steps[slots], 0)
 
-    def run_wave(wave: jax.Array) -> ClientResult:
-        def step(i: jax.Array, slot: jax.Array, num_steps: jax.Array, state: PyTree) -> PyTree:
-            after = lane.step(i, slot, state)
-            if lanes == 1:
-                return after
-            return jax.tree.map(lambda new, old: jnp.where(i < num_steps, new, old), after, state)
+    def add_wave(wave: jax.Array, total: ClientResult) -> ClientResult:
+        result = run_wave(lane, rewrite, slots[wave], steps[wave])
+        summed = jax.tree.map(jnp.add, total._replace(metrics={}), result._replace(metrics={}))
+        metrics = jax.tree.map(lambda all_, x: all_.at[wave].set(x), total.metrics, result.metrics)
+        return summed._replace(metrics=metrics)
 
-        def steps_of_all(i: jax.Array, states: PyTree) -> PyTree:
-            return lane_map(functools.partial(step, i))(slots[wave], steps[wave], states)
-
-        states = lane_map(lane.init)(slots[wave])
-        states = jax.lax.fori_loop(0, steps[wave].max(), rewrite(steps_of_all), states)
-        results = lane_map(lane.final)(slots[wave], states)
-
-        def zero_untrained(x: jax.Array) -> jax.Array:
-            return jnp.where((steps[wave] > 0).reshape((-1,) + (1,) * (x.ndim - 1)), x, 0)
-
-        return jax.tree.map(zero_untrained, results)
-
-    def add_wave(wave: jax.Array, total: CohortResult) -> CohortResult:
-        result = run_wave(wave)
-
-        def add(total: PyTree, wave_of: PyTree) -> PyTree:
-            return jax.tree.map(lambda total, x: total + x.sum(0), total, wave_of)
-
-        return CohortResult(
-            update=add(total.update, result.update),
-            weight=add(total.weight, result.weight),
-            model_state=add(total.model_state, result.model_state),
-            clients=jax.tree.map(
-                lambda waves, x: waves.at[wave].set(x), total.clients, result.metrics
-            ),
-        )
-
-    def zeros(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), tree)
-
-    one = jax.eval_shape(run_wave, 0)
-    total = CohortResult(
-        update=zeros(one.update),
-        weight=zeros(one.weight),
-        model_state=zeros(one.model_state),
-        clients=jax.tree.map(lambda x: jnp.zeros(table.shape, x.dtype), one.metrics),
+    one = jax.eval_shape(functools.partial(run_wave, lane, rewrite), slots[0], steps[0])
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+    total = total._replace(
+        metrics=jax.tree.map(lambda x: jnp.zeros(table.shape, x.dtype), one.metrics)
     )
     # Sorted by length, the waves without a step are the last ones: they need not run.
-    total = jax.lax.fori_loop(0, (steps.max(1) > 0).sum(), add_wave, total)
+    num_waves = (steps.reshape(table.shape[0], -1).max(1) > 0).sum()
+    total = jax.lax.fori_loop(0, num_waves, add_wave, total)
 
     def in_cohort_order(x: jax.Array) -> jax.Array:
         return jnp.zeros(capacity, x.dtype).at[table].set(x, mode="drop")
 
-    return total._replace(clients=jax.tree.map(in_cohort_order, total.clients))
-
-
-def _map_one(f: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """`vmap` over an axis of length 1, without turning products into batched ones."""
-
-    def mapped(*args: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: x[None], f(*jax.tree.map(lambda x: x[0], args)))
-
-    return mapped
+    clients = jax.tree.map(in_cohort_order, total.metrics)
+    return CohortResult(total.update, total.weight, total.model_state, clients)
