@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from problems import everyone, regression_dataset
 
 import fedjax_lite as fl
-from fedjax_lite.batches import Batching, read_batch
+from fedjax_lite.batches import Batching, count_steps, read_batch
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +53,40 @@ def test_a_billion_generated_clients_cost_nothing():
 @given(
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(sum),
     batch_size=st.integers(1, 12),
+    shuffle=st.booleans(),
 )
-def test_every_example_is_read_exactly_once(sizes, batch_size):
+def test_every_example_is_read_exactly_once_per_epoch(sizes, batch_size, shuffle):
     rows = np.arange(sum(sizes))
     owner = np.repeat(np.arange(len(sizes)), sizes)
     parts = [rows[owner == i] for i in range(len(sizes))]
     dataset = fl.FederatedDataset.from_rows({"row": rows}, parts)
     cohort = everyone(dataset.resident(fl.clients_mesh(1)))
+    batching = Batching(batch_size=batch_size, num_epochs=2, shuffle=shuffle)
+    num_steps = np.asarray(count_steps(cohort.num_examples, batching))
+    read = jax.jit(lambda slot, step: read_batch(cohort, jax.random.key(0), slot, step, batching))
     for slot, part in enumerate(parts):
-        read = []
-        for step in range(-(-len(part) // batch_size)):
-            batch = read_batch(
-                cohort, jax.random.key(0), slot, step, Batching(batch_size=batch_size)
-            )
-            read += np.asarray(batch["row"])[np.asarray(batch["mask"])].tolist()
+        assert num_steps[slot] == 2 * -(-len(part) // batch_size)
+        seen = []
+        for step in range(num_steps[slot]):
+            batch = read(slot, step)
+            seen += np.asarray(batch["row"])[np.asarray(batch["mask"])].tolist()
             assert np.isin(batch["row"], part).all()  # padding is filled with the client's own
-        assert read == part.tolist()
+        for epoch in (seen[: len(part)], seen[len(part) :]):
+            assert sorted(epoch) == part.tolist()
+            assert shuffle or epoch == part.tolist()
+
+
+def test_epochs_and_keys_are_shuffled_differently():
+    rows = np.arange(40)
+    dataset = fl.FederatedDataset.from_rows({"row": rows}, [rows[:20], rows[20:]])
+    cohort = everyone(dataset.resident(fl.clients_mesh(1)))
+    batching = Batching(batch_size=20, num_epochs=2, shuffle=True)
+    orders = {
+        tuple((np.asarray(read_batch(cohort, key, 0, epoch, batching)["row"]) % 20).tolist())
+        for key in jax.random.split(jax.random.key(0), 2)
+        for epoch in (0, 1)
+    }
+    assert len(orders) == 4
 
 
 @pytest.mark.parametrize(
