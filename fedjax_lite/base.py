@@ -36,12 +36,15 @@ class ServerState:
       model_state: What the model keeps but does not train (BatchNorm statistics).
       opt_state: State of the server optimizer.
       round: Number of rounds run, int32 scalar.
+      store: What clients keep between rounds: a pytree of arrays `[num_clients, ...]`, indexed
+        by client id; empty if they keep nothing.
     """
 
     params: PyTree
     model_state: PyTree
     opt_state: PyTree
     round: jax.Array
+    store: PyTree = ()
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +54,8 @@ class RoundInfo:
 
     Attributes:
       loss: Mean training loss over the examples processed by clients that were not left
-        out, each at the params that its client had; 0 if there are none.
+        out, each at the params that its client had; 0 if there are none, NaN if clients do not
+        report a metric `loss`.
       update_norm: L2 norm of the aggregate that the server optimizer was given.
       num_clients: Clients in the cohort, empty ones included.
       num_examples: Examples processed, those of every epoch counted; int32.
@@ -61,7 +65,10 @@ class RoundInfo:
       skipped: True if no client contributed: `params`, `model_state` and
         `opt_state` are then unchanged, and only `round` advances.
       clients: Per-client arrays `[clients]` in cohort order, zero in empty slots:
-        `loss`, `num_examples`, `num_steps`, `update_norm`, `weight`, `nonfinite`.
+        the metrics that clients report, such as `loss`, and `num_examples`, `num_steps`,
+        `update_norm`, `weight`, `nonfinite`.
+      metrics: Means over the clients that were not left out of what was measured before and
+        after their training, weighted by their numbers of examples; often empty.
     """
 
     loss: jax.Array
@@ -72,17 +79,19 @@ class RoundInfo:
     num_nonfinite: jax.Array
     skipped: jax.Array
     clients: dict[str, jax.Array]
+    metrics: dict[str, jax.Array]
 
 
 class FederatedAlgorithm(NamedTuple):
     """A federated algorithm as a pair of pure functions, as in optax.
 
     Attributes:
-      init: `init(key_or_params, model_state=None) -> state`. A typed key draws fresh
-        parameters from the model; a pytree of arrays is taken as the parameters.
+      init: `init(key_or_params, model_state=None, *, num_clients=None) -> state`. A typed key
+        draws fresh parameters from the model; a pytree of arrays is taken as the parameters.
+        The size of the population is needed where clients keep something between rounds.
       round: `round(key, state, cohort) -> (state, info)`: one round, jitted, and
-        usable inside `jit`, `scan` and `vmap`. It compiles once per shape of the
-        cohort: cohort size, client sizes and keys are data.
+        usable inside `jit`, `scan`, `vmap` and, if built with `differentiable=True`, `grad`. It
+        compiles once per shape of the cohort: cohort size, client sizes and keys are data.
     """
 
     init: Callable[..., Any]
@@ -90,33 +99,41 @@ class FederatedAlgorithm(NamedTuple):
 
 
 class ClientResult(NamedTuple):
-    """What one client sends to the server.
+    """What one client sends to the server, and what it keeps.
 
     Attributes:
       update: Pytree of arrays; the server receives the weighted sum over clients.
       weight: Scalar weight of the update in that sum.
       metrics: Scalars by name, reported per client and not aggregated.
       model_state: What the model keeps but does not train, summed with the same weight.
+      client_output: What the client keeps for the next round that it takes part in, like its
+        `client_input`. A client that is left out, or has no examples, keeps what it had.
     """
 
     update: PyTree
     weight: jax.Array
     metrics: dict[str, jax.Array]
     model_state: PyTree
+    client_output: PyTree = ()
 
 
 class ClientUpdate(NamedTuple):
     """What one client computes, written for a single client; the runner maps it.
 
     Attributes:
-      init: `init(shared, key) -> client_state`, with `shared` what the server
-        broadcasts (the same for all clients, never copied per client).
+      init: `init(shared, client_input, key) -> client_state`, with `shared` what the server
+        broadcasts (the same for all clients, never copied per client) and `client_input` what
+        the client kept from the last round that it took part in, `()` if clients keep nothing.
       step: `step(shared, client_state, batch, key) -> client_state`, one local
         step on a batch of the client's examples.
       final: `final(shared, client_state, num_examples) -> ClientResult`, once
         all of the client's steps are done.
+      measure: `measure(shared, client_state, batch) -> {name: values [batch]}`, or `None`. Its
+        means over the client's examples, before the first step and after the last one, are
+        reported as the metrics `{name}_before` and `{name}_after`.
     """
 
-    init: Callable[[PyTree, jax.Array], PyTree]
+    init: Callable[[PyTree, PyTree, jax.Array], PyTree]
     step: Callable[[PyTree, PyTree, Batch, jax.Array], PyTree]
     final: Callable[[PyTree, PyTree, jax.Array], ClientResult]
+    measure: Callable[[PyTree, PyTree, Batch], dict[str, jax.Array]] | None = None

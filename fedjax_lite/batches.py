@@ -12,6 +12,7 @@ from fedjax_lite.base import Batch
 from fedjax_lite.cohort import Cohort
 
 KEY_INIT, KEY_DATA, KEY_STEP = range(3)
+DEFAULT_BATCH_SIZE = 32
 
 
 def client_key(key: jax.Array, client_id: ArrayLike, purpose: int) -> jax.Array:
@@ -79,6 +80,23 @@ def count_steps(num_examples: jax.Array, batching: Batching) -> jax.Array:
     if batching.num_steps is not None:
         return jnp.where(num_examples > 0, batching.num_steps, 0)
     return batching.num_epochs * steps_per_epoch(num_examples, batching)
+
+
+def bound_steps(cohort: Cohort, batching: Batching) -> int:
+    """The most local steps that any client of the cohort could take, known when compiling.
+
+    Raises:
+      ValueError: Nothing bounds the size of a generated client.
+    """
+    if batching.num_steps is not None:
+        return batching.num_steps
+    if cohort.sample is not None:
+        raise ValueError(
+            "num_steps is None with differentiable=True and a generated population, whose clients"
+            " may have any size; pass num_steps=, the number of local steps."
+        )
+    num_rows = next(iter(cohort.examples.values())).shape[0]
+    return batching.num_epochs * -(-num_rows // batching.batch_size)
 
 
 def read_batch(

@@ -26,6 +26,7 @@ class Cohort:
       num_examples: `[clients]`, int32; 0 in empty slots.
       offsets: `[clients]`, int32, the first row of each client in `examples`.
       examples: Features `[rows, ...]` by name; empty for generated clients.
+      num_clients: Size of the population (static).
       sample: For generated clients, the function that draws a batch (static).
     """
 
@@ -33,6 +34,7 @@ class Cohort:
     num_examples: jax.Array
     offsets: jax.Array
     examples: dict[str, jax.Array]
+    num_clients: int = dataclasses.field(metadata={"static": True})
     sample: Callable[[jax.Array, jax.Array], dict[str, jax.Array]] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
@@ -133,5 +135,6 @@ def _draw(
         num_examples=jnp.where(filled, num_examples, 0),
         offsets=offsets,
         examples={},
+        num_clients=population.num_clients,
         sample=sample,
     )

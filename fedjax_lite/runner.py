@@ -8,6 +8,7 @@ updates is carried from one to the next, so that memory does not grow with the c
 device has waves of its own, and one sum over the devices ends the round.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,23 +18,27 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from fedjax_lite import random
-from fedjax_lite.base import ClientResult, ClientUpdate, PyTree
+from fedjax_lite import _validate, random
+from fedjax_lite.base import ClientUpdate, PyTree
 from fedjax_lite.batches import (
     KEY_DATA,
     KEY_INIT,
     KEY_STEP,
     Batching,
+    bound_steps,
     client_key,
     count_processed,
     count_steps,
     read_batch,
+    steps_per_epoch,
 )
 from fedjax_lite.cohort import Cohort
 from fedjax_lite.convolution import canonical_convolutions
 from fedjax_lite.mesh import AXIS, resolve
+from fedjax_lite.store import check_output, check_store, read, write
 
 ON_NONFINITE = ("drop", "keep")
+MEASURED = ("_before", "_after")
 _Rewrite = Callable[[Callable[..., PyTree]], Callable[..., PyTree]]
 
 
@@ -44,6 +49,7 @@ class CohortResult(NamedTuple):
       update: Sum over clients of weight times update.
       weight: Sum of the weights, scalar.
       model_state: Sum over clients of weight times model state.
+      store: What clients keep, with that of the cohort's clients brought up to date.
       clients: Per-client metrics `[clients]` in cohort order: those of the client update,
         and `num_examples`, `num_steps`, `update_norm`, `weight`, `nonfinite`.
     """
@@ -51,6 +57,7 @@ class CohortResult(NamedTuple):
     update: PyTree
     weight: jax.Array
     model_state: PyTree
+    store: PyTree
     clients: dict[str, jax.Array]
 
 
@@ -61,9 +68,11 @@ def run_clients(
     key: jax.Array,
     *,
     batching: Batching,
+    store: PyTree = (),
+    on_nonfinite: str = "drop",
+    differentiable: bool = False,
     lanes: int | None = None,
     mesh: Mesh | None = None,
-    on_nonfinite: str = "drop",
     rewrite_convolutions: bool | None = None,
 ) -> CohortResult:
     """Runs the local steps of every client of a cohort and sums what the clients send.
@@ -74,18 +83,26 @@ def run_clients(
       cohort: Who takes part.
       key: Typed key of the round; clients derive theirs from it by their id.
       batching: What a client runs through.
+      store: What clients keep between rounds, arrays `[num_clients, ...]`.
+      on_nonfinite: `"drop"` leaves out a client whose update has a norm that is not finite (or
+        whose model state or weight is not), `"keep"` lets it through.
+      differentiable: Run loops of a length known when compiling, and skip what exceeds the
+        client's own, as reverse-mode differentiation needs.
       lanes: How many clients a device trains side by side. Changes the speed, and results
         only by the order of additions. By default 1 on CPUs and up to 64 elsewhere.
       mesh: Mesh with the axis `"clients"`; all devices by default. Changes the speed only.
-      on_nonfinite: `"drop"` leaves out a client whose update has a norm that is not finite (or
-        whose model state or weight is not), `"keep"` lets it through.
       rewrite_convolutions: Whether to apply `canonical_convolutions` to the local step. Changes
         the speed only; by default on CPUs.
 
     Returns:
-      The weighted sum, the total weight and the metrics. A client without examples takes no
-      step, has weight zero and zeros for metrics.
+      The weighted sum, the total weight, the store and the metrics. A client without examples
+      takes no step, has weight zero and zeros for metrics, and keeps what it had.
+
+    Raises:
+      ValueError: The store is of another population than the cohort, or not of the form of what
+        clients send; `differentiable` without a bound on the number of steps.
     """
+    check_store(store, cohort.num_clients)
     mesh = resolve(mesh)
     num_devices = 1 if mesh is None else mesh.devices.size
     per_device = -(-cohort.capacity // num_devices)
@@ -93,9 +110,10 @@ def run_clients(
     lanes = min(_default_lanes(platform) if lanes is None else lanes, per_device)
     if rewrite_convolutions is None:
         rewrite_convolutions = platform == "cpu"
-    rewrite = canonical_convolutions if rewrite_convolutions else lambda function: function
     num_steps = count_steps(cohort.num_examples, batching)
     table = _deal(num_steps, num_devices, lanes)
+    bound = bound_steps(cohort, batching) if differentiable else None
+    rewrite = canonical_convolutions if rewrite_convolutions else lambda function: function
 
     def run_waves(
         table: jax.Array,
@@ -103,11 +121,17 @@ def run_clients(
         shared: PyTree,
         cohort: Cohort,
         key: jax.Array,
+        store: PyTree,
     ) -> CohortResult:
-        lane = _lane(client_update, shared, cohort, key, batching, on_nonfinite)
-        return _sum_waves(lane, table, num_steps, rewrite)
+        lane = _lane(client_update, shared, cohort, key, store, batching, rewrite, on_nonfinite)
+        run_wave = functools.partial(_run_wave, lane, rewrite, bound)
+        result, kept = _sum_waves(run_wave, table, num_steps, cohort, store, bound is not None)
+        if mesh is None:
+            return result
+        store = _exchange(result.store, table, kept, cohort)
+        return jax.lax.psum(result._replace(store=()), AXIS)._replace(store=store)
 
-    replicated = (num_steps, shared, cohort, random.fast(key))
+    replicated = (num_steps, shared, cohort, random.fast(key), store)
     if mesh is None:
         result = run_waves(table[0], *replicated)
     else:
@@ -115,7 +139,7 @@ def run_clients(
         # devices by autodiff: inside local training, at every step, by devices that take
         # different numbers of steps. Off, gradients inside the body stay the device's own.
         result = jax.shard_map(
-            lambda table, *replicated: jax.lax.psum(run_waves(table[0], *replicated), AXIS),
+            lambda table, *replicated: run_waves(table[0], *replicated),
             mesh=mesh,
             in_specs=(PartitionSpec(AXIS),) + (PartitionSpec(),) * len(replicated),
             out_specs=PartitionSpec(),
@@ -148,12 +172,24 @@ def _deal(num_steps: jax.Array, num_devices: int, lanes: int) -> jax.Array:
     return jnp.where(backwards, table[:, ::-1], table).swapaxes(0, 1)
 
 
+class _Sent(NamedTuple):
+    """What comes back from one client, weighted, or from a wave of them."""
+
+    update: PyTree
+    weight: jax.Array
+    model_state: PyTree
+    metrics: dict[str, jax.Array]
+    output: PyTree
+    kept: jax.Array
+
+
 class _Lane(NamedTuple):
     """One client's work, from its slot in the cohort."""
 
-    init: Callable[[jax.Array], PyTree]
+    init: Callable[[jax.Array, PyTree], PyTree]
     step: Callable[[jax.Array, jax.Array, PyTree], PyTree]
-    final: Callable[[jax.Array, PyTree], ClientResult]
+    measure: Callable[[jax.Array, PyTree], dict[str, jax.Array]]
+    final: Callable[[jax.Array, PyTree, PyTree], _Sent]
 
 
 def _lane(
@@ -161,11 +197,14 @@ def _lane(
     shared: PyTree,
     cohort: Cohort,
     key: jax.Array,
+    store: PyTree,
     batching: Batching,
+    rewrite: _Rewrite,
     on_nonfinite: str,
 ) -> _Lane:
-    def init(slot: jax.Array) -> PyTree:
-        return client_update.init(shared, client_key(key, cohort.client_ids[slot], KEY_INIT))
+    def init(slot: jax.Array, entry: PyTree) -> PyTree:
+        key_init = client_key(key, cohort.client_ids[slot], KEY_INIT)
+        return client_update.init(shared, entry, key_init)
 
     def step(step: jax.Array, slot: jax.Array, client_state: PyTree) -> PyTree:
         client_id = cohort.client_ids[slot]
@@ -174,12 +213,37 @@ def _lane(
         batch = read_batch(cohort, key_data, slot, step, batching)
         return client_update.step(shared, client_state, batch, key_step)
 
-    def final(slot: jax.Array, client_state: PyTree) -> ClientResult:
+    def measure(slot: jax.Array, client_state: PyTree) -> dict[str, jax.Array]:
+        values = client_update.measure
+        if values is None:
+            return {}
+        # The order of the examples does not matter here, and no gradient passes.
+        in_order = dataclasses.replace(batching, shuffle=False)
+        shared_, state = jax.lax.stop_gradient((shared, client_state))
+        key_data = client_key(key, cohort.client_ids[slot], KEY_DATA)
+
+        def sums(i: jax.Array) -> dict[str, jax.Array]:
+            batch = read_batch(cohort, key_data, slot, i, in_order)
+            measured = values(shared_, state, batch)
+            for name, value in measured.items():
+                _validate.per_example(f"metric {name!r}", value.shape, batch["mask"].shape[0])
+            return {name: jnp.where(batch["mask"], x, 0).sum() for name, x in measured.items()}
+
         num_examples = cohort.num_examples[slot]
-        result = client_update.final(shared, client_state, num_examples)
-        norm = optax.tree.norm(result.update)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, jnp.int32(0))
+        )
+        add = rewrite(lambda i, total: jax.tree.map(jnp.add, total, sums(i)))
+        total = jax.lax.fori_loop(0, steps_per_epoch(num_examples, batching), add, zeros)
+        return jax.tree.map(lambda x: x / jnp.maximum(num_examples, 1), total)
+
+    def final(slot: jax.Array, client_state: PyTree, measured: PyTree) -> _Sent:
+        result = client_update.final(shared, client_state, cohort.num_examples[slot])
+        check_output(result.client_output, store)
+        # No gradient: that of a norm is not a number at zero, whatever it is multiplied with.
+        norm = optax.tree.norm(jax.lax.stop_gradient(result.update))
         finite = jnp.isfinite(norm + optax.tree.norm(result.model_state) + result.weight)
-        left_out = ~finite if on_nonfinite == "drop" else False
+        left_out = ~finite if on_nonfinite == "drop" else jnp.bool_(False)
         weight = jnp.where(left_out, 0, result.weight)
 
         def weighted(tree: PyTree) -> PyTree:
@@ -187,71 +251,152 @@ def _lane(
 
         metrics = {
             **result.metrics,
+            **measured,
             "update_norm": norm,
             "weight": weight,
             "nonfinite": jnp.where(finite, 0.0, 1.0),
         }
-        return ClientResult(weighted(result.update), weight, metrics, weighted(result.model_state))
+        return _Sent(
+            update=weighted(result.update),
+            weight=weight,
+            model_state=weighted(result.model_state),
+            metrics=metrics,
+            output=result.client_output,
+            kept=~left_out,
+        )
 
-    return _Lane(init, step, final)
-
-
-def _run_one(lane: _Lane, rewrite: _Rewrite, slot: jax.Array, num_steps: jax.Array) -> ClientResult:
-    """One client, without an axis of lanes that would make products and copies batched."""
-
-    def step(i: jax.Array, state: PyTree) -> PyTree:
-        return lane.step(i, slot, state)
-
-    state = jax.lax.fori_loop(0, num_steps, rewrite(step), lane.init(slot))
-    return lane.final(slot, state)
+    return _Lane(init, step, measure, final)
 
 
-def _run_lanes(
-    lane: _Lane, rewrite: _Rewrite, slots: jax.Array, num_steps: jax.Array
-) -> ClientResult:
-    """A wave of clients `[lanes]` side by side: summed, but for the metrics `[lanes]`."""
+def _repeat(
+    num_times: jax.Array,
+    body: Callable[[jax.Array, PyTree], PyTree],
+    state: PyTree,
+    bound: int | None,
+) -> PyTree:
+    """`fori_loop(0, num_times, body, state)`, or the same as a scan over a static bound."""
+    if bound is None:
+        return jax.lax.fori_loop(0, num_times, body, state)
 
-    def where(active: jax.Array, x: jax.Array, otherwise: jax.Array | int) -> jax.Array:
-        return jnp.where(active.reshape((-1,) + (1,) * (x.ndim - 1)), x, otherwise)
+    def masked(state: PyTree, i: jax.Array) -> tuple[PyTree, None]:
+        return jax.lax.cond(i < num_times, body, lambda i, state: state, i, state), None
+
+    return jax.lax.scan(masked, state, jnp.arange(bound, dtype=num_times.dtype))[0]
+
+
+def _run_wave(
+    lane: _Lane,
+    rewrite: _Rewrite,
+    bound: int | None,
+    slots: jax.Array,
+    num_steps: jax.Array,
+    entries: PyTree,
+) -> _Sent:
+    """A wave of clients `[lanes]`, or of one alone: sums, and per client what is its own.
+
+    One client alone goes without an axis of lanes, which would make its matrix products batched
+    ones and cost copies of its params.
+    """
+    if slots.ndim == 0:
+        lift, only_active = (lambda function: function), (lambda active, new, old: new)
+    else:
+        lift, only_active = jax.vmap, _where
 
     def step(i: jax.Array, states: PyTree) -> PyTree:
-        after = jax.vmap(functools.partial(lane.step, i))(slots, states)
-        return jax.tree.map(lambda new, old: where(i < num_steps, new, old), after, states)
+        after = lift(functools.partial(lane.step, i))(slots, states)
+        return only_active(i < num_steps, after, states)
 
-    states = jax.vmap(lane.init)(slots)
-    states = jax.lax.fori_loop(0, num_steps.max(), rewrite(step), states)
-    results = jax.vmap(lane.final)(slots, states)
-    results = jax.tree.map(lambda x: where(num_steps > 0, x, 0), results)
-    summed = jax.tree.map(lambda x: x.sum(0), results._replace(metrics={}))
-    return summed._replace(metrics=results.metrics)
+    def measure(when: str, states: PyTree) -> dict[str, jax.Array]:
+        measured = lift(lane.measure)(slots, states)
+        return {name + when: values for name, values in measured.items()}
+
+    before, after = MEASURED
+    states = lift(lane.init)(slots, entries)
+    measured = measure(before, states)
+    states = _repeat(num_steps.max(), rewrite(step), states, bound)
+    measured |= measure(after, states)
+    sent = lift(lane.final)(slots, states, measured)
+    if slots.ndim == 0:
+        return sent
+    sent = only_active(num_steps > 0, sent, jax.tree.map(jnp.zeros_like, sent))
+    update, weight, model_state = jax.tree.map(
+        lambda x: x.sum(0), (sent.update, sent.weight, sent.model_state)
+    )
+    return sent._replace(update=update, weight=weight, model_state=model_state)
+
+
+def _where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where the condition `[lanes]` holds, else `old`, for arrays `[lanes, ...]`."""
+
+    def where(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(condition.reshape((-1,) + (1,) * (x.ndim - 1)), x, y)
+
+    return jax.tree.map(where, new, old)
 
 
 def _sum_waves(
-    lane: _Lane, table: jax.Array, num_steps: jax.Array, rewrite: _Rewrite
-) -> CohortResult:
-    """Runs one device's waves `[waves, lanes]` and sums what their clients send."""
-    capacity, single = num_steps.shape[0], table.shape[1] == 1
-    table, run_wave = (table[:, 0], _run_one) if single else (table, _run_lanes)
+    run_wave: Callable[[jax.Array, jax.Array, PyTree], _Sent],
+    table: jax.Array,
+    num_steps: jax.Array,
+    cohort: Cohort,
+    store: PyTree,
+    differentiable: bool,
+) -> tuple[CohortResult, jax.Array]:
+    """Runs one device's waves `[waves, lanes]` and sums what their clients send.
+
+    Returns:
+      The sums, and `[waves, lanes]`: whose entry in the store is a new one.
+    """
+    capacity = num_steps.shape[0]
+    if table.shape[1] == 1:
+        table = table[:, 0]
     slots = jnp.minimum(table, capacity - 1)
     steps = jnp.where(table < capacity, num_steps[slots], 0)
 
-    def add_wave(wave: jax.Array, total: ClientResult) -> ClientResult:
-        result = run_wave(lane, rewrite, slots[wave], steps[wave])
-        summed = jax.tree.map(jnp.add, total._replace(metrics={}), result._replace(metrics={}))
-        metrics = jax.tree.map(lambda all_, x: all_.at[wave].set(x), total.metrics, result.metrics)
-        return summed._replace(metrics=metrics)
+    def add_wave(wave: jax.Array, carry: tuple[PyTree, PyTree, PyTree]) -> PyTree:
+        total, per_client, store = carry
+        client_ids = cohort.client_ids[slots[wave]]
+        sent = run_wave(slots[wave], steps[wave], read(store, client_ids))
+        total = jax.tree.map(jnp.add, total, (sent.update, sent.weight, sent.model_state))
+        per_client = jax.tree.map(
+            lambda all_, x: all_.at[wave].set(x), per_client, (sent.metrics, sent.kept)
+        )
+        return total, per_client, write(store, client_ids, sent.kept, sent.output)
 
-    one = jax.eval_shape(functools.partial(run_wave, lane, rewrite), slots[0], steps[0])
-    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
-    total = total._replace(
-        metrics=jax.tree.map(lambda x: jnp.zeros(table.shape, x.dtype), one.metrics)
+    one = jax.eval_shape(
+        lambda: run_wave(slots[0], steps[0], read(store, cohort.client_ids[slots[0]]))
     )
+    total = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), (one.update, one.weight, one.model_state)
+    )
+    per_client = jax.tree.map(lambda x: jnp.zeros(table.shape, x.dtype), (one.metrics, one.kept))
     # Sorted by length, the waves without a step are the last ones: they need not run.
     num_waves = (steps.reshape(table.shape[0], -1).max(1) > 0).sum()
-    total = jax.lax.fori_loop(0, num_waves, add_wave, total)
+    total, (metrics, kept), store = _repeat(
+        num_waves,
+        add_wave,
+        (total, per_client, store),
+        table.shape[0] if differentiable else None,
+    )
 
     def in_cohort_order(x: jax.Array) -> jax.Array:
         return jnp.zeros(capacity, x.dtype).at[table].set(x, mode="drop")
 
-    clients = jax.tree.map(in_cohort_order, total.metrics)
-    return CohortResult(total.update, total.weight, total.model_state, clients)
+    update, weight, model_state = total
+    clients = jax.tree.map(in_cohort_order, metrics)
+    return CohortResult(update, weight, model_state, store, clients), kept
+
+
+def _exchange(store: PyTree, table: jax.Array, kept: jax.Array, cohort: Cohort) -> PyTree:
+    """The store with what the clients of all devices keep, from the copies of each device."""
+    if not jax.tree.leaves(store):
+        return store
+    client_ids = cohort.client_ids[jnp.minimum(table, cohort.capacity - 1)]
+    kept = kept.reshape(table.shape)
+
+    # A wave at a time, so that memory does not grow with the cohort.
+    def one_wave(wave: jax.Array, store: PyTree) -> PyTree:
+        new = (client_ids[wave], kept[wave], read(store, client_ids[wave]))
+        return write(store, *jax.lax.all_gather(new, AXIS, tiled=True))
+
+    return jax.lax.fori_loop(0, table.shape[0], one_wave, store)

@@ -40,4 +40,5 @@ def everyone(population, order=None, capacity=None):
         num_examples=jnp.where(ids >= 0, jnp.asarray(np.diff(offsets)[ids]), 0),
         offsets=jnp.asarray(offsets[ids]),
         examples=population.examples,
+        num_clients=population.num_clients,
     )

@@ -11,27 +11,32 @@ NAMES = {
     "evaluate": ["model", "state", "examples"],
     "fed_avg": [
         *("model", "client_optimizer", "server_optimizer", "batch_size", "num_epochs"),
-        *("num_steps", "shuffle", "weighting", "on_nonfinite", "lanes", "mesh"),
-        "rewrite_convolutions",
+        *("num_steps", "shuffle", "weighting", "measure_clients", "on_nonfinite"),
+        *("differentiable", "lanes", "mesh", "rewrite_convolutions"),
     ],
     "fed_sgd": [
         *("model", "server_optimizer", "reduction", "weighting", "batch_size", "on_nonfinite"),
         *("lanes", "mesh", "rewrite_convolutions"),
     ],
+    "federated_algorithm": [
+        *("model", "client_update", "server_optimizer", "average", "batch_size", "num_epochs"),
+        *("num_steps", "shuffle", "client_entry", "memory_kind", "on_nonfinite"),
+        *("differentiable", "lanes", "mesh", "rewrite_convolutions"),
+    ],
     "function_model": ["loss", "init", "metrics"],
     "linen_model": ["module", "example", "loss", "metrics", "inputs"],
     "replicate": ["tree", "mesh"],
-    "ClientResult": ["update", "weight", "metrics", "model_state"],
-    "ClientUpdate": ["init", "step", "final"],
-    "Cohort": ["client_ids", "num_examples", "offsets", "examples", "sample"],
+    "ClientResult": ["update", "weight", "metrics", "model_state", "client_output"],
+    "ClientUpdate": ["init", "step", "final", "measure"],
+    "Cohort": ["client_ids", "num_examples", "offsets", "examples", "num_clients", "sample"],
     "FederatedAlgorithm": ["init", "round"],
     "FederatedDataset": ["examples", "offsets", "client_ids"],
     "Model": ["init", "loss", "metrics"],
     "RoundInfo": [
         *("loss", "update_norm", "num_clients", "num_examples", "num_empty", "num_nonfinite"),
-        *("skipped", "clients"),
+        *("skipped", "clients", "metrics"),
     ],
-    "ServerState": ["params", "model_state", "opt_state", "round"],
+    "ServerState": ["params", "model_state", "opt_state", "round", "store"],
 }
 MODULES = {"data", "models", "partition"}
 

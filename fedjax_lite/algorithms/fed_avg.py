@@ -18,7 +18,6 @@ from fedjax_lite.base import (
     PyTree,
     ServerState,
 )
-from fedjax_lite.batches import Batching
 from fedjax_lite.local import batch_loss
 from fedjax_lite.model import Model
 
@@ -42,7 +41,9 @@ def fed_avg(
     num_steps: int | None = None,
     shuffle: bool = True,
     weighting: Weighting = "examples",
+    measure_clients: bool = False,
     on_nonfinite: Literal["drop", "keep"] = "drop",
+    differentiable: bool = False,
     lanes: int | None = None,
     mesh: Mesh | None = None,
     rewrite_convolutions: bool | None = None,
@@ -76,8 +77,15 @@ def fed_avg(
       shuffle: A new order of a client's examples in each epoch, from the key of the round.
       weighting: The weight of a client: `"examples"`, `"uniform"`, or a function
         `num_examples -> weight`, float scalar to non-negative scalar.
+      measure_clients: Evaluate the model's metrics on the examples of each client, at the
+        server's params and at those that it ends with: `info.clients` and, as means over all
+        examples, `info.metrics` then have `{name}_before` and `{name}_after`. The time of two
+        more epochs without gradients.
       on_nonfinite: A client whose delta has a norm that is not finite is left out and
         counted (`"drop"`), or let through (`"keep"`).
+      differentiable: Allow reverse-mode differentiation through rounds. Loops then have the
+        length of the longest that could occur, `num_steps` or all examples of the population,
+        and skip what exceeds a client's own; memory grows with the number of local steps.
       lanes: Clients trained side by side on a device; changes the speed only.
       mesh: Mesh with the axis `"clients"`, all devices by default; changes the speed only.
       rewrite_convolutions: Put the convolutions of a local step into the layout that is fast
@@ -115,8 +123,8 @@ def fed_avg(
             return client_optimizer
         return client_optimizer(shared.round)
 
-    def client_init(shared: ServerState, key: jax.Array) -> _ClientState:
-        del key
+    def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> _ClientState:
+        del client_input, key
         return _ClientState(
             params=shared.params,
             model_state=shared.model_state,
@@ -146,23 +154,28 @@ def fed_avg(
         return ClientResult(
             update=optax.tree.sub(shared.params, client_state.params),
             weight=client_weight(num_examples),
-            metrics={"loss": client_state.loss / client_state.num_examples},
+            metrics={"loss": client_state.loss / jnp.maximum(client_state.num_examples, 1)},
             model_state=client_state.model_state,
         )
 
+    def client_measure(
+        shared: ServerState, client_state: _ClientState, batch: Batch
+    ) -> dict[str, jax.Array]:
+        del shared
+        return model.metrics(client_state.params, client_state.model_state, batch)
+
     return federated_algorithm(
         model,
-        ClientUpdate(client_init, client_step, client_final),
-        optax.sgd(1.0) if server_optimizer is None else server_optimizer,
-        batching=Batching(
-            batch_size=32 if batch_size is None else batch_size,
-            num_epochs=num_epochs,
-            num_steps=num_steps,
-            shuffle=shuffle,
+        ClientUpdate(
+            client_init, client_step, client_final, client_measure if measure_clients else None
         ),
+        optax.sgd(1.0) if server_optimizer is None else server_optimizer,
         batch_size=batch_size,
-        average=True,
+        num_epochs=num_epochs,
+        num_steps=num_steps,
+        shuffle=shuffle,
         on_nonfinite=on_nonfinite,
+        differentiable=differentiable,
         lanes=lanes,
         mesh=mesh,
         rewrite_convolutions=rewrite_convolutions,

@@ -17,7 +17,6 @@ from fedjax_lite.base import (
     PyTree,
     ServerState,
 )
-from fedjax_lite.batches import Batching
 from fedjax_lite.local import batch_loss
 from fedjax_lite.model import Model
 
@@ -66,7 +65,7 @@ def fed_sgd(
       weighting: With `reduction="mean"`, the weight of a client: `"examples"` (the default),
         `"uniform"` or a function `num_examples -> weight`, float scalar to non-negative scalar.
       batch_size: Examples in a batch. With `"mean"` it bounds memory and leaves results as
-        they are; with `"sum"` it is part of the definition. By default 128, and for
+        they are; with `"sum"` it is part of the definition. By default 32, and for
         generated populations the size that they draw.
       on_nonfinite: A client whose gradient has a norm that is not finite is left out and
         counted (`"drop"`), or let through (`"keep"`).
@@ -107,8 +106,8 @@ def fed_sgd(
         weighting or ("examples" if reduction == "mean" else "uniform")
     )
 
-    def client_init(shared: ServerState, key: jax.Array) -> _ClientState:
-        del key
+    def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> _ClientState:
+        del client_input, key
         return _ClientState(
             # Sums of many small terms: in float32 at least.
             gradient=jax.tree.map(
@@ -136,11 +135,11 @@ def fed_sgd(
         del shared
         gradient = client_state.gradient
         if reduction == "mean":
-            gradient = optax.tree.scale(1 / num_examples.astype(float), gradient)
+            gradient = optax.tree.scale(1 / jnp.maximum(num_examples, 1).astype(float), gradient)
         return ClientResult(
             update=gradient,
             weight=client_weight(num_examples),
-            metrics={"loss": client_state.loss / num_examples},
+            metrics={"loss": client_state.loss / jnp.maximum(num_examples, 1)},
             model_state=client_state.model_state,
         )
 
@@ -148,9 +147,9 @@ def fed_sgd(
         model,
         ClientUpdate(client_init, client_step, client_final),
         server_optimizer,
-        batching=Batching(batch_size=128 if batch_size is None else batch_size),
-        batch_size=batch_size,
         average=reduction == "mean",
+        batch_size=batch_size,
+        shuffle=False,
         on_nonfinite=on_nonfinite,
         lanes=lanes,
         mesh=mesh,

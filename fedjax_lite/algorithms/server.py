@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 
 from fedjax_lite import _validate, random
 from fedjax_lite.base import ClientUpdate, FederatedAlgorithm, PyTree, RoundInfo, ServerState
-from fedjax_lite.batches import Batching, adapt_batch_size
+from fedjax_lite.batches import DEFAULT_BATCH_SIZE, Batching, adapt_batch_size
 from fedjax_lite.cohort import Cohort
 from fedjax_lite.mesh import replicate
 from fedjax_lite.model import Model
-from fedjax_lite.runner import ON_NONFINITE, CohortResult, run_clients
+from fedjax_lite.runner import MEASURED, ON_NONFINITE, CohortResult, run_clients
+from fedjax_lite.store import MEMORY_KINDS, create_store
 
 Weighting = Literal["examples", "uniform"] | Callable[[jax.Array], jax.Array]
 
@@ -42,40 +43,115 @@ def federated_algorithm(
     client_update: ClientUpdate,
     server_optimizer: optax.GradientTransformation,
     *,
-    batching: Batching,
-    batch_size: int | None,
-    average: bool,
-    on_nonfinite: str,
-    lanes: int | None,
-    mesh: Mesh | None,
-    rewrite_convolutions: bool | None,
+    average: bool = True,
+    batch_size: int | None = None,
+    num_epochs: int = 1,
+    num_steps: int | None = None,
+    shuffle: bool = True,
+    client_entry: Callable[[PyTree], PyTree] | None = None,
+    memory_kind: Literal["device", "pinned_host"] = "device",
+    on_nonfinite: Literal["drop", "keep"] = "drop",
+    differentiable: bool = False,
+    lanes: int | None = None,
+    mesh: Mesh | None = None,
+    rewrite_convolutions: bool | None = None,
 ) -> FederatedAlgorithm:
-    """The algorithm that gives the server optimizer the mean, or the sum, of client updates.
+    """An algorithm of one's own, from what a single client computes.
+
+    The server optimizer is given the weighted mean of the clients' updates as its gradient.
 
     Args:
-      model: The model, which draws params where a key is given.
-      client_update: What a client computes from the `ServerState`.
-      server_optimizer: Is given the aggregate as its gradient.
-      batching: What a client runs through.
-      batch_size: What the user asked for; a generated population may not contradict it.
-      average: Divide the sum of the updates by the sum of the weights.
-      on_nonfinite: As for `run_clients`.
-      lanes: As for `run_clients`.
-      mesh: As for `run_clients`.
-      rewrite_convolutions: As for `run_clients`.
+      model: The model, which draws params where `init` is given a key.
+      client_update: What a client computes. What the server broadcasts is its `ServerState`,
+        with an empty `store`.
+      server_optimizer: Any optax transformation.
+      average: Divide the weighted sum of the updates by the sum of the weights; else the
+        optimizer is given the sum.
+      batch_size: Examples in a local batch. By default 32, and for generated populations the
+        size that they draw. The last batch of an epoch may be short: it is masked, never
+        filled up.
+      num_epochs: How often a client runs through its examples.
+      num_steps: Number of local steps, whatever the client's size; replaces `num_epochs`.
+      shuffle: A new order of a client's examples in each epoch, from the key of the round.
+      client_entry: `client_entry(params) -> pytree of arrays`, what a client keeps before its
+        first round, if clients keep something. `init` then needs `num_clients`, and
+        `state.store` holds arrays `[num_clients, ...]`: a client's `client_input` is its entry,
+        its `client_output` replaces it. A round returns a new store; let it reuse the memory
+        of the old one by `jax.jit(algorithm.round, donate_argnames="state")`, or by a `scan`
+        over rounds.
+      memory_kind: Where the store lies: on the `"device"`, or in `"pinned_host"` memory, from
+        which entries are copied when their clients train.
+      on_nonfinite: A client whose update has a norm that is not finite (or whose model state or
+        weight is not) is left out and counted (`"drop"`), or let through (`"keep"`).
+      differentiable: Allow reverse-mode differentiation through rounds. Loops then have the
+        length of the longest that could occur, `num_steps` or all examples of the population,
+        and skip what exceeds a client's own; memory grows with the number of local steps.
+      lanes: Clients trained side by side on a device; changes the speed only.
+      mesh: Mesh with the axis `"clients"`, all devices by default; changes the speed only.
+      rewrite_convolutions: Put the convolutions of a local step into the layout that is fast
+        inside loops on a CPU, about thirty times faster; changes the speed only. By default on
+        CPUs.
+
+    Returns:
+      A `FederatedAlgorithm`, whose `round` takes and returns a `ServerState`.
+
+    Raises:
+      ValueError: An option is unknown or out of range, at once; `num_clients` is missing in
+        `init`, or given in vain; in a round, the store is of another population than the
+        cohort, or not of the form of what clients keep.
+
+    A client that takes one gradient step towards its own data, and counts its rounds:
+
+    >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
+    >>> model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2 / 2)
+    >>> def init(server, rounds, key):
+    ...     return server.params, rounds
+    >>> def step(server, client, batch, key):
+    ...     loss = lambda w: model.loss(w, {}, batch, key)[0].mean(where=batch["mask"])
+    ...     return client[0] - 0.5 * jax.grad(loss)(client[0]), client[1]
+    >>> def final(server, client, num_examples):
+    ...     return fl.ClientResult(server.params - client[0], 1.0, {}, {}, client[1] + 1)
+    >>> algorithm = federated_algorithm(
+    ...     model, fl.ClientUpdate(init, step, final), optax.sgd(1.0),
+    ...     client_entry=lambda params: jnp.int32(0),
+    ... )
+    >>> dataset = fl.FederatedDataset.from_clients({"a": {"x": [4.0]}, "b": {"x": [8.0]}})
+    >>> state = algorithm.init(jnp.float32(0.0), num_clients=2)
+    >>> cohort = fl.cohort(jax.random.key(1), dataset.resident(), 1)
+    >>> state, info = algorithm.round(jax.random.key(0), state, cohort)
+    >>> sorted(state.store.tolist()), float(state.params) in (2.0, 4.0)
+    ([0, 1], True)
     """
     _validate.choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
+    _validate.choice("memory_kind", memory_kind, MEMORY_KINDS)
     _validate.instance("server_optimizer", server_optimizer, optax.GradientTransformation)
+    batching = Batching(
+        batch_size=DEFAULT_BATCH_SIZE if batch_size is None else batch_size,
+        num_epochs=num_epochs,
+        num_steps=num_steps,
+        shuffle=shuffle,
+    )
     if lanes is not None:
         lanes = _validate.integer("lanes", lanes, minimum=1)
 
-    def init(key_or_params: PyTree, model_state: PyTree | None = None) -> ServerState:
+    def init(
+        key_or_params: PyTree,
+        model_state: PyTree | None = None,
+        *,
+        num_clients: int | None = None,
+    ) -> ServerState:
         if random.is_key(key_or_params):
             params, drawn_state = model.init(key_or_params)
             model_state = drawn_state if model_state is None else model_state
         else:
             params, model_state = key_or_params, {} if model_state is None else model_state
         _validate.params(params)
+        if (num_clients is None) != (client_entry is None):
+            raise ValueError(
+                f"num_clients is {num_clients}, and clients of this algorithm keep"
+                f" {'nothing' if client_entry is None else 'something'} between rounds;"
+                " pass the size of the population if and only if they do."
+            )
         # With a dtype of their own: a weakly typed leaf would have the second round compile
         # again.
         params, model_state = jax.tree.map(
@@ -87,21 +163,29 @@ def federated_algorithm(
             opt_state=server_optimizer.init(params),
             round=jnp.int32(0),
         )
-        return replicate(state, mesh)
+        state = replicate(state, mesh)
+        if client_entry is None or num_clients is None:
+            return state
+        num_clients = _validate.integer("num_clients", num_clients, minimum=1)
+        store = create_store(client_entry(params), num_clients, memory_kind, mesh)
+        return dataclasses.replace(state, store=store)
 
     @jax.jit
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
         _validate.instance("cohort", cohort, Cohort)
         _validate.instance("state", state, ServerState)
+        server = dataclasses.replace(state, store=())
         result = run_clients(
             client_update,
-            state,
+            server,
             cohort,
             key,
             batching=adapt_batch_size(cohort, batching, batch_size),
+            store=state.store,
+            on_nonfinite=on_nonfinite,
+            differentiable=differentiable,
             lanes=lanes,
             mesh=mesh,
-            on_nonfinite=on_nonfinite,
             rewrite_convolutions=rewrite_convolutions,
         )
         skip = result.weight == 0
@@ -109,7 +193,8 @@ def federated_algorithm(
         aggregate = optax.tree.scale(mean, result.update) if average else result.update
         model_state = optax.tree.scale(mean, result.model_state)
         info = _round_info(cohort, result, aggregate, skip, on_nonfinite == "drop")
-        return _server_step(server_optimizer, state, aggregate, model_state, skip), info
+        after = _server_step(server_optimizer, server, aggregate, model_state, skip)
+        return dataclasses.replace(after, store=result.store), info
 
     return FederatedAlgorithm(init, round)
 
@@ -142,19 +227,26 @@ def _server_step(
 def _round_info(
     cohort: Cohort, result: CohortResult, aggregate: PyTree, skip: jax.Array, drop: bool
 ) -> RoundInfo:
-    """What to report of a round whose clients report a mean `loss` each."""
-    nonfinite = result.clients["nonfinite"]
+    """What to report of a round."""
+    clients, nonfinite = result.clients, result.clients["nonfinite"]
     left_out = nonfinite if drop else jnp.zeros_like(nonfinite)
-    num_examples = result.clients["num_examples"]
-    counted = jnp.where(left_out, 0, num_examples.astype(float))
-    total_loss = jnp.where(left_out, 0, counted * result.clients["loss"]).sum()
+    trained = jnp.where(left_out, 0, clients["num_examples"].astype(float))
+    owned = jnp.where(left_out, 0, cohort.num_examples.astype(float))
+
+    def mean(values: jax.Array, counts: jax.Array) -> jax.Array:
+        total = jnp.where(left_out, 0, counts * values).sum()
+        return total / jnp.maximum(counts.sum(), 1)
+
     return RoundInfo(
-        loss=total_loss / jnp.maximum(counted.sum(), 1),
-        update_norm=jnp.where(skip, 0, optax.tree.norm(aggregate)),
+        loss=mean(clients["loss"], trained) if "loss" in clients else jnp.float32(jnp.nan),
+        update_norm=jnp.where(skip, 0, optax.tree.norm(jax.lax.stop_gradient(aggregate))),
         num_clients=(cohort.client_ids >= 0).sum(),
-        num_examples=num_examples.sum(),
+        num_examples=clients["num_examples"].sum(),
         num_empty=((cohort.client_ids >= 0) & (cohort.num_examples == 0)).sum(),
         num_nonfinite=nonfinite.sum(),
         skipped=skip,
-        clients=result.clients,
+        clients=clients,
+        metrics={
+            name: mean(values, owned) for name, values in clients.items() if name.endswith(MEASURED)
+        },
     )

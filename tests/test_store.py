@@ -1,0 +1,173 @@
+"""What clients keep between rounds."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import SIZES, everyone, regression_dataset, regression_model
+
+import fedjax_lite as fl
+
+eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+
+
+def diary(forget=False, **options):
+    """Clients count their rounds and keep the sum of the targets that they have seen."""
+
+    def init(server, client_input, key):
+        return {"entry": client_input, "seen": jnp.zeros(3)}
+
+    def step(server, client, batch, key):
+        seen = jnp.where(batch["mask"][:, None], batch["y"][:, None] + batch["x"], 0).sum(0)
+        return {**client, "seen": client["seen"] + seen}
+
+    def final(server, client, num_examples):
+        kept = {
+            "rounds": client["entry"]["rounds"] + 1,
+            "seen": client["entry"]["seen"] + client["seen"],
+        }
+        update = {"w": client["seen"], "b": kept["rounds"].astype(jnp.float32)}
+        return fl.ClientResult(update, 1.0, {}, {}, {} if forget else kept)
+
+    return fl.federated_algorithm(
+        regression_model(),
+        fl.ClientUpdate(init, step, final),
+        optax.sgd(0.1),
+        client_entry=lambda params: {"rounds": jnp.int32(0), "seen": jnp.zeros(3)},
+        **{"batch_size": 4, "mesh": fl.clients_mesh(1), **options},
+    )
+
+
+def run(algorithm, dataset, orders, mesh=None):
+    population = dataset.resident(mesh or fl.clients_mesh(1))
+    state = algorithm.init(jax.random.key(0), num_clients=dataset.num_clients)
+    for r, order in enumerate(orders):
+        cohort = everyone(population, order, capacity=9)
+        state, info = algorithm.round(jax.random.key(r), state, cohort)
+    return jax.device_get(state), jax.device_get(info)
+
+
+def expected_store(dataset, orders):
+    """The same in NumPy, a client at a time."""
+    rounds, seen = np.zeros(10, np.int32), np.zeros((10, 3))
+    for i in (i for order in orders for i in order if SIZES[i]):
+        rounds[i] += 1
+        seen[i] += (dataset[i]["y"][:, None] + dataset[i]["x"]).sum(0)
+    return {"rounds": rounds, "seen": seen}
+
+
+ORDERS = [[3, 0, 9, 1], [8, 3, 2, 7, 6, 5, 0, 4, 1], [3], [4, 9, 1, 0, 2]]
+
+
+@eight_devices
+@pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
+@pytest.mark.parametrize(
+    ("lanes", "num_devices"), [(1, 1), (3, 1), (64, 1), (1, 4), (3, 2), (2, 8)]
+)
+def test_entries_are_read_and_written_by_client_id(lanes, num_devices, memory_kind):
+    mesh, dataset = fl.clients_mesh(num_devices), regression_dataset()
+    algorithm = diary(lanes=lanes, mesh=mesh, memory_kind=memory_kind)
+    start = algorithm.init(jax.random.key(0), num_clients=10)
+    assert {x.sharding.memory_kind for x in start.store.values()} == {memory_kind}
+    state, _ = run(algorithm, dataset, ORDERS, mesh)
+    chex.assert_trees_all_close(state.store, expected_store(dataset, ORDERS), rtol=1e-5)
+
+
+def test_scan_and_vmap_carry_the_store():
+    dataset = regression_dataset()
+    population = dataset.resident(fl.clients_mesh(1))
+    algorithm = diary()
+
+    def train(key):
+        def step(state, key):
+            cohort = fl.cohort(key, population, 4)
+            return algorithm.round(key, state, cohort)[0], cohort.client_ids
+
+        return jax.lax.scan(step, algorithm.init(key, num_clients=10), jax.random.split(key, 3))
+
+    states, ids = jax.device_get(jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(5), 2)))
+    expected = [expected_store(dataset, orders) for orders in ids]
+    expected = jax.tree.map(lambda *stores: np.stack(stores), *expected)
+    chex.assert_trees_all_close(states.store, expected, rtol=1e-5)
+
+
+def test_a_client_that_is_left_out_keeps_what_it_had():
+    dataset = regression_dataset()
+    dataset.examples["y"][dataset.offsets[3]] = np.inf
+    state, info = run(diary(), dataset, [[0, 3, 5]])
+    assert info.num_nonfinite == 1
+    assert state.store["rounds"].tolist() == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+    state, _ = run(diary(on_nonfinite="keep"), dataset, [[0, 3, 5]])
+    assert state.store["rounds"][3] == 1
+
+
+def test_memory_does_not_grow_with_the_cohort():
+    temporaries = []
+    for capacity in (50, 5000):
+        dataset = fl.FederatedDataset.from_rows(
+            {"x": np.ones((10_000, 3), np.float32), "y": np.ones(10_000, np.float32)},
+            np.arange(10_000)[:, None],
+        )
+        algorithm = diary()
+        state = algorithm.init(jax.random.key(0), num_clients=10_000)
+        population = dataset.resident(fl.clients_mesh(1))
+        cohort = fl.cohort(jax.random.key(0), population, capacity)
+        compiled = algorithm.round.lower(jax.random.key(0), state, cohort).compile()
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+    # What grows is the list of slots, a few numbers per client.
+    assert temporaries[1] - temporaries[0] < 5000 * 16 * 4
+
+
+def test_a_round_can_reuse_the_memory_of_the_store():
+    algorithm = diary()
+    state = algorithm.init(jax.random.key(0), num_clients=10)
+    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)), [1, 2])
+    round = jax.jit(algorithm.round, donate_argnames="state")
+    after, _ = round(jax.random.key(0), state, cohort)
+    assert state.store["seen"].is_deleted()
+    assert after.store["rounds"].tolist() == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_a_store_of_another_population_is_refused():
+    algorithm = diary()
+    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)))
+    state = algorithm.init(jax.random.key(0), num_clients=12)
+    with pytest.raises(
+        ValueError,
+        match=r"state.store\['rounds'\] has shape \(12,\), while .* population of 10 clients; give",
+    ):
+        algorithm.round(jax.random.key(0), state, cohort)
+
+
+def test_what_clients_keep_has_one_form():
+    algorithm = diary(forget=True)
+    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)))
+    state = algorithm.init(jax.random.key(0), num_clients=10)
+    with pytest.raises(ValueError, match=r"client_output is \{\}, while the store has .*; return"):
+        algorithm.round(jax.random.key(0), state, cohort)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (diary, {}, "num_clients is None, and clients of this algorithm keep something"),
+        (diary, {"num_clients": 0}, "num_clients is 0; choose an integer at least 1"),
+        (
+            functools.partial(fl.fed_avg, regression_model(), optax.sgd(0.1)),
+            {"num_clients": 10},
+            "num_clients is 10, and clients of this algorithm keep nothing",
+        ),
+    ],
+)
+def test_init_asks_for_the_size_of_the_population(build, options, message):
+    with pytest.raises(ValueError, match=message):
+        build().init(jax.random.key(0), **options)
+
+
+def test_an_unknown_memory_kind_is_refused():
+    with pytest.raises(ValueError, match="memory_kind is 'hbm'; choose one of 'device', 'pinned"):
+        diary(memory_kind="hbm")
