@@ -26,6 +26,7 @@ NAMES = {
     "function_model": ["loss", "init", "metrics"],
     "linen_model": ["module", "example", "loss", "metrics", "inputs"],
     "replicate": ["tree", "mesh"],
+    "tune_lanes": ["build", "key", "state", "cohort", "candidates", "repeats"],
     "ClientResult": ["update", "weight", "metrics", "model_state", "client_output"],
     "ClientUpdate": ["init", "step", "final", "measure"],
     "Cohort": ["client_ids", "num_examples", "offsets", "examples", "num_clients", "sample"],
@@ -37,6 +38,7 @@ NAMES = {
         *("skipped", "clients", "metrics"),
     ],
     "ServerState": ["params", "model_state", "opt_state", "round", "store"],
+    "TunedLanes": ["lanes", "seconds"],
 }
 MODULES = {"data", "models", "partition"}
 

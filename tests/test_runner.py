@@ -1,0 +1,68 @@
+"""The runner as clients see it: which examples, how often, in which order of clients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from problems import everyone
+
+import fedjax_lite as fl
+
+ROWS, CLIENTS = 40, 9
+
+
+@functools.cache
+def counting(lanes, batch_size, num_devices):
+    """The server's params are the number of times that each row was seen."""
+
+    def init(server, client_input, key):
+        return jnp.zeros(ROWS)
+
+    def step(server, counts, batch, key):
+        return counts.at[batch["row"]].add(batch["mask"])
+
+    def final(server, counts, num_examples):
+        return fl.ClientResult(counts, 1.0, {}, {})
+
+    return fl.federated_algorithm(
+        fl.function_model(lambda params, batch: params),
+        fl.ClientUpdate(init, step, final),
+        optax.sgd(-1.0),
+        average=False,
+        batch_size=batch_size,
+        num_epochs=2,
+        lanes=lanes,
+        mesh=fl.clients_mesh(num_devices),
+    )
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@settings(max_examples=40, deadline=None)
+@given(
+    ends=st.lists(st.integers(0, ROWS), min_size=CLIENTS - 1, max_size=CLIENTS - 1),
+    lanes=st.sampled_from([1, 3, 64]),
+    batch_size=st.sampled_from([7, 100]),
+    num_devices=st.sampled_from([1, 8]),
+    present=st.sets(st.integers(0, CLIENTS - 1), min_size=1),
+)
+@example([0] * (CLIENTS - 1), 3, 7, 8, {CLIENTS - 1})  # one client has everything
+@example([0] * (CLIENTS - 1), 3, 7, 8, {0, 1})  # nobody in the cohort has anything
+def test_each_example_is_used_once_per_epoch(ends, lanes, batch_size, num_devices, present):
+    parts = np.split(np.arange(ROWS), np.sort(ends))
+    dataset = fl.FederatedDataset.from_rows({"row": np.arange(ROWS)}, parts)
+    algorithm = counting(lanes, batch_size, num_devices)
+    population = dataset.resident(fl.clients_mesh(num_devices))
+    cohort = everyone(population, sorted(present), capacity=CLIENTS)
+    state, info = algorithm.round(jax.random.key(0), algorithm.init(jnp.zeros(ROWS)), cohort)
+    expected = np.zeros(ROWS)
+    for i in present:
+        expected[parts[i]] = 2
+    np.testing.assert_array_equal(state.params, expected)
+    assert info.num_examples == expected.sum()
+    assert info.skipped == (expected.sum() == 0)
+    assert jnp.isnan(info.loss)  # these clients report none
