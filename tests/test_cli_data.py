@@ -72,6 +72,15 @@ def test_skew_tells_iid_clients_from_others(tmp_path, capsys):
     assert skewed["skew_if_iid"] == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.float32])
+def test_classes_are_whole_numbers_of_any_type(tmp_path, capsys, dtype):
+    file = tmp_path / "[red].npz"
+    np.savez(file, client_ids=[1, 2, 2], y=np.array([0, 1, 0], dtype))
+    assert report(capsys, file)["labels"]["classes"] == 2
+    main(["data", "describe", str(file)])
+    assert "[red].npz" in capsys.readouterr().out.replace("\n", "")
+
+
 def test_describe_without_classes(tmp_path, capsys):
     np.savez(tmp_path / "a.npz", client_ids=[1, 2], y=[0.5, 1.5], z=[1, 2])
     assert report(capsys, tmp_path / "a.npz")["labels"] is None

@@ -312,6 +312,16 @@ def test_mixtures_at_their_limits():
     assert (np.abs(np.bincount(labels[rows[0]]) - 40) < 4 * np.sqrt(400 * 0.09)).all()
 
 
+def test_clients_may_be_empty_where_sizes_say_so():
+    labels, sizes = np.array([0, 0, 1]), [0, 3, 0]
+    for rows in (
+        partition.sizes(3, sizes, seed=0),
+        partition.dirichlet_by_client(labels, 3, alpha=0.1, sizes=sizes, seed=0),
+        partition.pachinko(labels, labels, 3, sizes=sizes, seed=0),
+    ):
+        assert [part.tolist() for part in rows] == [[], [0, 1, 2], []]
+
+
 # Classes
 
 

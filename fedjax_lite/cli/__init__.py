@@ -27,7 +27,10 @@ def main(args: Sequence[str] | None = None) -> None:
         from fedjax_lite.cli.quickstart import Quickstart, quickstart
 
         options = _parse(args, {"quickstart": Quickstart, "data": Data})
-        data(options) if isinstance(options, Data) else quickstart(options)
+        if isinstance(options, Data):
+            data(options)
+        else:
+            quickstart(options)
     except (UsageError, ImportError) as error:
         print(f"fedjax-lite: {error}", file=sys.stderr)
         sys.exit(2)

@@ -93,7 +93,7 @@ def open_any(path: Path) -> FederatedDataset:
         raise UsageError(f"{path}: {error}") from None
 
 
-def _classes(dataset: FederatedDataset, label: str) -> tuple[np.ndarray, np.ndarray]:
+def _classes(dataset: FederatedDataset, label: str) -> tuple[list[int], np.ndarray]:
     """The classes in sorted order, and the position among them of each example's class."""
     if label not in dataset.examples:
         raise UsageError(f"--label is {label!r}; choose one of {', '.join(dataset.examples)}")
@@ -108,7 +108,7 @@ def _classes(dataset: FederatedDataset, label: str) -> tuple[np.ndarray, np.ndar
         raise UsageError(
             f"--label is {label!r}, which has {classes.size} values; choose one with fewer"
         )
-    return classes.astype(int), index
+    return [int(value) for value in classes], index
 
 
 def _counts(dataset: FederatedDataset, class_index: np.ndarray, num_classes: int) -> np.ndarray:
@@ -122,13 +122,13 @@ def _counts(dataset: FederatedDataset, class_index: np.ndarray, num_classes: int
 def _plot(options: Plot) -> None:
     dataset = open_any(options.path)
     classes, index = _classes(dataset, options.label)
-    counts = _counts(dataset, index, classes.size)
+    counts = _counts(dataset, index, len(classes))
     title = f"{options.path.stem}: {dataset.num_clients:,} clients, {counts.sum():,} examples"
     try:
         plots.class_distribution(
             options.out,
             counts,
-            classes.tolist(),
+            classes,
             dataset.client_ids,
             label=options.label,
             title=title,
@@ -155,7 +155,7 @@ def _describe(options: Describe) -> None:
         table.add_row("classes", f"{labels['classes']:,} of {labels['feature']}")
         table.add_row("classes per client", _line(labels["classes_per_client"]))
         table.add_row("label skew", f"{labels['skew']:.3f}, {labels['skew_if_iid']:.3f} if IID")
-    rich.console.Console().print(table)
+    rich.console.Console(markup=False).print(table)  # Names may hold brackets.
 
 
 def _line(quantiles: dict[str, float]) -> str:
@@ -187,14 +187,14 @@ def _labels(dataset: FederatedDataset, label: str | None) -> dict[str, Any] | No
         if label is None:  # Nobody said that there are classes.
             return None
         raise
-    counts = _counts(dataset, index, classes.size)
+    counts = _counts(dataset, index, len(classes))
     shuffled = np.random.default_rng(0).permutation(index)
     return {
         "feature": label or "y",
-        "classes": classes.size,
+        "classes": len(classes),
         "classes_per_client": _quantiles((counts > 0).sum(1)),
         "skew": _skew(counts),
-        "skew_if_iid": _skew(_counts(dataset, shuffled, classes.size)),
+        "skew_if_iid": _skew(_counts(dataset, shuffled, len(classes))),
     }
 
 

@@ -29,7 +29,7 @@ def pathological(
     | `"deterministic"` | i, i + 1, ..., modulo C |
 
     Source: Li et al. (2022), "Federated Learning on Non-IID Data Silos: An Experimental Study",
-    section 4.1, which gives the first class in turn.
+    whose "quantity-based label imbalance" gives the first class in turn.
 
     Args:
       labels: `[rows]`, the class of each row.

@@ -98,7 +98,7 @@ def dirichlet_by_client(
     left; sizes are free of the skew, unlike those of `dirichlet`.
 
     Source: Hsu et al. (2019), "Measuring the Effects of Non-Identical Data Distribution for
-    Federated Visual Classification", section 3. The paper writes $\mathrm{Dir}(a p)$ with a
+    Federated Visual Classification". The paper writes $\mathrm{Dir}(a p)$ with a
     prior $p$ that sums to 1: pass `alpha=a * p`, or `a / C` where it is uniform.
 
     Args:
@@ -150,7 +150,7 @@ def pachinko(
     used up leaves its distribution, which is renormalised. Clients fill up one after another.
 
     Source: the Pachinko Allocation Method of Reddi et al. (2021), "Adaptive Federated
-    Optimization", appendix F; with 500 clients and the defaults, the CIFAR-100 of that paper.
+    Optimization"; with 500 clients and the defaults, the CIFAR-100 of that paper.
 
     Args:
       labels: `[rows]`, the fine class of each row.
