@@ -273,8 +273,8 @@ def one_by_one(class_sizes, parent, sizes, alpha, beta, rng):
 
 @pytest.mark.parametrize("coarse", [True, False])
 def test_classes_that_are_used_up_leave_the_mixture(coarse):
-    labels = np.array([0, 0, 1, 2, 2, 2, 3, 3])
-    sizes, alpha, beta, num_draws = [4, 3, 1], 0.7, 1.5, 3000
+    labels = np.repeat(np.arange(4), [3, 1, 5, 5])
+    sizes, alpha, beta, num_draws = [7, 5, 2], 0.3, 0.5, 3000
     parent = np.array([0, 0, 1, 1] if coarse else [0, 1, 2, 3])
     rng = np.random.default_rng(0)
 

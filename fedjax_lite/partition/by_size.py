@@ -236,7 +236,7 @@ def _proportional(
     shares = left[first] * ascending[first:] / tails[first]
 
     sizes = np.full(num_clients, min_examples)
-    sizes[first:] = np.maximum(np.floor(shares), min_examples)
+    sizes[first:] = np.floor(shares)
     # The rest goes, one each, to the largest remainders.
     missing = num_examples - sizes.sum()
     remainders = shares - sizes[first:]
