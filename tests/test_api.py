@@ -40,6 +40,23 @@ NAMES = {
     "ServerState": ["params", "model_state", "opt_state", "round", "store"],
     "TunedLanes": ["lanes", "seconds"],
 }
+PARTITION = {
+    "continuous": ["values", "num_clients", "strictness", "seed"],
+    "dirichlet": ["labels", "num_clients", "alpha", "min_examples", "self_balancing", "seed"],
+    "dirichlet_by_client": ["labels", "num_clients", "alpha", "sizes", "seed"],
+    "exponential": ["num_examples", "num_clients", "min_examples", "seed"],
+    "grouped": ["client_ids", "group_size", "seed"],
+    "iid": ["num_examples", "num_clients", "seed"],
+    "linear": ["num_examples", "num_clients", "min_examples", "seed"],
+    "log_normal": ["num_examples", "num_clients", "sigma", "min_examples", "seed"],
+    "natural": ["client_ids"],
+    "pachinko": ["labels", "coarse_labels", "num_clients", "alpha", "beta", "sizes", "seed"],
+    "pathological": ["labels", "num_clients", "classes_per_client", "assignment", "seed"],
+    "power_law": ["num_examples", "num_clients", "exponent", "min_examples", "seed"],
+    "shards": ["labels", "num_clients", "shards_per_client", "seed"],
+    "sizes": ["num_examples", "sizes", "seed"],
+    "square": ["num_examples", "num_clients", "min_examples", "seed"],
+}
 MODULES = {"data", "models", "partition"}
 
 
@@ -50,6 +67,15 @@ def test_public_names_and_parameters():
     assert submodules >= MODULES
     for name, parameters in NAMES.items():
         assert list(inspect.signature(getattr(fl, name)).parameters) == parameters, name
+
+
+def test_partitioners_and_their_parameters():
+    public = {
+        name: list(inspect.signature(value).parameters)
+        for name, value in vars(fl.partition).items()
+        if inspect.isfunction(value)
+    }
+    assert public == PARTITION
 
 
 def test_every_public_function_is_documented():

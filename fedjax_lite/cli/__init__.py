@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +23,14 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         for module in ("tyro", "rich", "matplotlib"):
             require(module, "run")
+        from fedjax_lite.cli.data import Data, data
         from fedjax_lite.cli.quickstart import Quickstart, quickstart
 
-        quickstart(_parse(args, {"quickstart": Quickstart}))
+        options = _parse(args, {"quickstart": Quickstart, "data": Data})
+        if isinstance(options, Data):
+            data(options)
+        else:
+            quickstart(options)
     except (UsageError, ImportError) as error:
         print(f"fedjax-lite: {error}", file=sys.stderr)
         sys.exit(2)
@@ -53,7 +59,7 @@ def _parse(args: Sequence[str] | None, commands: Mapping[str, Callable[..., T]])
                 prog="fedjax-lite",
                 description="Federated-learning simulation as pure JAX functions.",
                 args=args,
-                config=(tyro.conf.FlagCreatePairsOff,),
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
             )
     except SystemExit as error:
         if error.code in (0, None):
@@ -64,7 +70,7 @@ def _parse(args: Sequence[str] | None, commands: Mapping[str, Callable[..., T]])
 
 
 def _first_paragraph(box: str) -> str:
-    """The message of a complaint that tyro draws as a box of several paragraphs."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    rules = [i for i, line in enumerate(lines) if line.startswith("─")]
-    return " ".join(lines[: rules[0] if rules else None]).rstrip(".")
+    """The message of a complaint that tyro draws as a box with a title, in Unicode or ASCII."""
+    lines = [line.strip("│ ") for line in box.strip().splitlines()[1:]]
+    paragraphs = itertools.groupby(lines, key=lambda line: line.strip("─-╰╯") != "")
+    return next((" ".join(group) for is_text, group in paragraphs if is_text), "").rstrip(".")

@@ -1,0 +1,212 @@
+"""`fedjax-lite data`: what a data set on disk holds, as text, JSON or a picture."""
+
+import dataclasses
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import rich.console
+import rich.table
+from tyro.conf import Positional, subcommand
+
+from fedjax_lite.cli import plots
+from fedjax_lite.cli.errors import UsageError
+from fedjax_lite.data.dataset import FederatedDataset
+
+_QUANTILES = {"min": 0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1}
+_MAX_CELLS = 2 * 10**8  # Of the table of clients and classes: 1.6 GB.
+
+
+@dataclasses.dataclass(frozen=True)
+class Describe:
+    """Tell the clients, their sizes, the features and the label skew of a data set.
+
+    Attributes:
+      path: The data set.
+      label: The feature that holds the classes; y by default, if there is one.
+      json: Print one JSON object, and nothing else, on stdout.
+    """
+
+    path: Positional[Path]
+    label: str | None = None
+    json: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """Draw which classes the clients of a data set have.
+
+    Attributes:
+      path: The data set.
+      out: The picture: a .png, .pdf or .svg file. It is replaced.
+      label: The feature that holds the classes.
+    """
+
+    path: Positional[Path]
+    out: Path
+    label: str = "y"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Look at a federated data set on disk."""
+
+    command: (
+        Annotated[Describe, subcommand("describe", prefix_name=False)]
+        | Annotated[Plot, subcommand("plot", prefix_name=False)]
+    )
+
+
+def data(options: Data) -> None:
+    """Runs the command.
+
+    Raises:
+      UsageError: The data set cannot be read, or the picture cannot be written.
+    """
+    match options.command:
+        case Describe():
+            _describe(options.command)
+        case Plot():
+            _plot(options.command)
+
+
+def open_any(path: Path) -> FederatedDataset:
+    """The data set in a file: `.npz` with `client_ids` `[rows]`, and features `[rows, ...]`.
+
+    Raises:
+      UsageError: There is no such file, or it holds something else.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            examples = dict(file)
+    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or "it is no .npz file of numbers and strings"
+        raise UsageError(f"{path} cannot be read: {reason}") from None
+    if "client_ids" not in examples:
+        raise UsageError(f"{path} has no client_ids beside {', '.join(examples)}; add one per row")
+    try:
+        return FederatedDataset.from_arrays(examples, examples.pop("client_ids"))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _classes(dataset: FederatedDataset, label: str) -> tuple[list[int], np.ndarray]:
+    """The classes in sorted order, and the position among them of each example's class."""
+    if label not in dataset.examples:
+        raise UsageError(f"--label is {label!r}; choose one of {', '.join(dataset.examples)}")
+    values = dataset.examples[label]
+    if values.ndim != 1 or not (np.isfinite(values) & (values == np.round(values))).all():
+        raise UsageError(
+            f"--label is {label!r}, of shape {values.shape} and dtype {values.dtype}; choose a"
+            " feature with one whole number per example"
+        )
+    classes, index = np.unique(values, return_inverse=True)
+    if dataset.num_clients * classes.size > _MAX_CELLS:
+        raise UsageError(
+            f"--label is {label!r}, which has {classes.size} values; choose one with fewer"
+        )
+    return [int(value) for value in classes], index
+
+
+def _counts(dataset: FederatedDataset, class_index: np.ndarray, num_classes: int) -> np.ndarray:
+    """`[clients, classes]`, the number of examples."""
+    owner = np.repeat(np.arange(dataset.num_clients), dataset.num_examples)
+    cells = dataset.num_clients * num_classes
+    counts = np.bincount(owner * num_classes + class_index, minlength=cells)
+    return counts.reshape(dataset.num_clients, num_classes)
+
+
+def _plot(options: Plot) -> None:
+    dataset = open_any(options.path)
+    classes, index = _classes(dataset, options.label)
+    counts = _counts(dataset, index, len(classes))
+    title = f"{options.path.stem}: {dataset.num_clients:,} clients, {counts.sum():,} examples"
+    try:
+        plots.class_distribution(
+            options.out,
+            counts,
+            classes,
+            dataset.client_ids,
+            label=options.label,
+            title=title,
+        )
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--out {options.out} cannot be written: {reason}") from None
+
+
+def _describe(options: Describe) -> None:
+    report = _report(open_any(options.path), options)
+    if options.json:
+        print(json.dumps(report))
+        return
+    table = rich.table.Table(title=str(options.path), show_header=False)
+    table.add_row("clients", f"{report['clients']:,}")
+    table.add_row("without examples", f"{report['empty_clients']:,}")
+    table.add_row("examples", f"{report['examples']:,}")
+    table.add_row("examples per client", _line(report["examples_per_client"]))
+    for name, feature in report["features"].items():
+        shape = " x ".join(map(str, feature["shape"])) or "scalar"
+        table.add_row(f"feature {name}", f"{shape}, {feature['dtype']}")
+    if labels := report["labels"]:
+        table.add_row("classes", f"{labels['classes']:,} of {labels['feature']}")
+        table.add_row("classes per client", _line(labels["classes_per_client"]))
+        table.add_row("label skew", f"{labels['skew']:.3f}, {labels['skew_if_iid']:.3f} if IID")
+    rich.console.Console(markup=False).print(table)  # Names may hold brackets.
+
+
+def _line(quantiles: dict[str, float]) -> str:
+    texts = {name: f"{value:,.1f}".removesuffix(".0") for name, value in quantiles.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
+
+
+def _report(dataset: FederatedDataset, options: Describe) -> dict[str, Any]:
+    """What there is to tell, in types that JSON has."""
+    sizes = dataset.num_examples
+    return {
+        "path": str(options.path),
+        "clients": dataset.num_clients,
+        "empty_clients": int((sizes == 0).sum()),
+        "examples": int(sizes.sum()),
+        "examples_per_client": {"mean": float(sizes.mean()), **_quantiles(sizes)},
+        "features": {
+            name: {"shape": list(feature.shape[1:]), "dtype": feature.dtype.name}
+            for name, feature in dataset.examples.items()
+        },
+        "labels": _labels(dataset, options.label),
+    }
+
+
+def _labels(dataset: FederatedDataset, label: str | None) -> dict[str, Any] | None:
+    try:
+        classes, index = _classes(dataset, label or "y")
+    except UsageError:
+        if label is None:  # Nobody said that there are classes.
+            return None
+        raise
+    counts = _counts(dataset, index, len(classes))
+    shuffled = np.random.default_rng(0).permutation(index)
+    return {
+        "feature": label or "y",
+        "classes": len(classes),
+        "classes_per_client": _quantiles((counts > 0).sum(1)),
+        "skew": _skew(counts),
+        "skew_if_iid": _skew(_counts(dataset, shuffled, len(classes))),
+    }
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    return {name: float(np.quantile(values, q)) for name, q in _QUANTILES.items()}
+
+
+def _skew(counts: np.ndarray) -> float:
+    """How far a client's mixture of classes is from that of all, averaged over examples.
+
+    The distance is the total variation: 0 for the same mixture, 1 for disjoint classes.
+    """
+    sizes = counts.sum(1, keepdims=True)
+    expected = sizes * (counts.sum(0) / counts.sum())
+    return float(np.abs(counts - expected).sum() / 2 / counts.sum())
