@@ -1,10 +1,14 @@
 """Files of the field's formats, written here by other means, and hostile ones."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pickle
+import signal
 import sqlite3
+import subprocess
+import sys
 import zipfile
 import zlib
 
@@ -16,7 +20,7 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 import fedjax_lite as fl
-from fedjax_lite.data import tf_example
+from fedjax_lite.data import fedjax_format, tf_example
 
 IDS = ["zoe", "adam", "mia"]
 
@@ -311,6 +315,7 @@ def test_a_broken_tf_example_is_an_error_or_another_example():
         ({"a": [{"x": 1}, {"y": 1}]}, {}, "client 'a': its examples differ in their features"),
         ({"a": [{"x": [1, 2]}, {"x": 1}]}, {}, "client 'a': its examples differ"),
         ({"a": [{"x": [1, 2]}]}, {"shapes": {"x": (3,)}}, "client 'a': feature 'x' has 2 values"),
+        ({"a": [{"x": 1}]}, {"shapes": {"y": ()}}, "client 'a': it has no feature 'y' of shapes"),
         ({"a": [{"x": 1}], "b": [{"y": 1}]}, {}, "client 'b' has features"),
         ({"a": [{"x": np.ones(99)}] * 9}, {"max_client_bytes": 2000}, "exceed max_client_bytes"),
         ({"a": [{"x": 1}], "b": []}, {}, "has no examples of client 'b'"),
@@ -728,3 +733,156 @@ def test_read_opens_what_save_wrote(tmp_path):
     data = clients()
     fl.FederatedDataset.from_clients(data).save(tmp_path / "a")
     assert_holds(fl.data.read(tmp_path / "a", verify=True), data)
+
+
+def test_unknown_options_are_refused(tmp_path):
+    path = write_leaf(tmp_path / "a.json", clients())
+    with pytest.raises(ValueError, match="of format leaf, which has no option 'split'; its"):
+        fl.data.read(path, split="train")
+
+
+# Conversion.
+
+
+def files_of(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+SOURCES = {
+    "a.sqlite": lambda path: write_fedjax(path, fedjax_rows(clients())),
+    "b.sqlite": lambda path: write_tff(path, as_rows(clients())),
+    "c.h5": lambda path: write_hdf5(path, clients()),
+    "d.json": lambda path: write_leaf(path, clients()),
+    "e.npz": lambda path: np.savez(
+        path, **as_table(clients())[0], client_ids=as_table(clients())[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_convert_equals_read_and_save(tmp_path, name):
+    SOURCES[name](tmp_path / name)
+    seen = []
+    dataset = fl.data.convert(
+        tmp_path / name, tmp_path / "new", progress=lambda *counts: seen.append(counts)
+    )
+    read = fl.data.read(tmp_path / name)
+    assert_holds(dataset, {client_id: read[client_id] for client_id in read.client_ids})
+    read.save(tmp_path / "saved")
+    assert files_of(tmp_path / "new") == files_of(tmp_path / "saved")
+    total = None if name == "d.json" else 3
+    assert seen == [(1, total), (2, total), (3, total)]
+    with pytest.raises(ValueError, match="new exists; remove it"):
+        fl.data.convert(tmp_path / name, tmp_path / "new")
+    with pytest.raises(ValueError, match="is such a folder already; open it"):
+        fl.data.convert(tmp_path / "new", tmp_path / "newer")
+
+
+def test_convert_applies_a_transform(tmp_path):
+    path = write_leaf(tmp_path / "a.json", clients())
+    transform = lambda features: {"z": features["x"][::2, 0] * 2}
+    dataset = fl.data.convert(path, tmp_path / "new", transform=transform)
+    expected = {name: transform(features) for name, features in clients().items()}
+    assert_holds(dataset, expected)
+
+
+def test_a_bad_source_leaves_nothing(tmp_path):
+    rows = [*fedjax_rows(clients()), (b"eve", b"nonsense", 1)]
+    path = write_fedjax(tmp_path / "a.sqlite", rows)
+    with pytest.raises(ValueError, match=r"a.sqlite: client b'eve': its data cannot be decomp"):
+        fl.data.convert(path, tmp_path / "new")
+    assert os.listdir(tmp_path) == ["a.sqlite"]
+
+
+SLOW = """
+import sys, time
+import fedjax_lite.data.writer as writer
+from fedjax_lite.data import convert
+writer.CHECKPOINT_SECONDS = 0.0
+def progress(done, total):
+    print(done, flush=True)
+    time.sleep(0.02)
+convert(sys.argv[1], sys.argv[2], progress=progress)
+"""
+
+
+@pytest.mark.parametrize("change", ["nothing", "the source"])
+def test_a_killed_conversion_goes_on(tmp_path, change):
+    data = {f"client {i}": clients(i)["mia"] for i in range(100)}
+    path = write_fedjax(tmp_path / "a.sqlite", fedjax_rows(data))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, path, tmp_path / "new"], stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        while int(process.stdout.readline()) < 20:
+            pass
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match=r"has no meta.json: it is no data set, or was never fin"):
+        fl.FederatedDataset.open(tmp_path / ".new.partial")
+    if change == "the source":
+        data["client 3"]["y"] += 1
+        path.unlink()
+        write_fedjax(path, fedjax_rows(data))
+
+    unpacked = []
+    with pytest.MonkeyPatch.context() as patch:
+        unpack = fedjax_format.unpack
+        patch.setattr(fedjax_format, "unpack", lambda *a: unpacked.append(a) or unpack(*a))
+        fl.data.convert(path, tmp_path / "new")
+    assert 0 < len(unpacked) <= 80 if change == "nothing" else len(unpacked) == 100
+    fl.data.read(path).save(tmp_path / "saved")
+    assert files_of(tmp_path / "new") == files_of(tmp_path / "saved")
+    assert sorted(os.listdir(tmp_path)) == ["a.sqlite", "new", "saved"]
+
+
+def test_the_convert_command(tmp_path, capsys):
+    from fedjax_lite.cli.convert import Convert, convert
+    from fedjax_lite.cli.errors import UsageError
+
+    path = write_tff(tmp_path / "a.sqlite", as_rows(clients()))
+    options = Convert(source=path, destination=tmp_path / "new", shapes=("x=2,3",), split="train")
+    convert(options)
+    out, err = capsys.readouterr()
+    assert out == f"3 clients with 8 examples in {tmp_path / 'new'}\n"
+    assert err == ""
+    assert fl.FederatedDataset.open(tmp_path / "new").features["x"].shape == (2, 3)
+    for wrong, message in (
+        ({}, "new exists; remove it"),
+        ({"destination": tmp_path / "b", "split": "dev"}, "split is 'dev'"),
+        ({"destination": tmp_path / "b", "client_column": "y"}, "has no option 'client_column'"),
+        ({"destination": tmp_path / "b", "shapes": ("x:2",)}, "write it as pixels=28,28"),
+        ({"destination": tmp_path / "b", "format": "xml"}, "format is 'xml'; choose one of"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            convert(dataclasses.replace(options, **wrong))
+
+
+def test_the_convert_command_is_told_to_stop(tmp_path, monkeypatch):
+    from fedjax_lite.cli import convert as command
+    from fedjax_lite.cli.errors import InterruptedRunError
+
+    path = write_fedjax(tmp_path / "a.sqlite", fedjax_rows(clients()))
+    options = command.Convert(source=path, destination=tmp_path / "new")
+    unpack, calls = fedjax_format.unpack, []
+
+    def interrupted(*args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return unpack(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fedjax_format, "unpack", interrupted)
+        with pytest.raises(InterruptedRunError, match="interrupted after 2 clients; run the same"):
+            command.convert(options)
+    command.convert(options)
+    assert_holds(
+        fl.FederatedDataset.open(tmp_path / "new", verify=True),
+        {name.encode(): features for name, features in clients().items()},
+    )

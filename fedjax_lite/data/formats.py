@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import sqlite3
@@ -56,7 +57,7 @@ def read(
     if format is None and (Path(path) / "meta.json").exists():
         dataset = FederatedDataset.open(path, **options)
         return dataset if transform is None else dataset.map(transform)
-    with FORMATS[_format(path, format)](path, **options) as source:
+    with _open(path, _format(path, format), options) as source:
         return collect(path, source, transform)
 
 
@@ -95,7 +96,7 @@ def convert(
     format = _format(source, format)  # noqa: A001
     fingerprint = "" if transform else _fingerprint(Path(source), format, options)
     with (
-        FORMATS[format](source, **options) as (clients, total),
+        _open(source, format, options) as (clients, total),
         Writer(destination, fingerprint=fingerprint) as writer,
     ):
         written = writer.num_clients
@@ -108,6 +109,20 @@ def convert(
         except ValueError as error:
             raise ValueError(f"{os.fspath(source)}: {error}") from None
     return FederatedDataset.open(destination)
+
+
+def _open(
+    path: str | os.PathLike[str],
+    format: str,  # noqa: A002
+    options: dict[str, Any],
+) -> contextlib.AbstractContextManager[Source]:
+    _, *known = inspect.signature(FORMATS[format]).parameters
+    if unknown := set(options) - set(known):
+        raise ValueError(
+            f"{os.fspath(path)} is of format {format}, which has no option {min(unknown)!r}; its"
+            f" options are {', '.join(known)}."
+        )
+    return FORMATS[format](path, **options)
 
 
 def _fingerprint(source: Path, format: str, options: dict[str, Any]) -> str:  # noqa: A002

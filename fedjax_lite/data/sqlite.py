@@ -182,6 +182,8 @@ def _stack(messages: list[Any], shapes: Mapping[str, tuple[int, ...]]) -> Featur
     if len(specs) != 1:
         raise ValueError(f"its examples differ in their features: {sorted(map(str, specs))}")
     features = {}
+    if unknown := set(shapes) - set(examples[0]):
+        raise ValueError(f"it has no feature {min(unknown)!r} of shapes, but {sorted(examples[0])}")
     for name, length, _ in next(iter(specs)):
         shape = shapes.get(name, () if length == 1 else (length,))
         if math.prod(shape) != length:

@@ -1,0 +1,117 @@
+"""`fedjax-lite data convert`: a data set of any format as memory-mapped `.npy` files."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.progress
+from tyro.conf import Positional
+
+from fedjax_lite.cli.errors import InterruptedRunError, UsageError
+from fedjax_lite.data import formats
+
+_SECONDS_PER_LINE = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Convert a data set to a folder of .npy files, which opens at once at any size.
+
+    A conversion that was interrupted or killed goes on when the same command is run again.
+
+    Attributes:
+      source: A file of SQLite (FedJAX, TensorFlow Federated), HDF5, LEAF's JSON, .npz or CSV; a
+        folder of LEAF, or of Hugging Face's save_to_disk.
+      destination: The folder to write; it must not exist.
+      format: csv, fedjax_sqlite, huggingface, leaf, npz, tff_hdf5 or tff_sqlite; found out from
+        the content by default.
+      split: The split to convert, if the file has several (tff_sqlite).
+      client_column: The column that names the client (csv, huggingface).
+      shapes: Shapes of features, such as pixels=28,28 (tff_sqlite).
+    """
+
+    source: Positional[Path]
+    destination: Positional[Path]
+    format: str | None = None
+    split: str | None = None
+    client_column: str | None = None
+    shapes: tuple[str, ...] = ()
+
+
+def convert(options: Convert) -> None:
+    """Runs the command.
+
+    Raises:
+      UsageError: The source cannot be read, or the destination exists.
+      InterruptedRunError: Ctrl-C was pressed; the next run goes on from there.
+    """
+    given: dict[str, Any] = {"split": options.split, "client_column": options.client_column}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.shapes:
+        given["shapes"] = dict(map(_shape, options.shapes))
+    written = 0
+    try:
+        with _progress() as show:
+
+            def progress(done: int, total: int | None) -> None:
+                nonlocal written
+                written = done
+                show(done, total)
+
+            dataset = formats.convert(
+                options.source,
+                options.destination,
+                format=options.format,
+                progress=progress,
+                **given,
+            )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            f"interrupted after {written} clients; run the same command again to go on"
+        ) from None
+    print(
+        f"{dataset.num_clients} clients with {dataset.offsets[-1]} examples in"
+        f" {options.destination}"
+    )
+
+
+def _shape(text: str) -> tuple[str, tuple[int, ...]]:
+    try:
+        name, sizes = text.split("=")
+        return name, tuple(int(size) for size in sizes.split(",") if size)
+    except ValueError:
+        raise UsageError(f"--shapes is {text!r}; write it as pixels=28,28") from None
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int | None], None]]:
+    """A function that shows how far it is on stderr: a bar on a terminal, else a line at times."""
+    console = rich.console.Console(stderr=True)
+    if not console.is_terminal:
+        shown = time.monotonic()
+
+        def show_line(done: int, total: int | None) -> None:
+            nonlocal shown
+            if time.monotonic() - shown > _SECONDS_PER_LINE:
+                shown = time.monotonic()
+                print(f"{done}/{total or '?'} clients", file=console.file, flush=True)
+
+        yield show_line
+        return
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("clients"),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.BarColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
