@@ -5,16 +5,21 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import rich.console
 import rich.progress
 from tyro.conf import Positional
 
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
-from fedjax_lite.data import formats
+from fedjax_lite.data import formats, preprocess
 
 _SECONDS_PER_LINE = 10
+_PREPROCESS = {
+    "emnist": preprocess.emnist,
+    "cifar": preprocess.cifar(),
+    "shakespeare": preprocess.shakespeare(),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Convert:
       split: The split to convert, if the file has several (tff_sqlite).
       client_column: The column that names the client (csv, huggingface).
       shapes: Shapes of features, such as pixels=28,28 (tff_sqlite).
+      preprocess: What fedjax_lite.data.preprocess does for a benchmark: emnist, cifar (crops of
+        24 x 24) or shakespeare (sequences of 80 characters).
     """
 
     source: Positional[Path]
@@ -40,6 +47,7 @@ class Convert:
     split: str | None = None
     client_column: str | None = None
     shapes: tuple[str, ...] = ()
+    preprocess: Literal["emnist", "cifar", "shakespeare"] | None = None
 
 
 def convert(options: Convert) -> None:
@@ -66,6 +74,8 @@ def convert(options: Convert) -> None:
                 options.source,
                 options.destination,
                 format=options.format,
+                transform=_PREPROCESS.get(options.preprocess or ""),
+                transform_name=options.preprocess or "",
                 progress=progress,
                 **given,
             )

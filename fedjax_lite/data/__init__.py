@@ -1,5 +1,11 @@
 """Data sets, populations and their sources."""
 
+from fedjax_lite.data import preprocess as preprocess
+from fedjax_lite.data.benchmarks import cifar10 as cifar10
+from fedjax_lite.data.benchmarks import cifar100 as cifar100
+from fedjax_lite.data.benchmarks import emnist as emnist
+from fedjax_lite.data.benchmarks import shakespeare as shakespeare
+from fedjax_lite.data.benchmarks import stackoverflow as stackoverflow
 from fedjax_lite.data.dataset import FederatedDataset as FederatedDataset
 from fedjax_lite.data.digits import digits as digits
 from fedjax_lite.data.formats import convert as convert

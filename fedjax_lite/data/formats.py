@@ -57,7 +57,7 @@ def read(
     if format is None and (Path(path) / "meta.json").exists():
         dataset = FederatedDataset.open(path, **options)
         return dataset if transform is None else dataset.map(transform)
-    with _open(path, _format(path, format), options) as source:
+    with _open(path, detect(path, format), options) as source:
         return collect(path, source, transform)
 
 
@@ -67,6 +67,7 @@ def convert(
     *,
     format: str | None = None,  # noqa: A002
     transform: Transform | None = None,
+    transform_name: str = "",
     progress: Callable[[int, int | None], None] | None = None,
     **options: Any,
 ) -> FederatedDataset:
@@ -75,14 +76,15 @@ def convert(
     Works client by client, so that memory is bounded by the largest client (LEAF: the largest
     file; CSV and `.npz`: the table). The folder appears once it is complete. If the process is
     killed, a hidden folder is left beside `destination`, and the same call goes on from there; it
-    starts anew if the source or an option has changed, or if there is a `transform`, since code
-    cannot be compared.
+    starts anew if the source or an option has changed. Code cannot be compared: with a
+    `transform`, a conversion goes on only if it has a name, the same in both calls.
 
     Args:
       source: A file or folder.
       destination: The folder to write, which must not exist.
       format: See `read`.
       transform: Applied to the features of each client; see `read`.
+      transform_name: What the transform does, its settings included.
       progress: Called after each client with the numbers of clients written and of all clients,
         the latter None if the source does not tell.
       **options: See `read`.
@@ -93,8 +95,10 @@ def convert(
     Raises:
       ValueError: The source cannot be read, or `destination` exists.
     """
-    format = _format(source, format)  # noqa: A001
-    fingerprint = "" if transform else _fingerprint(Path(source), format, options)
+    format = detect(source, format)  # noqa: A001
+    named = transform is None or bool(transform_name)
+    what = {**options, "transform": transform_name}
+    fingerprint = _fingerprint(Path(source), format, what) if named else ""
     with (
         _open(source, format, options) as (clients, total),
         Writer(destination, fingerprint=fingerprint) as writer,
@@ -133,8 +137,12 @@ def _fingerprint(source: Path, format: str, options: dict[str, Any]) -> str:  # 
     return hashlib.sha256(what.encode()).hexdigest()
 
 
-def _format(path: str | os.PathLike[str], format: str | None) -> str:  # noqa: A002
-    """The format asked for, or else that of the content."""
+def detect(path: str | os.PathLike[str], format: str | None = None) -> str:  # noqa: A002
+    """The format asked for, or else that of the content.
+
+    Raises:
+      ValueError: The format is unknown.
+    """
     if format is not None:
         _validate.choice("format", format, FORMATS)
         return format
