@@ -123,9 +123,9 @@ def test_random_crop_takes_every_window_and_its_mirror():
 
 def test_cifar10_puts_the_channel_last(tmp_path):
     rng = np.random.default_rng(0)
+    rows = rng.integers(0, 256, (10_000, 3073), np.uint8)
+    rows[:, 0] %= 10
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-        rows = rng.integers(0, 256, (10_000, 3073)).astype(np.uint8)
-        rows[:, 0] %= 10
         rows.tofile(tmp_path / f"{name}.bin")
     train, test = fl.data.cifar10(tmp_path)
     assert train["image"].shape == (50_000, 32, 32, 3)

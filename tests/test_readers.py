@@ -224,6 +224,7 @@ def test_a_broken_tf_example_is_an_error_or_another_example():
         ({"a": [{"x": 1}]}, {"shapes": {"y": ()}}, "client 'a': it has no feature 'y' of shapes"),
         ({"a": [{"x": 1}], "b": [{"y": 1}]}, {}, "client 'b' has features"),
         ({"a": [{"x": np.ones(99)}] * 9}, {"max_client_bytes": 2000}, "exceed max_client_bytes"),
+        ({"a": [{"x": 1}], "": []}, {}, "examples of client 'a' where client_metadata says ''"),
         ({"a": [{"x": 1}], "b": []}, {}, "has no examples of client 'b'"),
     ],
 )
@@ -639,6 +640,40 @@ def test_unknown_options_are_refused(tmp_path):
         fl.data.read(path, split="train")
 
 
+WRITERS = {
+    "a.sqlite": lambda path: write_fedjax(path, fedjax_rows(clients())),
+    "b.sqlite": lambda path: write_tff(path, as_rows(clients())),
+    "c.h5": lambda path: write_hdf5(path, clients()),
+    "d.json": lambda path: write_leaf(path, clients()),
+    "e.npz": lambda path: np.savez(
+        path, **as_table(clients())[0], client_ids=as_table(clients())[1]
+    ),
+    "f.csv": lambda path: path.write_text("client_id,x,y\nmia,1,2.5\nadam,-3,4\nzoe,5,nan\n"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_broken_file_is_refused_or_read(tmp_path, name):
+    """No damage to any byte ends in anything but an answer or a ValueError."""
+    WRITERS[name](tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        broken = bytearray(content)
+        if i % 3 == 0:
+            del broken[rng.integers(len(content)) :]
+        else:
+            # Most of an SQLite or HDF5 file is empty space.
+            used = np.flatnonzero(np.frombuffer(content, np.uint8))
+            for place in rng.choice(used, 1 + i % 5):
+                broken[place] = rng.integers(256)
+        (tmp_path / name).write_bytes(broken)
+        with contextlib.suppress(ValueError):
+            fl.data.read(tmp_path / name, max_client_bytes=10**6) if name[0] in "abc" else (
+                fl.data.read(tmp_path / name)
+            )
+
+
 # Conversion.
 
 
@@ -650,20 +685,9 @@ def files_of(folder):
     }
 
 
-SOURCES = {
-    "a.sqlite": lambda path: write_fedjax(path, fedjax_rows(clients())),
-    "b.sqlite": lambda path: write_tff(path, as_rows(clients())),
-    "c.h5": lambda path: write_hdf5(path, clients()),
-    "d.json": lambda path: write_leaf(path, clients()),
-    "e.npz": lambda path: np.savez(
-        path, **as_table(clients())[0], client_ids=as_table(clients())[1]
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", WRITERS)
 def test_convert_equals_read_and_save(tmp_path, name):
-    SOURCES[name](tmp_path / name)
+    WRITERS[name](tmp_path / name)
     seen = []
     dataset = fl.data.convert(
         tmp_path / name, tmp_path / "new", progress=lambda *counts: seen.append(counts)
@@ -737,6 +761,30 @@ def test_a_killed_conversion_goes_on(tmp_path, change):
     fl.data.read(path).save(tmp_path / "saved")
     assert files_of(tmp_path / "new") == files_of(tmp_path / "saved")
     assert sorted(os.listdir(tmp_path)) == ["a.sqlite", "new", "saved"]
+
+
+@pytest.mark.parametrize(("name", "calls"), [("", 3), ("double", 1)])
+def test_a_conversion_goes_on_if_its_transform_has_a_name(tmp_path, name, calls):
+    path = write_leaf(tmp_path / "a.json", clients())
+    called = []
+
+    def transform(features):
+        if called == ["stop"]:
+            raise KeyboardInterrupt
+        called.append(features)
+        return {"z": 2 * features["x"]}
+
+    def progress(done, total):
+        called[:] = ["stop"] if done == 2 else called
+
+    with pytest.raises(KeyboardInterrupt):
+        fl.data.convert(
+            path, tmp_path / "new", transform=transform, transform_name=name, progress=progress
+        )
+    called.clear()
+    dataset = fl.data.convert(path, tmp_path / "new", transform=transform, transform_name=name)
+    assert len(called) == calls
+    assert_holds(dataset, {name: {"z": 2 * f["x"]} for name, f in clients().items()})
 
 
 def test_the_convert_command(tmp_path, capsys):

@@ -126,6 +126,7 @@ class Bomb:
         (lambda f: (f / "meta.json").write_text("[" * 10**5), "meta.json is damaged"),
         (lambda f: (f / "meta.json").write_text("[]"), "meta.json is damaged"),
         (meta_with(version=2), "meta.json .*format .* of version 2 is unknown"),
+        (meta_with(client_ids="float"), "meta.json .*: client_ids is 'float'"),
         (meta_with(num_examples=4), "x.npy is damaged or altered: its header is"),
         (meta_with(num_clients=10**400), r"offsets.npy is damaged"),
         (meta_with(features={"../../x": {"shape": [], "dtype": "int8"}}), "it lists the files"),

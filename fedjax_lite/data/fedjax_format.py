@@ -49,8 +49,11 @@ def unpack(msgpack: ModuleType, data: Any, max_bytes: int) -> dict[str, np.ndarr
 
 def _numbers(msgpack: ModuleType, content: bytes) -> np.ndarray:
     """An array written as (shape, name of the dtype, bytes in row-major order)."""
-    shape, name, values = msgpack.unpackb(content, raw=True, max_array_len=64, max_map_len=0)
-    dtype = checks.NUMERIC.get(name.decode() if isinstance(name, bytes) else "")
+    parts = msgpack.unpackb(content, raw=True, max_array_len=64, max_map_len=0)
+    if not isinstance(parts, list) or [type(part) for part in parts] != [list, bytes, bytes]:
+        raise ValueError("an array is not written as shape, dtype and bytes")
+    shape, name, values = parts
+    dtype = checks.NUMERIC.get(name.decode())
     if dtype is None:
         raise ValueError(f"an array has dtype {name!r}, which is none of numbers")
     if _size(shape) * dtype.itemsize != len(values):

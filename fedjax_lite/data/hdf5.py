@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -51,25 +51,32 @@ def tff_hdf5(
 ) -> Iterator[Source]:
     """The source of `read_tff_hdf5`."""
     h5py = require("h5py", "data")
-    try:
-        with h5py.File(path, "r") as file:
+    with _reading(path):
+        file = h5py.File(path, "r")
+    with file:
+        with _reading(path):
             groups = _child(h5py, file, "examples", h5py.Group)
+            names = list(groups)
 
-            def load(client_id: str) -> Features:
+        def load(client_id: str) -> Features:
+            left, features = max_client_bytes, {}
+            with _reading(path):
                 group = _child(h5py, groups, client_id, h5py.Group)
-                arrays = {name: _child(h5py, group, name, h5py.Dataset) for name in group}
-                left, features = max_client_bytes, {}
-                for name, array in arrays.items():
+                for name in group:
+                    array = _child(h5py, group, name, h5py.Dataset)
                     features[name] = _read(h5py, name, array, left)
                     left -= features[name].nbytes
-                return features
+            return features
 
-            def clients() -> Iterator[tuple[Hashable, Callable[[], Features]]]:
-                for client_id in groups:
-                    yield client_id, functools.partial(load, client_id)
+        yield Source(((name, functools.partial(load, name)) for name in names), len(names))
 
-            yield Source(clients(), len(groups))
-    except (OSError, RuntimeError, KeyError) as error:
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Says of errors of the library that the file is damaged."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{os.fspath(path)} cannot be read as HDF5: {error}; fetch the file anew."
         ) from None

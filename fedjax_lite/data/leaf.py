@@ -65,6 +65,8 @@ def _parse(file: Path, max_file_bytes: int) -> tuple[list[str], list[int], dict[
             raise ValueError(f"it has {size} bytes; raise max_file_bytes ({max_file_bytes})")
         content = json.loads(file.read_bytes(), object_pairs_hook=_distinct)
         users, sizes, data = (content[key] for key in ("users", "num_samples", "user_data"))
+        if not isinstance(users, list) or not isinstance(sizes, list) or not isinstance(data, dict):
+            raise ValueError("users, num_samples and user_data are not two lists and an object")
         if len(users) != len(sizes):
             raise ValueError(f"it has {len(users)} users and {len(sizes)} num_samples")
         if set(users) != set(data) or len(users) != len(data):

@@ -105,7 +105,7 @@ def tff_sqlite(
     """The source of `read_tff_sqlite`."""
     with _connect(path, max_client_bytes, ("examples", "client_metadata")) as connection:
         names = connection.execute("SELECT DISTINCT split_name FROM client_metadata")
-        splits = sorted(name for (name,) in names)
+        splits = sorted(str(name) for (name,) in names)
         if len(splits) != 1 and split is None:
             raise ValueError(f"{path} has the splits {splits}; choose one with split=.")
         if split not in (None, *splits):
@@ -132,10 +132,10 @@ def tff_sqlite(
                         f"{path} has examples of client {client_id!r} where client_metadata says"
                         f" {name!r}; fetch the file anew."
                     )
-                messages = _limited((message for _, message in group), max_client_bytes)
+                messages = _limited(client_id, group, max_client_bytes)
                 load = functools.partial(_stack, messages, shapes or {})
                 yield client_id, functools.partial(_counted, load, sizes[client_id])
-            if name := next(expected, None):
+            for name in expected:
                 raise ValueError(f"{path} has no examples of client {name!r}; fetch the file anew.")
 
         yield Source(clients(), len(sizes))
@@ -175,7 +175,7 @@ def _counted(load: Callable[[], Features], num_examples: Any) -> Features:
     return features
 
 
-def _stack(messages: list[Any], shapes: Mapping[str, tuple[int, ...]]) -> Features:
+def _stack(messages: list[bytes], shapes: Mapping[str, tuple[int, ...]]) -> Features:
     """The examples of a client, one array per feature."""
     examples = [tf_example.parse(message) for message in messages]
     specs = {tuple((name, len(v), v.dtype) for name, v in sorted(e.items())) for e in examples}
@@ -195,13 +195,16 @@ def _stack(messages: list[Any], shapes: Mapping[str, tuple[int, ...]]) -> Featur
     return features
 
 
-def _limited(messages: Iterator[Any], max_client_bytes: int) -> list[Any]:
-    kept, size = [], 0
-    for message in messages:
+def _limited(client_id: Hashable, rows: Iterator[tuple[Any, Any]], max_bytes: int) -> list[bytes]:
+    """The messages of a client."""
+    messages, size = [], 0
+    for _, message in rows:
+        if not isinstance(message, bytes):
+            raise ValueError(f"client {client_id!r}: an example is no BLOB but {message!r:.40}")
         size += len(message)
-        if size > max_client_bytes:
+        if size > max_bytes:
             raise ValueError(
-                f"its examples exceed max_client_bytes ({max_client_bytes}); raise it."
+                f"client {client_id!r}: its examples exceed max_client_bytes ({max_bytes})"
             )
-        kept.append(message)
-    return kept
+        messages.append(message)
+    return messages

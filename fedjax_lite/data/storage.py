@@ -59,9 +59,11 @@ def load(
         kind = meta["client_ids"]
         if kind == "int":
             layout["client_ids.npy"] = ((clients,), np.dtype(np.int64))
-        else:
+        elif kind in ("str", "bytes"):
             layout["client_ids.npy"] = ((int(meta["client_id_bytes"]),), np.dtype(np.uint8))
             layout["client_id_offsets.npy"] = ((clients + 1,), np.dtype(np.int64))
+        else:
+            raise ValueError(f"client_ids is {kind!r}")
         if set(meta["files"]) != set(layout):
             raise ValueError(f"it lists the files {sorted(meta['files'])} for {sorted(layout)}")
         arrays = {

@@ -94,7 +94,10 @@ def npz(
         if client_ids not in arrays:
             raise ValueError(f"it has the arrays {sorted(arrays)} and no {client_ids!r}")
         source = _by_client(arrays.pop(client_ids), arrays)
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        *(OSError, ValueError, EOFError, MemoryError, RuntimeError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise ValueError(f"{os.fspath(path)} cannot be read as .npz: {error}") from None
     yield source
 
