@@ -224,7 +224,7 @@ def test_a_broken_tf_example_is_an_error_or_another_example():
         ({"a": [{"x": 1}]}, {"shapes": {"y": ()}}, "client 'a': it has no feature 'y' of shapes"),
         ({"a": [{"x": 1}], "b": [{"y": 1}]}, {}, "client 'b' has features"),
         ({"a": [{"x": np.ones(99)}] * 9}, {"max_client_bytes": 2000}, "exceed max_client_bytes"),
-        ({"a": [{"x": 1}], "": []}, {}, "examples of client 'a' where client_metadata says ''"),
+        ({"a": [{"x": 1}], "": []}, {}, "has examples of client 'a' where client_metadata says ''"),
         ({"a": [{"x": 1}], "b": []}, {}, "has no examples of client 'b'"),
     ],
 )
@@ -561,7 +561,7 @@ def offline(monkeypatch, tmp_path_factory):
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # datasets and its dependencies warn of their own affairs.
 def test_huggingface(tmp_path):
     data = clients()
     in_memory = write_huggingface(tmp_path / "a", data)
@@ -581,7 +581,7 @@ def test_huggingface(tmp_path):
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # datasets and its dependencies warn of their own affairs.
 def test_hostile_huggingface_is_refused(tmp_path):
     write_huggingface(tmp_path / "a", clients())
     state = json.loads((tmp_path / "a/state.json").read_text())

@@ -215,11 +215,14 @@ def test_a_writer_refuses_what_does_not_fit(tmp_path):
     for client_id, features, message in (
         ("a", {"x": [1.0]}, "client 'a' comes twice"),
         (1, {"x": [1.0]}, "client 1 has an id of type int where the first client's is of type str"),
+        ("b", {0: [1]}, "client 'b' has features"),
         ("b", {"x": [1]}, "client 'b' has features .*int64.* where the first client has .*float64"),
     ):
         with pytest.raises(ValueError, match=message):
             write(tmp_path / "data", [("a", {"x": [1.0]}), (client_id, features)])
         assert os.listdir(tmp_path) == []
+    with pytest.raises(ValueError, match=r"features are named \[0\]; name them by strings"):
+        write(tmp_path / "data", [("a", {0: [1]})])
     with pytest.raises(ValueError, match="the dataset is empty"):
         write(tmp_path / "data", [])
     assert os.listdir(tmp_path) == []

@@ -13,10 +13,10 @@ Transform = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 """Features of one client `[rows, ...]` by name, to what takes their place."""
 
 NUMERIC = {
-    dtype.name: dtype
-    for dtype in (
-        *map(np.dtype, "?bhilqBHILQefdFD"),
-        np.dtype(jnp.bfloat16),
+    np.dtype(kind).name: np.dtype(kind)
+    for kind in (
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", jnp.bfloat16, "float32", "float64", "complex64", "complex128"),
     )
 }
 """The dtypes that a feature may have, by name."""

@@ -23,7 +23,8 @@ from fedjax_lite.mesh import replicate
 class FederatedDataset:
     """Examples of many clients, on the host.
 
-    Built by `from_arrays`, `from_clients` or `from_rows`, which check what they are given.
+    Built by `from_arrays`, `from_clients` or `from_rows`, which check what they are given, read by
+    `fedjax_lite.data.read`, or mapped from disk by `open`.
 
     Attributes:
       examples: Features `[rows, ...]` by name, NumPy arrays, client after client.
@@ -180,8 +181,8 @@ class FederatedDataset:
     def open(cls, path: str | os.PathLike[str], *, verify: bool = False) -> "FederatedDataset":
         """Opens a folder that `save` or `fedjax_lite.data.convert` wrote, memory-mapped.
 
-        Nothing is read before it is used. Size and header of every file are checked, and the
-        SHA-256 of those up to 32 MiB. Larger ones are hashed if asked: that reads them whole.
+        Size and header of every file are checked, and the SHA-256 of those up to 32 MiB. Larger
+        ones are hashed if asked, as that reads them whole; else their rows are read when used.
 
         Args:
           path: The folder.

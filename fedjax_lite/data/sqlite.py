@@ -129,14 +129,14 @@ def tff_sqlite(
             for client_id, group in itertools.groupby(rows, operator.itemgetter(0)):
                 if client_id != (name := next(expected, None)):
                     raise ValueError(
-                        f"{path} has examples of client {client_id!r} where client_metadata says"
+                        f"it has examples of client {client_id!r} where client_metadata says"
                         f" {name!r}; fetch the file anew."
                     )
                 messages = _limited(client_id, group, max_client_bytes)
                 load = functools.partial(_stack, messages, shapes or {})
                 yield client_id, functools.partial(_counted, load, sizes[client_id])
             for name in expected:
-                raise ValueError(f"{path} has no examples of client {name!r}; fetch the file anew.")
+                raise ValueError(f"it has no examples of client {name!r}; fetch the file anew.")
 
         yield Source(clients(), len(sizes))
 

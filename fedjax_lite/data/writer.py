@@ -23,11 +23,8 @@ CHECKPOINT_SECONDS = 5.0
 class Writer:
     """A data set being written, in a hidden folder beside its final place.
 
-        with Writer("clients") as writer:
-            writer.append("alice", {"x": ..., "y": ...})
-
-    Leaving the block puts the folder in its place, complete, with all files on disk. If the block
-    raises, or the process is killed, nothing is there.
+    Used in a `with` block. Leaving it puts the folder in its place, complete, with all files on
+    disk. If the block raises, or the process is killed, nothing is there.
 
     Args:
       path: The folder, which must not exist.
@@ -40,6 +37,15 @@ class Writer:
 
     Raises:
       ValueError: `path` exists, or another process is writing it.
+
+    >>> import fedjax_lite as fl, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with Writer(f"{folder}/clients") as writer:
+    ...         writer.append("alice", {"x": [1.0, 2.0]})
+    ...         writer.append("bob", {"x": [3.0]})
+    ...     dataset = fl.FederatedDataset.open(f"{folder}/clients")
+    >>> dataset.num_examples.tolist()
+    [2, 1]
     """
 
     def __init__(self, path: str | os.PathLike[str], *, fingerprint: str = "") -> None:
@@ -97,6 +103,8 @@ class Writer:
         Raises:
           ValueError: A client was written before, or an id is of another type.
         """
+        if not all(isinstance(name, str) for name in features):
+            raise ValueError(f"features are named {list(features)}; name them by strings.")
         kind, values, id_sizes = _encode_ids(client_ids)
         if kind != (self._kind or kind):
             raise ValueError(
