@@ -228,3 +228,18 @@ def test_stackoverflow_equals_the_reference(tmp_path):
 def test_preprocessing_refuses(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_the_convert_command_preprocesses(tmp_path):
+    from fedjax_lite.cli.convert import Convert, convert
+    from fedjax_lite.cli.errors import UsageError
+
+    path = write_hdf5(tmp_path / "a.h5", {"H": {"snippets": ["To be, or not to be"]}})
+    options = {"source": path, "destination": tmp_path / "new"}
+    with pytest.raises(UsageError, match="client 'H': feature 'snippets' has dtype object; encode"):
+        convert(Convert(**options))
+    convert(Convert(**options, preprocess="shakespeare"))
+    expected = shakespeare_reference([b"To be, or not to be"], 80)
+    np.testing.assert_array_equal(
+        fl.FederatedDataset.open(tmp_path / "new")["H"]["x"], expected["x"]
+    )
