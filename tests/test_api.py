@@ -58,6 +58,47 @@ PARTITION = {
     "square": ["num_examples", "num_clients", "min_examples", "seed"],
 }
 MODULES = {"data", "models", "partition"}
+DATA = {
+    "cifar10": ["folder"],
+    "cifar100": ["path", "split", "crop", "destination", "check_sizes"],
+    "convert": [
+        *("source", "destination", "format", "transform", "transform_name", "progress"),
+        "options",
+    ],
+    "digits": ["num_clients", "alpha", "held_out", "min_examples", "seed"],
+    "emnist": ["path", "split", "only_digits", "destination", "check_sizes"],
+    "gaussian_images": [
+        *("num_clients", "image_shape", "num_classes", "separation", "alpha", "num_examples"),
+        *("batch_size", "seed"),
+    ],
+    "halfspace": ["num_clients", "batch_size", "min_batches", "max_batches"],
+    "halfspace_batch": ["key", "batch_size"],
+    "read": ["path", "format", "transform", "options"],
+    "read_csv": ["path", "client_column", "columns", "transform"],
+    "read_fedjax_sqlite": ["path", "transform", "max_client_bytes"],
+    "read_huggingface": ["dataset", "client_column", "transform"],
+    "read_leaf": ["path", "transform", "max_file_bytes"],
+    "read_npz": ["path", "client_ids", "transform", "max_bytes"],
+    "read_tff_hdf5": ["path", "transform", "max_client_bytes"],
+    "read_tff_sqlite": ["path", "split", "shapes", "transform", "max_client_bytes"],
+    "shakespeare": ["path", "split", "sequence_length", "destination", "check_sizes"],
+    "synthetic": ["alpha", "beta", "num_clients", "iid", "held_out", "seed"],
+    "stackoverflow": ["path", "vocabulary", "split", "max_length", "destination", "check_sizes"],
+}
+DATASET = {
+    "concatenate": ["datasets"],
+    "from_arrays": ["examples", "client_ids"],
+    "from_clients": ["clients"],
+    "from_rows": ["examples", "rows", "client_ids"],
+    "map": ["function"],
+    "open": ["path", "verify"],
+    "resident": ["mesh"],
+    "save": ["path"],
+    "select": ["client_ids"],
+    "split_clients": ["fraction", "seed"],
+    "split_examples": ["fraction", "seed"],
+    "validate": ["allow_nan"],
+}
 
 
 def test_public_names_and_parameters():
@@ -76,6 +117,21 @@ def test_partitioners_and_their_parameters():
         if inspect.isfunction(value)
     }
     assert public == PARTITION
+
+
+def test_names_and_parameters_of_data():
+    functions = {name for name, value in vars(fl.data).items() if inspect.isfunction(value)}
+    assert functions == set(DATA)
+    methods = {
+        name
+        for name in vars(fl.FederatedDataset)
+        if not name.startswith("_") and callable(getattr(fl.FederatedDataset, name))
+    }
+    assert methods == set(DATASET)
+    for owner, names in ((fl.data, DATA), (fl.FederatedDataset, DATASET)):
+        for name, parameters in names.items():
+            found = list(inspect.signature(getattr(owner, name)).parameters)
+            assert [parameter for parameter in found if parameter != "self"] == parameters, name
 
 
 def test_every_public_function_is_documented():

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from fedjax_lite.cli import main, plots
-from fedjax_lite.cli.data import open_any
 
 SIZES = (6, 1, 3)
 LABELS = [0, 0, 0, 0, 2, 2, 5, 0, 2, 5]
@@ -32,14 +31,6 @@ def refusal(capsys, *args):
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     return captured.err
-
-
-def test_open_any_reads_npz(path):
-    dataset = open_any(path)
-    assert dataset.client_ids == ("a", "b", "c")
-    assert dataset.num_examples.tolist() == list(SIZES)
-    assert set(dataset.examples) == {"x", "y"}
-    assert dataset["c"]["y"].tolist() == [0, 2, 5]
 
 
 def test_describe_counts_what_there_is(path, capsys):
@@ -158,13 +149,10 @@ def test_the_heat_map_loses_no_client(figure, tmp_path, num_clients):
     ("content", "message"),
     [
         (None, "cannot be read: No such file"),
-        (b"", "cannot be read: it is no .npz file"),
-        (b"hello", "cannot be read: it is no .npz file"),
-        (b"PK\x03\x04 broken", "cannot be read: it is no .npz file"),
-        ({"x": [1]}, "has no client_ids beside x; add one per row"),
-        ({"x": [1], "client_ids": [1, 2]}, "client_ids has shape (2,) beside 1 rows"),
-        ({"client_ids": [1, 2]}, "pass a non-empty dict"),
-        ({"x": np.array([None]), "client_ids": [1]}, "cannot be read: it is no .npz file"),
+        (b"", "has no known format; pass format="),
+        (b"PK\x03\x04 broken", "cannot be read as .npz: File is not a zip file"),
+        ({"x": [1]}, "it has the arrays ['x'] and no 'client_ids'"),
+        ({"x": np.array([None]), "client_ids": [1]}, "Object arrays cannot be loaded"),
     ],
 )
 def test_files_that_are_no_data_set_are_told_in_one_line(tmp_path, capsys, content, message):

@@ -1,3 +1,4 @@
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,6 +30,16 @@ def test_resident_population_holds_the_same_rows():
     population = dataset.resident()
     assert population.num_clients == 2
     assert population.examples["x"].tolist() == [1, 2, 3]
+
+
+def small():
+    return fl.FederatedDataset.from_clients({"a": {"x": [0.0, 1.0, 2.0]}, "b": {"x": [3.0]}})
+
+
+def replaced(**parts):
+    dataset = small()
+    fields = {"examples": dataset.examples, "offsets": dataset.offsets, "client_ids": ("a", "b")}
+    return fl.FederatedDataset(**{**fields, **parts})
 
 
 @pytest.mark.parametrize(
@@ -88,7 +99,7 @@ def test_resident_population_holds_the_same_rows():
         (
             lambda: fl.FederatedDataset.from_rows({"x": [1, 2]}, [[0], [1]], client_ids=[7, 7]),
             ValueError,
-            "client_ids names a client twice",
+            "client_ids names client 7 2 times",
         ),
         (
             lambda: fl.FederatedDataset.from_rows({"x": [1, 2]}, [[True, False]]),
@@ -110,6 +121,63 @@ def test_resident_population_holds_the_same_rows():
             ValueError,
             "feature 'x' holds integers that do not fit int32",
         ),
+        (
+            lambda: fl.FederatedDataset.from_clients([("a", {"x": [1]}), ("a", {"x": [2]})]),
+            ValueError,
+            "client_ids names client 'a' 2 times",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_clients({"a": {"x": [1]}, "b": {"x": ["2"]}}),
+            ValueError,
+            "client 'b': feature 'x' has dtype <U1; encode it as numbers",
+        ),
+        (lambda: small().select(["a", "z"]), ValueError, "client_ids holds 'z', which is none"),
+        (lambda: small().select(["a", "a"]), ValueError, "client_ids names client 'a' 2 times"),
+        (lambda: small().select([]), ValueError, "the dataset is empty: 0 clients"),
+        (lambda: small().split_clients(1.0, seed=0), ValueError, "fraction is 1.0; choose"),
+        (lambda: small().split_clients(0.1, seed=0), ValueError, "which holds out 0; choose"),
+        (lambda: small().split_examples(np.nan, seed=0), ValueError, "fraction is nan; choose"),
+        (
+            lambda: small().split_examples(0.1, seed=0),
+            ValueError,
+            "fraction is 0.1, less than one example of each client .the largest has 3.",
+        ),
+        (
+            lambda: small().map(lambda features: {"x": features["x"][:-1]}),
+            ValueError,
+            "feature 'x' has 3 rows where the clients have 4 examples",
+        ),
+        (
+            lambda: small().map(lambda features: {"x": features["x"], "y": features["x"][1:]}),
+            ValueError,
+            "the result of function has features of shapes",
+        ),
+        (lambda: small().map(lambda features: None), TypeError, "the result of function is None"),
+        (
+            lambda: fl.FederatedDataset.concatenate([small(), small()]),
+            ValueError,
+            "client_ids names client 'a' 2 times",
+        ),
+        (
+            lambda: fl.FederatedDataset.concatenate(
+                [small(), small().map(lambda features: {"x": features["x"].astype(int)})]
+            ),
+            ValueError,
+            r"datasets\[1\] has features .*int64.* where datasets\[0\] has",
+        ),
+        (lambda: fl.FederatedDataset.concatenate([]), ValueError, "datasets is empty"),
+        (lambda: replaced(offsets=np.array([0, 3, 5])).validate(), ValueError, "has 4 rows where"),
+        (
+            lambda: replaced(offsets=np.array([0, 5, 4])).validate(),
+            ValueError,
+            "offsets falls at client 'b', which would have -1",
+        ),
+        (lambda: replaced(offsets=np.array([1, 4])).validate(), ValueError, "offsets has shape"),
+        (
+            lambda: replaced(examples={"x": np.array([0, 1, np.nan, np.nan])}).validate(),
+            ValueError,
+            "feature 'x' holds NaN in 2 examples of 2 clients, 1 of them of client 'a'",
+        ),
         (lambda: fl.data.halfspace(2**31), ValueError, "num_clients is 2147483648"),
         (lambda: fl.FederatedDataset.from_clients({0: {"x": [1]}})[3], KeyError, "no client 3"),
         (lambda: fl.data.halfspace(0), ValueError, "num_clients is 0"),
@@ -120,6 +188,96 @@ def test_resident_population_holds_the_same_rows():
 def test_refuses_bad_data(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+def ragged(sizes, seed=0):
+    """Clients whose rows say whose they are: x = (client, index within the client)."""
+    return fl.FederatedDataset.from_clients(
+        {f"c{i}": {"x": np.stack([np.full(n, i), np.arange(n)], 1)} for i, n in enumerate(sizes)}
+    )
+
+
+def test_select_gathers_clients_in_the_order_given():
+    dataset = ragged([3, 0, 2, 4])
+    chosen = dataset.select(["c3", "c1", "c0"])
+    assert chosen.client_ids == ("c3", "c1", "c0")
+    for name in chosen.client_ids:
+        np.testing.assert_array_equal(chosen[name]["x"], dataset[name]["x"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=20),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**31),
+)
+def test_split_examples_deals_each_row_once(sizes, fraction, seed):
+    expected = [min(round(fraction * n), max(n - 1, 0)) for n in sizes]
+    if sum(expected) == 0:
+        return
+    dataset = ragged(sizes)
+    train, held_out = dataset.split_examples(fraction, seed=seed)
+    assert train.client_ids == held_out.client_ids == dataset.client_ids
+    assert held_out.num_examples.tolist() == expected
+    for name in dataset.client_ids:
+        kept, held = train[name]["x"].tolist(), held_out[name]["x"].tolist()
+        assert (kept, held) == (sorted(kept), sorted(held))
+        assert sorted(kept + held) == dataset[name]["x"].tolist()
+    again, _ = dataset.split_examples(fraction, seed=seed)
+    np.testing.assert_array_equal(train.examples["x"], again.examples["x"])
+
+
+def test_split_examples_holds_out_every_row_equally_often():
+    dataset = ragged([5, 8])
+    draws = 400
+    counts = np.zeros((2, 8))
+    for seed in range(draws):
+        rows = dataset.split_examples(0.5, seed=seed)[1].examples["x"]
+        counts[rows[:, 0], rows[:, 1]] += 1
+    for row, (held, size) in zip(counts, ((2, 5), (4, 8)), strict=True):
+        share = held / size
+        error = np.sqrt(draws * share * (1 - share))
+        assert (abs(row[:size] - draws * share) < 5 * error).all()
+
+
+def test_split_clients_deals_each_client_once():
+    dataset = ragged([1, 2, 3, 4, 5, 6, 7])
+    train, held_out = dataset.split_clients(0.3, seed=0)
+    assert held_out.num_clients == 2  # 2.1, rounded
+    order = {name: i for i, name in enumerate(dataset.client_ids)}
+    for part in (train, held_out):
+        assert list(part.client_ids) == sorted(part.client_ids, key=order.get)
+        for name in part.client_ids:
+            np.testing.assert_array_equal(part[name]["x"], dataset[name]["x"])
+    assert set(train.client_ids) | set(held_out.client_ids) == set(dataset.client_ids)
+    assert dataset.split_clients(0.3, seed=0)[1].client_ids == held_out.client_ids
+    drawn = {dataset.split_clients(0.3, seed=seed)[1].client_ids for seed in range(20)}
+    assert len(drawn) > 10
+
+
+def test_concatenate_is_the_inverse_of_a_split():
+    dataset = ragged([1, 0, 3, 2])
+    both = fl.FederatedDataset.concatenate(dataset.split_clients(0.5, seed=0))
+    again = both.select(dataset.client_ids)
+    np.testing.assert_array_equal(again.examples["x"], dataset.examples["x"])
+    np.testing.assert_array_equal(again.offsets, dataset.offsets)
+
+
+def test_features_and_map():
+    dataset = ragged([2, 1]).map(lambda features: {"y": features["x"][:, 0].astype(np.float32)})
+    assert dataset.features["y"].shape == ()
+    assert dataset.features["y"].dtype == np.float32
+    assert dataset["c1"]["y"].tolist() == [1]
+
+
+def test_validate_counts_nan_in_any_floating_dtype():
+    for dtype in (np.float16, np.complex64, ml_dtypes.bfloat16):
+        feature = np.ones((4, 2, 2), dtype)
+        replaced(examples={"x": feature}).validate()
+        feature[3, 1, 0] = np.nan
+        replaced(examples={"x": feature}).validate(allow_nan=True)
+        with pytest.raises(ValueError, match=r"NaN in 1 examples of 1 clients, 1 .* client 'b'"):
+            replaced(examples={"x": feature}).validate()
 
 
 def test_digits_split_every_image_once():

@@ -1,19 +1,19 @@
-"""`fedjax-lite data`: what a data set on disk holds, as text, JSON or a picture."""
+"""`fedjax-lite data`: what a data set on disk holds, and its conversion."""
 
 import dataclasses
 import json
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import rich.console
 import rich.table
-from tyro.conf import Positional, subcommand
+from tyro.conf import subcommand
 
 from fedjax_lite.cli import plots
+from fedjax_lite.cli.convert import Convert, convert
 from fedjax_lite.cli.errors import UsageError
+from fedjax_lite.cli.source import Source, load
 from fedjax_lite.data.dataset import FederatedDataset
 
 _QUANTILES = {"min": 0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1}
@@ -21,41 +21,38 @@ _MAX_CELLS = 2 * 10**8  # Of the table of clients and classes: 1.6 GB.
 
 
 @dataclasses.dataclass(frozen=True)
-class Describe:
+class Describe(Source):
     """Tell the clients, their sizes, the features and the label skew of a data set.
 
     Attributes:
-      path: The data set.
       label: The feature that holds the classes; y by default, if there is one.
       json: Print one JSON object, and nothing else, on stdout.
     """
 
-    path: Positional[Path]
     label: str | None = None
     json: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Plot:
+class Plot(Source):
     """Draw which classes the clients of a data set have.
 
     Attributes:
-      path: The data set.
       out: The picture: a .png, .pdf or .svg file. It is replaced.
       label: The feature that holds the classes.
     """
 
-    path: Positional[Path]
     out: Path
     label: str = "y"
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Look at a federated data set on disk."""
+    """Look at a federated data set on disk, or convert it."""
 
     command: (
-        Annotated[Describe, subcommand("describe", prefix_name=False)]
+        Annotated[Convert, subcommand("convert", prefix_name=False)]
+        | Annotated[Describe, subcommand("describe", prefix_name=False)]
         | Annotated[Plot, subcommand("plot", prefix_name=False)]
     )
 
@@ -64,33 +61,16 @@ def data(options: Data) -> None:
     """Runs the command.
 
     Raises:
-      UsageError: The data set cannot be read, or the picture cannot be written.
+      UsageError: The data set cannot be read, or what was asked for cannot be written.
+      InterruptedRunError: Ctrl-C was pressed during a conversion.
     """
     match options.command:
+        case Convert():
+            convert(options.command)
         case Describe():
             _describe(options.command)
         case Plot():
             _plot(options.command)
-
-
-def open_any(path: Path) -> FederatedDataset:
-    """The data set in a file: `.npz` with `client_ids` `[rows]`, and features `[rows, ...]`.
-
-    Raises:
-      UsageError: There is no such file, or it holds something else.
-    """
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            examples = dict(file)
-    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or "it is no .npz file of numbers and strings"
-        raise UsageError(f"{path} cannot be read: {reason}") from None
-    if "client_ids" not in examples:
-        raise UsageError(f"{path} has no client_ids beside {', '.join(examples)}; add one per row")
-    try:
-        return FederatedDataset.from_arrays(examples, examples.pop("client_ids"))
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{path}: {error}") from None
 
 
 def _classes(dataset: FederatedDataset, label: str) -> tuple[list[int], np.ndarray]:
@@ -120,10 +100,10 @@ def _counts(dataset: FederatedDataset, class_index: np.ndarray, num_classes: int
 
 
 def _plot(options: Plot) -> None:
-    dataset = open_any(options.path)
+    dataset = load(options)
     classes, index = _classes(dataset, options.label)
     counts = _counts(dataset, index, len(classes))
-    title = f"{options.path.stem}: {dataset.num_clients:,} clients, {counts.sum():,} examples"
+    title = f"{options.source.stem}: {dataset.num_clients:,} clients, {counts.sum():,} examples"
     try:
         plots.class_distribution(
             options.out,
@@ -139,11 +119,11 @@ def _plot(options: Plot) -> None:
 
 
 def _describe(options: Describe) -> None:
-    report = _report(open_any(options.path), options)
+    report = _report(load(options), options)
     if options.json:
         print(json.dumps(report))
         return
-    table = rich.table.Table(title=str(options.path), show_header=False)
+    table = rich.table.Table(title=str(options.source), show_header=False)
     table.add_row("clients", f"{report['clients']:,}")
     table.add_row("without examples", f"{report['empty_clients']:,}")
     table.add_row("examples", f"{report['examples']:,}")
@@ -167,7 +147,7 @@ def _report(dataset: FederatedDataset, options: Describe) -> dict[str, Any]:
     """What there is to tell, in types that JSON has."""
     sizes = dataset.num_examples
     return {
-        "path": str(options.path),
+        "path": str(options.source),
         "clients": dataset.num_clients,
         "empty_clients": int((sizes == 0).sum()),
         "examples": int(sizes.sum()),

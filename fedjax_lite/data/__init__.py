@@ -1,11 +1,27 @@
 """Data sets, populations and their sources."""
 
+from fedjax_lite.data import preprocess as preprocess
+from fedjax_lite.data.benchmarks import cifar10 as cifar10
+from fedjax_lite.data.benchmarks import cifar100 as cifar100
+from fedjax_lite.data.benchmarks import emnist as emnist
+from fedjax_lite.data.benchmarks import shakespeare as shakespeare
+from fedjax_lite.data.benchmarks import stackoverflow as stackoverflow
 from fedjax_lite.data.dataset import FederatedDataset as FederatedDataset
 from fedjax_lite.data.digits import digits as digits
+from fedjax_lite.data.formats import convert as convert
+from fedjax_lite.data.formats import read as read
+from fedjax_lite.data.hdf5 import read_tff_hdf5 as read_tff_hdf5
+from fedjax_lite.data.huggingface import read_huggingface as read_huggingface
+from fedjax_lite.data.leaf import read_leaf as read_leaf
 from fedjax_lite.data.population import GeneratedPopulation as GeneratedPopulation
 from fedjax_lite.data.population import Population as Population
 from fedjax_lite.data.population import ResidentPopulation as ResidentPopulation
+from fedjax_lite.data.sqlite import read_fedjax_sqlite as read_fedjax_sqlite
+from fedjax_lite.data.sqlite import read_tff_sqlite as read_tff_sqlite
 from fedjax_lite.data.synthetic import gaussian_images as gaussian_images
 from fedjax_lite.data.synthetic import halfspace as halfspace
 from fedjax_lite.data.synthetic import halfspace_batch as halfspace_batch
 from fedjax_lite.data.synthetic import synthetic as synthetic
+from fedjax_lite.data.tables import read_csv as read_csv
+from fedjax_lite.data.tables import read_npz as read_npz
+from fedjax_lite.data.writer import Writer as Writer

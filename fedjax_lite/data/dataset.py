@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
+from fedjax_lite.data import checks, storage
 from fedjax_lite.data.population import ResidentPopulation
+from fedjax_lite.data.writer import Writer
 from fedjax_lite.mesh import replicate
 
 
@@ -19,7 +23,8 @@ from fedjax_lite.mesh import replicate
 class FederatedDataset:
     """Examples of many clients, on the host.
 
-    Built by `from_arrays`, `from_clients` or `from_rows`, which check what they are given.
+    Built by `from_arrays`, `from_clients` or `from_rows`, which check what they are given, read by
+    `fedjax_lite.data.read`, or mapped from disk by `open`.
 
     Attributes:
       examples: Features `[rows, ...]` by name, NumPy arrays, client after client.
@@ -72,38 +77,33 @@ class FederatedDataset:
         return cls.from_rows(examples, rows, client_ids=names.tolist())
 
     @classmethod
-    def from_clients(cls, clients: Mapping[Any, Mapping[str, ArrayLike]]) -> "FederatedDataset":
+    def from_clients(
+        cls,
+        clients: Mapping[Any, Mapping[str, ArrayLike]]
+        | Iterable[tuple[Any, Mapping[str, ArrayLike]]],
+    ) -> "FederatedDataset":
         """Concatenates one dict of features per client, in the order given.
 
         Args:
-          clients: Features `[rows of the client, ...]` by name, by client id. A client
-            may have no rows.
+          clients: Features `[rows of the client, ...]` by name, by client id: a dict, or an
+            iterable of pairs. A client may have no rows.
 
         Raises:
-          ValueError: There are no clients or no rows, or a client's features differ from the
-            first client's in name, shape or dtype.
+          ValueError: There are no clients or no rows, a client comes twice, or its features
+            differ from the first client's in name, shape or dtype.
           TypeError: A client's value is no dict of features.
         """
-        if not clients:
+        pairs = clients.items() if isinstance(clients, Mapping) else clients
+        names: list[Hashable] = []
+        parts: list[dict[str, np.ndarray]] = []
+        for client_id, features in pairs:
+            parts.append(checks.of_client(client_id, features, parts[0] if parts else None))
+            names.append(client_id)
+        if not names:
             raise ValueError("clients is empty; pass the examples of at least one client.")
-        arrays: dict[Hashable, dict[str, np.ndarray]] = {}
-        expected: dict[str, Any] | None = None
-        for client_id, features in clients.items():
-            _validate.features(f"client {client_id!r}", features)
-            arrays[client_id] = {name: np.asarray(value) for name, value in features.items()}
-            spec = {name: (a.shape[1:], a.dtype.name) for name, a in arrays[client_id].items()}
-            expected = spec if expected is None else expected
-            if spec != expected:
-                raise ValueError(
-                    f"client {client_id!r} has features {spec} where the first client has"
-                    f" {expected}; give all clients the same names, shapes and dtypes."
-                )
-        stacked = {
-            name: np.concatenate([features[name] for features in arrays.values()])
-            for name in expected or ()
-        }
-        sizes = [next(iter(features.values())).shape[0] for features in arrays.values()]
-        return cls._checked(stacked, np.cumsum([0, *sizes]), tuple(arrays))
+        sizes = [next(iter(part.values())).shape[0] for part in parts]
+        stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return cls._checked(stacked, np.cumsum(np.append(0, sizes)), tuple(names))
 
     @classmethod
     def from_rows(
@@ -151,22 +151,89 @@ class FederatedDataset:
         return cls._checked({name: a[order] for name, a in arrays.items()}, offsets, names)
 
     @classmethod
+    def concatenate(cls, datasets: Sequence["FederatedDataset"]) -> "FederatedDataset":
+        """The clients of several data sets, one after the other.
+
+        Args:
+          datasets: At least one; no client id in two of them.
+
+        Raises:
+          ValueError: `datasets` is empty, features differ in name, shape or dtype, or two
+            data sets have a client of the same id.
+        """
+        if not datasets:
+            raise ValueError("datasets is empty; pass at least one data set.")
+        for i, dataset in enumerate(datasets):
+            if dataset.features != datasets[0].features:
+                raise ValueError(
+                    f"datasets[{i}] has features {dataset.features} where datasets[0] has"
+                    f" {datasets[0].features}; make them equal with map()."
+                )
+        examples = {
+            name: np.concatenate([dataset.examples[name] for dataset in datasets])
+            for name in datasets[0].examples
+        }
+        sizes = np.concatenate([dataset.num_examples for dataset in datasets])
+        names = tuple(name for dataset in datasets for name in dataset.client_ids)
+        return cls._checked(examples, np.cumsum(np.append(0, sizes)), names)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = False) -> "FederatedDataset":
+        """Opens a folder that `save` or `fedjax_lite.data.convert` wrote, memory-mapped.
+
+        Size and header of every file are checked, and the SHA-256 of those up to 32 MiB. Larger
+        ones are hashed if asked, as that reads them whole; else their rows are read when used.
+
+        Args:
+          path: The folder.
+          verify: Check the SHA-256 of all files.
+
+        Raises:
+          ValueError: The folder is no such data set, or a file of it is missing, truncated or
+            altered; the message names it.
+        """
+        examples, offsets, client_ids = storage.load(path, verify=verify)
+        try:
+            return cls._checked(examples, offsets, client_ids)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a folder of `.npy` files and `meta.json`, which `open` maps into memory.
+
+        The folder appears at once and complete: a save that is killed leaves nothing that
+        opens, only a hidden folder beside it that the next save removes.
+
+        Args:
+          path: The folder, which must not exist.
+
+        Raises:
+          ValueError: `path` exists, or the client ids are not all integers, all strings or all
+            bytes.
+        """
+        with Writer(path) as writer:
+            writer.extend(self.client_ids, self.num_examples, self.examples)
+
+    @classmethod
     def _checked(
         cls, examples: dict[str, np.ndarray], offsets: np.ndarray, client_ids: tuple[Any, ...]
     ) -> "FederatedDataset":
-        if len(client_ids) == 0 or offsets[-1] == 0:
-            raise ValueError(
-                f"the dataset is empty: {len(client_ids)} clients with {offsets[-1]} examples;"
-                " pass at least one client with one example."
-            )
-        if len(set(client_ids)) != len(client_ids):
-            raise ValueError("client_ids names a client twice; make the ids distinct.")
-        for name, array in examples.items():
-            if array.dtype.kind not in "biufc" and array.dtype.name != "bfloat16":
-                raise ValueError(
-                    f"feature {name!r} has dtype {array.dtype}; encode it as numbers first."
-                )
-        return cls(examples=examples, offsets=offsets, client_ids=client_ids)
+        dataset = cls(examples=examples, offsets=offsets, client_ids=client_ids)
+        dataset.validate(allow_nan=True)
+        return dataset
+
+    def validate(self, *, allow_nan: bool = False) -> None:
+        """Checks that the parts fit together, and that no feature holds NaN.
+
+        Args:
+          allow_nan: Leave out the search for NaN, which reads all floating-point features.
+
+        Raises:
+          ValueError: Something is wrong; the message names the feature and the client.
+        """
+        checks.structure(self.examples, self.offsets, self.client_ids)
+        if not allow_nan:
+            checks.no_nan(self.examples, self.offsets, self.client_ids)
 
     @property
     def num_clients(self) -> int:
@@ -177,6 +244,14 @@ class FederatedDataset:
     def num_examples(self) -> np.ndarray:
         """`[num_clients]`, the number of examples of each client."""
         return np.diff(self.offsets)
+
+    @property
+    def features(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of one example's features, by name."""
+        return {
+            name: jax.ShapeDtypeStruct(feature.shape[1:], feature.dtype)
+            for name, feature in self.examples.items()
+        }
 
     @functools.cached_property
     def _index(self) -> dict[Hashable, int]:
@@ -192,6 +267,121 @@ class FederatedDataset:
             )
         rows = slice(self.offsets[index], self.offsets[index + 1])
         return {name: feature[rows] for name, feature in self.examples.items()}
+
+    def select(self, client_ids: Iterable[Hashable]) -> "FederatedDataset":
+        """Some of the clients, in the order given, with copies of their examples.
+
+        Args:
+          client_ids: Ids of clients of this data set, each once.
+
+        Raises:
+          ValueError: An id is unknown or comes twice, or the clients have no examples.
+
+        >>> dataset = FederatedDataset.from_clients({"a": {"x": [1]}, "b": {"x": [2, 3]}})
+        >>> dataset.select(["b"]).examples["x"].tolist()
+        [2, 3]
+        """
+        names = tuple(client_ids)
+        for name in names:
+            if name not in self._index:
+                raise ValueError(
+                    f"client_ids holds {name!r}, which is none of the {self.num_clients} clients"
+                    " of the dataset; see its client_ids."
+                )
+        clients = np.array([self._index[name] for name in names], np.int64)
+        sizes = self.num_examples[clients]
+        offsets = np.cumsum(np.append(0, sizes))
+        rows = np.arange(offsets[-1]) + np.repeat(self.offsets[clients] - offsets[:-1], sizes)
+        examples = {name: feature[rows] for name, feature in self.examples.items()}
+        return self._checked(examples, offsets, names)
+
+    def split_clients(
+        self, fraction: float, *, seed: int | np.random.Generator
+    ) -> tuple["FederatedDataset", "FederatedDataset"]:
+        """Splits into clients to train on and clients held out.
+
+        Args:
+          fraction: Part of the clients held out, within (0, 1); their number is rounded to the
+            nearest integer, halves to even.
+          seed: Seed, or the generator to draw from.
+
+        Returns:
+          The training clients and the held-out clients, both in the order of this data set.
+
+        Raises:
+          ValueError: `fraction` is out of range, or leaves one side without clients or without
+            examples.
+        """
+        checks.fraction(fraction)
+        num_held = round(fraction * self.num_clients)
+        if not 0 < num_held < self.num_clients:
+            raise ValueError(
+                f"fraction is {fraction} of {self.num_clients} clients, which holds out {num_held};"
+                " choose one that leaves clients on both sides."
+            )
+        held = np.zeros(self.num_clients, bool)
+        held[np.random.default_rng(seed).permutation(self.num_clients)[:num_held]] = True
+        return (
+            self.select(itertools.compress(self.client_ids, ~held)),
+            self.select(itertools.compress(self.client_ids, held)),
+        )
+
+    def split_examples(
+        self, fraction: float, *, seed: int | np.random.Generator
+    ) -> tuple["FederatedDataset", "FederatedDataset"]:
+        """Splits each client's examples into training and held-out ones.
+
+        Args:
+          fraction: Part of a client's examples held out, within (0, 1). Their number is rounded
+            to the nearest integer, halves to even, and never all of them: a client with a
+            single example trains on it.
+          seed: Seed, or the generator to draw from.
+
+        Returns:
+          Training and held-out examples. Both have all clients, in the same order; a client
+          may have none in the second.
+
+        Raises:
+          ValueError: `fraction` is out of range, or no client is large enough to hold out one
+            example.
+        """
+        checks.fraction(fraction)
+        sizes = self.num_examples
+        num_held = np.minimum(np.rint(fraction * sizes), np.maximum(sizes - 1, 0)).astype(np.int64)
+        if not num_held.any():
+            raise ValueError(
+                f"fraction is {fraction}, less than one example of each client (the largest has"
+                f" {sizes.max()}); raise it, or use split_clients()."
+            )
+        owner = np.repeat(np.arange(self.num_clients), sizes)
+        # Rows sorted by client, and within a client by lot.
+        order = np.lexsort((np.random.default_rng(seed).random(owner.size), owner))
+        held = np.empty(owner.size, bool)
+        held[order] = np.arange(owner.size) - self.offsets[owner] < num_held[owner]
+        return self._rows(~held, sizes - num_held), self._rows(held, num_held)
+
+    def _rows(self, mask: np.ndarray, sizes: np.ndarray) -> "FederatedDataset":
+        examples = {name: feature[mask] for name, feature in self.examples.items()}
+        return self._checked(examples, np.cumsum(np.append(0, sizes)), self.client_ids)
+
+    def map(self, function: checks.Transform) -> "FederatedDataset":
+        """Replaces the features by a function of them, applied to all rows at once.
+
+        Args:
+          function: Takes and returns a dict of features `[rows, ...]`, row for row.
+
+        Raises:
+          ValueError: `function` changes the number of rows, or returns what are no numbers.
+          TypeError: `function` returns no dict of features.
+
+        >>> dataset = FederatedDataset.from_clients({"a": {"x": [1, 2]}})
+        >>> dataset.map(lambda features: {"x": features["x"] / 2})["a"]["x"].tolist()
+        [0.5, 1.0]
+        """
+        mapped = function(dict(self.examples))
+        _validate.features("the result of function", mapped)
+        examples = {name: np.asarray(feature) for name, feature in mapped.items()}
+        return self._checked(examples, self.offsets, self.client_ids)
 
     def resident(self, mesh: jax.sharding.Mesh | None = None) -> ResidentPopulation:
         """Copies all examples to the device, or to each device of a mesh.

@@ -1,0 +1,110 @@
+"""What a feature may hold, and what the parts of a data set must agree on."""
+
+import collections
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_lite import _validate
+
+Transform = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
+"""Features of one client `[rows, ...]` by name, to what takes their place."""
+
+NUMERIC = {
+    np.dtype(kind).name: np.dtype(kind)
+    for kind in (
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", jnp.bfloat16, "float32", "float64", "complex64", "complex128"),
+    )
+}
+"""The dtypes that a feature may have, by name."""
+
+
+def numeric(name: str, array: np.ndarray) -> None:
+    """Refuses a feature that does not hold numbers."""
+    if array.dtype.name not in NUMERIC:
+        raise ValueError(f"{name} has dtype {array.dtype}; encode it as numbers first.")
+
+
+def of_client(
+    client_id: Hashable, features: Any, first: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """The features of a client as arrays, checked against those of the first client."""
+    _validate.features(f"client {client_id!r}", features)
+    arrays = {name: np.asarray(value) for name, value in features.items()}
+    for name, array in arrays.items():
+        numeric(f"client {client_id!r}: feature {name!r}", array)
+    spec, expected = (
+        {name: (array.shape[1:], array.dtype.name) for name, array in tree.items()}
+        for tree in (arrays, arrays if first is None else first)
+    )
+    if spec != expected:
+        raise ValueError(
+            f"client {client_id!r} has features {spec} where the first client has {expected}; give"
+            " all clients the same names, shapes and dtypes."
+        )
+    return arrays
+
+
+def fraction(value: float) -> None:
+    """Refuses what is no proper fraction."""
+    if not 0 < value < 1:
+        raise ValueError(f"fraction is {value}; choose one between 0 and 1.")
+
+
+def structure(
+    examples: Mapping[str, np.ndarray], offsets: np.ndarray, client_ids: tuple[Hashable, ...]
+) -> None:
+    """Refuses features, offsets and ids that do not fit together."""
+    num_clients = len(client_ids)
+    if offsets.shape != (num_clients + 1,) or offsets.dtype != np.int64 or offsets[0] != 0:
+        raise ValueError(
+            f"offsets has shape {offsets.shape} and dtype {offsets.dtype} for {num_clients}"
+            " clients; pass [num_clients + 1] of int64, starting at 0."
+        )
+    if offsets[-1] == 0:
+        raise ValueError(
+            f"the dataset is empty: {num_clients} clients with 0 examples; pass at least one"
+            " client with one example."
+        )
+    sizes = np.diff(offsets)
+    if sizes.min() < 0:
+        raise ValueError(
+            f"offsets falls at client {client_ids[sizes.argmin()]!r}, which would have"
+            f" {sizes.min()} examples; let it rise from client to client."
+        )
+    if len(set(client_ids)) != num_clients:
+        ((twice, count),) = collections.Counter(client_ids).most_common(1)
+        raise ValueError(f"client_ids names client {twice!r} {count} times; make the ids distinct.")
+    _validate.features("examples", examples)
+    for name, feature in examples.items():
+        numeric(f"feature {name!r}", feature)
+        if len(feature) != offsets[-1]:
+            raise ValueError(
+                f"feature {name!r} has {len(feature)} rows where the clients have {offsets[-1]}"
+                " examples; give it one row per example."
+            )
+
+
+def no_nan(
+    examples: Mapping[str, np.ndarray], offsets: np.ndarray, client_ids: tuple[Hashable, ...]
+) -> None:
+    """Refuses NaN in any feature."""
+    for name, feature in examples.items():
+        bad = np.zeros(len(feature), bool)
+        # Block by block, so that a memory-mapped feature stays on disk.
+        step = max(1, 2**24 // max(1, feature[:1].nbytes))
+        for start in range(0, len(feature), step):
+            block = feature[start : start + step]
+            bad[start : start + step] = (block != block).reshape(len(block), -1).any(axis=1)
+        if bad.any():
+            owners, counts = np.unique(
+                np.searchsorted(offsets, np.flatnonzero(bad), side="right") - 1, return_counts=True
+            )
+            raise ValueError(
+                f"feature {name!r} holds NaN in {bad.sum()} examples of {owners.size} clients,"
+                f" {counts[0]} of them of client {client_ids[owners[0]]!r}; mend them with map(),"
+                " or allow them."
+            )

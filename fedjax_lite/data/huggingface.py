@@ -1,0 +1,80 @@
+"""Data sets of Hugging Face's `datasets`, with a column that names the client."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedjax_lite._extras import require
+from fedjax_lite.data import checks
+from fedjax_lite.data.dataset import FederatedDataset
+from fedjax_lite.data.sources import Source, by_client, collect
+
+
+def read_huggingface(
+    dataset: Any,
+    *,
+    client_column: str = "client_id",
+    transform: checks.Transform | None = None,
+) -> FederatedDataset:
+    """Reads a `datasets.Dataset`, or a folder that its `save_to_disk` wrote.
+
+    Args:
+      dataset: The data set or the folder. It is memory-mapped; nothing is downloaded.
+      client_column: The column that names the client of each row, by integers or strings. All
+        other columns are features.
+      transform: Applied to the features of each client, `[rows, ...]` by name; it may change
+        the number of rows, and must encode text.
+
+    Returns:
+      The clients sorted by id; the rows of a client in their order.
+
+    Raises:
+      ValueError: The folder is damaged or holds several splits, the column is missing or has
+        missing values.
+      ImportError: datasets is missing.
+    """
+    name = dataset if isinstance(dataset, (str, os.PathLike)) else "the data set"
+    with huggingface(dataset, client_column=client_column) as source:
+        return collect(name, source, transform)
+
+
+@contextlib.contextmanager
+def huggingface(dataset: Any, *, client_column: str = "client_id") -> Iterator[Source]:
+    """The source of `read_huggingface`."""
+    if isinstance(dataset, (str, os.PathLike)):
+        dataset = _open(Path(dataset))
+    if client_column not in dataset.column_names:
+        raise ValueError(
+            f"client_column is {client_column!r}, and the columns are {dataset.column_names};"
+            " choose one of them."
+        )
+    column = dataset.with_format("arrow")[:][client_column]
+    if column.null_count:
+        raise ValueError(f"column {client_column!r} names no client in {column.null_count} rows.")
+    features = dataset.remove_columns(client_column).with_format("numpy")
+    yield by_client(
+        column.to_numpy(zero_copy_only=False),
+        lambda rows: {name: np.asarray(feature) for name, feature in features[rows].items()},
+    )
+
+
+def _open(folder: Path) -> Any:
+    datasets = require("datasets", "data")
+    if (folder / "dataset_dict.json").exists():
+        splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise ValueError(f"{folder} holds the splits {splits}; pass the folder of one of them.")
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        for file in state["_data_files"]:
+            if Path(file["filename"]).name != file["filename"]:
+                raise ValueError(f"its state.json names {file['filename']!r}, outside of it")
+        return datasets.load_from_disk(str(folder))
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{folder} is no folder of save_to_disk of Hugging Face's datasets: {error}."
+        ) from None
