@@ -108,6 +108,7 @@ class ClientResult(NamedTuple):
       model_state: What the model keeps but does not train, summed with the same weight.
       client_output: What the client keeps for the next round that it takes part in, like its
         `client_input`. A client that is left out, or has no examples, keeps what it had.
+      norm: L2 norm of the update, if it is known; the runner computes it otherwise.
     """
 
     update: PyTree
@@ -115,6 +116,7 @@ class ClientResult(NamedTuple):
     metrics: dict[str, jax.Array]
     model_state: PyTree
     client_output: PyTree = ()
+    norm: jax.Array | None = None
 
 
 class ClientUpdate(NamedTuple):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Batch, PyTree
@@ -36,3 +37,11 @@ def batch_loss(
         return total / jnp.maximum(batch["mask"].sum(), 1) if mean else total, (total, after)
 
     return loss
+
+
+def delta(server_params: PyTree, client_params: PyTree) -> tuple[PyTree, jax.Array]:
+    """What training changed, server minus client, and its L2 norm."""
+    # The norm is taken of a difference of its own: shared, XLA would write it to memory, which
+    # on a CPU takes longer than all else that ends a client's training.
+    own = jax.lax.optimization_barrier(jax.lax.stop_gradient((server_params, client_params)))
+    return optax.tree.sub(server_params, client_params), optax.tree.norm(optax.tree.sub(*own))

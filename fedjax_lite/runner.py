@@ -241,7 +241,9 @@ def _lane(
         result = client_update.final(shared, client_state, cohort.num_examples[slot])
         check_output(result.client_output, store)
         # No gradient: that of a norm is not a number at zero, whatever it is multiplied with.
-        norm = optax.tree.norm(jax.lax.stop_gradient(result.update))
+        norm = jax.lax.stop_gradient(result.norm)
+        if norm is None:
+            norm = optax.tree.norm(jax.lax.stop_gradient(result.update))
         finite = jnp.isfinite(norm + optax.tree.norm(result.model_state) + result.weight)
         left_out = ~finite if on_nonfinite == "drop" else jnp.bool_(False)
         weight = jnp.where(left_out, 0, result.weight)

@@ -27,7 +27,7 @@ NAMES = {
     "linen_model": ["module", "example", "loss", "metrics", "inputs"],
     "replicate": ["tree", "mesh"],
     "tune_lanes": ["build", "key", "state", "cohort", "candidates", "repeats"],
-    "ClientResult": ["update", "weight", "metrics", "model_state", "client_output"],
+    "ClientResult": ["update", "weight", "metrics", "model_state", "client_output", "norm"],
     "ClientUpdate": ["init", "step", "final", "measure"],
     "Cohort": ["client_ids", "num_examples", "offsets", "examples", "num_clients", "sample"],
     "FederatedAlgorithm": ["init", "round"],

@@ -18,7 +18,7 @@ from fedjax_lite.base import (
     PyTree,
     ServerState,
 )
-from fedjax_lite.local import batch_loss
+from fedjax_lite.local import batch_loss, delta
 from fedjax_lite.model import Model
 
 
@@ -151,11 +151,13 @@ def fed_avg(
     def client_final(
         shared: ServerState, client_state: _ClientState, num_examples: jax.Array
     ) -> ClientResult:
+        update, norm = delta(shared.params, client_state.params)
         return ClientResult(
-            update=optax.tree.sub(shared.params, client_state.params),
+            update=update,
             weight=client_weight(num_examples),
             metrics={"loss": client_state.loss / jnp.maximum(client_state.num_examples, 1)},
             model_state=client_state.model_state,
+            norm=norm,
         )
 
     def client_measure(
