@@ -20,6 +20,7 @@ NAMES = {
     ],
     "function_model": ["loss", "init", "metrics"],
     "linen_model": ["module", "example", "loss", "metrics", "inputs"],
+    "nnx_model": ["create", "loss", "metrics", "inputs"],
     "replicate": ["tree", "mesh"],
     "ClientResult": ["update", "weight", "metrics", "model_state"],
     "ClientUpdate": ["init", "step", "final"],
