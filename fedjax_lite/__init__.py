@@ -21,6 +21,7 @@ from fedjax_lite.mesh import replicate as replicate
 from fedjax_lite.model import Model as Model
 from fedjax_lite.model import function_model as function_model
 from fedjax_lite.model import linen_model as linen_model
+from fedjax_lite.model import nnx_model as nnx_model
 from fedjax_lite.tune import TunedLanes as TunedLanes
 from fedjax_lite.tune import tune_lanes as tune_lanes
 

@@ -1,7 +1,8 @@
 """Checks of arguments, with messages that name the argument, its value and the way out."""
 
+import contextlib
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -84,6 +85,20 @@ def features(name: str, tree: Any) -> None:
             f"{name} has features of shapes {shapes}; give all features the same leading length,"
             " one entry per example."
         )
+
+
+@contextlib.contextmanager
+def reading(batch: Mapping[str, Any]) -> Iterator[None]:
+    """Says what a batch holds where a model looks a name up in vain."""
+    try:
+        yield
+    except KeyError as error:
+        error.add_note(
+            f"The model was given a batch with {', '.join(map(repr, batch))}. If {error} should be"
+            " a feature, add it to the examples of the dataset, or have the model read one of"
+            " these."
+        )
+        raise
 
 
 def per_example(name: str, shape: tuple[int, ...], batch_size: int) -> None:

@@ -44,7 +44,8 @@ def evaluate(
     if num_rows == 0:
         raise ValueError("examples has no rows; pass at least one example to evaluate on.")
     batch["mask"] = jnp.ones(num_rows, bool)
-    metrics = model.metrics(state.params, state.model_state, batch)
+    with _validate.reading(batch):
+        metrics = model.metrics(state.params, state.model_state, batch)
     for name, values in metrics.items():
         _validate.per_example(f"metric {name!r} of model.metrics", values.shape, num_rows)
     return {name: values.mean() for name, values in metrics.items()}

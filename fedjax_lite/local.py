@@ -30,7 +30,8 @@ def batch_loss(
     """
 
     def loss(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
-        losses, after = model.loss(params, model_state, batch, key)
+        with _validate.reading(batch):
+            losses, after = model.loss(params, model_state, batch, key)
         _validate.per_example("model.loss", losses.shape, batch["mask"].shape[0])
         wide = jnp.promote_types(losses.dtype, jnp.float32)
         total = jnp.where(batch["mask"], losses, 0).sum(dtype=wide)

@@ -94,7 +94,7 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def _threefry2x32(key_data: jax.Array, x1: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+def _threefry2x32(key_data: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Threefry-2x32-20 of the counters `(0, x1)`."""
     keys = (key_data[0], key_data[1], key_data[0] ^ key_data[1] ^ jnp.uint32(_PARITY))
     x0, x1 = keys[0], x1 + keys[1]
@@ -138,7 +138,7 @@ _UNROLLED = jex_random.define_prng_impl(
     seed=lambda seed: jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
     split=lambda key_data, shape: jax.random.key_data(jax.random.split(_standard(key_data), shape)),
     random_bits=_random_bits,
-    fold_in=lambda key_data, data: jnp.stack(_threefry2x32(key_data, data)),
+    fold_in=lambda key_data, data: jnp.stack(_threefry2x32(key_data, jnp.uint32(data))),
     name="unrolled_threefry2x32",
     tag=_TAG,
 )

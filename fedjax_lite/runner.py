@@ -224,7 +224,8 @@ def _lane(
 
         def sums(i: jax.Array) -> dict[str, jax.Array]:
             batch = read_batch(cohort, key_data, slot, i, in_order)
-            measured = values(shared_, state, batch)
+            with _validate.reading(batch):
+                measured = values(shared_, state, batch)
             for name, value in measured.items():
                 _validate.per_example(f"metric {name!r}", value.shape, batch["mask"].shape[0])
             return {name: jnp.where(batch["mask"], x, 0).sum() for name, x in measured.items()}

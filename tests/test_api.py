@@ -25,6 +25,7 @@ NAMES = {
     ],
     "function_model": ["loss", "init", "metrics"],
     "linen_model": ["module", "example", "loss", "metrics", "inputs"],
+    "nnx_model": ["create", "loss", "metrics", "inputs"],
     "replicate": ["tree", "mesh"],
     "tune_lanes": ["build", "key", "state", "cohort", "candidates", "repeats"],
     "ClientResult": ["update", "weight", "metrics", "model_state", "client_output", "norm"],

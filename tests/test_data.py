@@ -67,6 +67,16 @@ def replaced(**parts):
             r"client 'a' has features of shapes {'x': \(2,\), 'y': \(1,\)}",
         ),
         (
+            lambda: fl.FederatedDataset.from_arrays({"x": [1, 2], "y": [1]}, [0, 1]),
+            ValueError,
+            r"examples has features of shapes {'x': \(2,\), 'y': \(1,\)}; give all",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_rows({"x": [[1], [2]], "y": 1}, [[0], [1]]),
+            ValueError,
+            r"examples has features of shapes {'x': \(2, 1\), 'y': \(\)}; give all",
+        ),
+        (
             lambda: fl.FederatedDataset.from_clients({"a": [1, 2]}),
             TypeError,
             r"client 'a' is \[1, 2\]; pass a non-empty dict",

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import flax.linen as nn
@@ -6,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from problems import everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
@@ -64,6 +66,76 @@ def test_batch_norm_without_a_mask_is_refused():
 
     with pytest.raises(ValueError, match=r"Careless has batch statistics, .* add mask=None"):
         fl.linen_model(Careless(), jnp.zeros((1, 3)), squared)
+
+
+class BatchNormClassifier(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train, mask=None):
+        mask = None if mask is None else mask[:, None]
+        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9)
+        return nn.Dense(10)(nn.relu(norm(nn.Dense(32)(x), mask=mask)))
+
+
+def cross_entropy(logits, batch):
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+
+def train_centrally(variables, examples, *, batch_size, num_epochs):
+    """SGD on all examples in one place, in plain flax and optax."""
+    module, optimizer, rng = BatchNormClassifier(), optax.sgd(0.3), np.random.default_rng(0)
+    examples = jax.tree.map(jnp.asarray, examples)
+
+    def step(carry, rows):
+        variables, opt_state = carry
+        batch = jax.tree.map(lambda x: x[rows], examples)
+
+        def loss(params):
+            logits, updated = module.apply(
+                {**variables, "params": params}, batch["x"], train=True, mutable=["batch_stats"]
+            )
+            return cross_entropy(logits, batch).mean(), updated
+
+        gradient, updated = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        params = optax.apply_updates(variables["params"], updates)
+        return ({"params": params, **updated}, opt_state), None
+
+    rows = [rng.permutation(len(examples["y"])) for _ in range(num_epochs)]
+    rows = np.concatenate(rows).reshape(-1, batch_size)
+    carry = variables, optimizer.init(variables["params"])
+    (variables, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, rows))(carry)
+    return variables
+
+
+def test_batch_norm_evaluates_as_well_as_when_trained_centrally():
+    dataset, _ = fl.data.digits(num_clients=1)
+    # Away from zero, where the statistics at the start would serve quite well; and in full
+    # batches, since one of two examples can throw BatchNorm off wherever it is trained.
+    examples = {"x": 1 + dataset.examples["x"][:1400], "y": dataset.examples["y"][:1400]}
+    population = fl.FederatedDataset.from_arrays(examples, np.arange(1400) % 5)
+    model = fl.linen_model(
+        BatchNormClassifier(),
+        jnp.zeros((1, 64)),
+        cross_entropy,
+        lambda logits, batch: {"accuracy": (logits.argmax(-1) == batch["y"]).astype(float)},
+    )
+    algorithm = fl.fed_avg(
+        model, optax.sgd(0.3), batch_size=20, num_epochs=2, mesh=fl.clients_mesh(1)
+    )
+    cohort = everyone(population.resident(fl.clients_mesh(1)))
+    state = start = algorithm.init(jax.random.key(0))
+    for r in range(10):
+        state, _ = algorithm.round(jax.random.key(r), state, cohort)
+
+    def accuracy(params, model_state):
+        evaluated = dataclasses.replace(state, params=params, model_state=model_state)
+        return fl.evaluate(model, evaluated, examples)["accuracy"]
+
+    variables = {"params": start.params, **start.model_state}
+    central = train_centrally(variables, examples, batch_size=20, num_epochs=20)
+    ours = accuracy(state.params, state.model_state)
+    assert ours > accuracy(central["params"], {"batch_stats": central["batch_stats"]}) - 0.02
+    assert ours > accuracy(state.params, start.model_state) + 0.3
 
 
 def test_params_without_their_model_state_are_refused(population):
@@ -268,6 +340,29 @@ def test_a_scalar_loss_is_refused(population):
     state = algorithm.init(jnp.float32(0.0))
     with pytest.raises(ValueError, match=r"model.loss returned values of shape \(\) for a batch"):
         algorithm.round(jax.random.key(0), state, fl.cohort(jax.random.key(0), population, 2))
+
+
+MISSING = {
+    "loss": lambda: fl.function_model(
+        lambda params, batch: batch["z"] - params, lambda key: jnp.float32(0.0)
+    ),
+    "linen": lambda: fl.linen_model(nn.Dense(1), jnp.zeros((1, 3)), squared, inputs="z"),
+    "nnx": lambda: fl.nnx_model(lambda rngs: nnx.Linear(3, 1, rngs=rngs), squared, inputs="z"),
+}
+
+
+@pytest.mark.parametrize("build", MISSING.values(), ids=MISSING)
+def test_a_missing_feature_is_named_beside_those_there_are(population, build):
+    model = build()
+    message = (
+        r"'z'\nThe model was given a batch with 'x', 'y', 'mask'. If 'z' should be a feature, add"
+    )
+    for algorithm in (fl.fed_sgd(model, optax.sgd(0.1)), fl.fed_avg(model, optax.sgd(0.1))):
+        state = algorithm.init(jax.random.key(0))
+        with pytest.raises(KeyError, match=message):
+            algorithm.round(jax.random.key(0), state, fl.cohort(jax.random.key(0), population, 2))
+    with pytest.raises(KeyError, match=message):
+        fl.evaluate(model, state, regression_dataset().examples)
 
 
 def test_labels_of_the_wrong_shape_are_refused(population):

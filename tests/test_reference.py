@@ -3,7 +3,9 @@
 import copy
 import functools
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -25,9 +27,9 @@ def cohort_batches(cohort, key, *, max_steps, batching):
     def client(slot):
         key_data = client_key(fl_random.fast(key), cohort.client_ids[slot], KEY_DATA)
         read = lambda step: read_batch(cohort, key_data, slot, step, batching)
-        return jax.vmap(read)(jax.numpy.arange(max_steps))
+        return jax.vmap(read)(jnp.arange(max_steps))
 
-    return jax.vmap(client)(jax.numpy.arange(cohort.capacity))
+    return jax.vmap(client)(jnp.arange(cohort.capacity))
 
 
 def torch_batches(cohort, key, *, max_steps, batching):
@@ -295,3 +297,80 @@ def test_fed_avg_agrees_with_pytorch(name):
         expected = {"b": module.bias.detach().numpy()[0], "w": module.weight.detach().numpy()[0]}
         # clip_grad_norm_ divides by the norm plus 1e-6, by definition of PyTorch's.
         close(state.params, expected, start.params, 1e-6 if name == "clipped" else 1e-9)
+
+
+class Normalised(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train, mask=None):
+        norm = nn.BatchNorm(use_running_average=not train, momentum=0.8, epsilon=1e-3)
+        hidden = nn.relu(nn.Dense(4)(x))
+        return nn.Dense(1)(norm(hidden, mask=mask[:, None]))
+
+
+class TorchNormalised(torch.nn.Module):
+    """PyTorch's BatchNorm would follow the unbiased variance, and refuse a single example."""
+
+    def __init__(self, params):
+        super().__init__()
+        self.layers = torch_mlp(
+            {name: params[name] for name in ("Dense_0", "Dense_1")}, torch.float64
+        )
+        # The weight of the new value; flax's momentum is that of the old one.
+        self.norm = torch.nn.BatchNorm1d(4, momentum=0.2, eps=1e-3, dtype=torch.float64)
+
+    def forward(self, x):
+        hidden, norm = self.layers[:2](x), self.norm
+        mean, variance = hidden.mean(0), hidden.var(0, correction=0)
+        norm.running_mean.lerp_(mean.detach(), norm.momentum)
+        norm.running_var.lerp_(variance.detach(), norm.momentum)
+        hidden = (hidden - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
+        return self.layers[2](hidden)[:, 0]
+
+    def params(self):
+        scale, bias = self.norm.weight.detach().numpy(), self.norm.bias.detach().numpy()
+        return {"BatchNorm_0": {"bias": bias, "scale": scale}, **mlp_params(self.layers)}
+
+
+def weighted_mean(states, weights):
+    total = lambda name: sum(w * state[name] for w, state in zip(weights, states, strict=True))
+    return {name: total(name) / sum(weights) for name in states[0]}
+
+
+def test_fed_avg_with_batch_norm_agrees_with_pytorch():
+    with jax.enable_x64(True):
+        dataset = regression_dataset()
+        examples = {key: value.astype(np.float64) for key, value in dataset.examples.items()}
+        population = fl.FederatedDataset(
+            examples=examples, offsets=dataset.offsets, client_ids=dataset.client_ids
+        ).resident()
+        model = fl.linen_model(
+            Normalised(),
+            jnp.zeros((1, 3)),
+            lambda predictions, batch: (predictions[:, 0] - batch["y"]) ** 2 / 2,
+        )
+        # Ten clients, one of them empty; those with 1, 5 and 9 examples have a batch of one.
+        algorithm = fl.fed_avg(model, optax.sgd(0.1), batch_size=4, num_epochs=2)
+        batching = Batching(batch_size=4, num_epochs=2, shuffle=True)
+        drawn = model.init(jax.random.key(3))
+        start = state = algorithm.init(*jax.tree.map(lambda x: x.astype(np.float64), drawn))
+        module = TorchNormalised(start.params)
+        for r in range(3):
+            key_cohort, key_round = jax.random.split(jax.random.fold_in(jax.random.key(0), r))
+            cohort = fl.cohort(key_cohort, population, 10)
+            state, _ = algorithm.round(key_round, state, cohort)
+            trained = []
+            for client in torch_batches(cohort, key_round, max_steps=6, batching=batching):
+                local = copy.deepcopy(module)
+                optimizer = torch.optim.SGD(local.parameters(), lr=0.1)
+                for batch in client:
+                    optimizer.zero_grad()
+                    ((local(batch["x"]) - batch["y"]) ** 2 / 2).mean().backward()
+                    optimizer.step()
+                trained.append(local.state_dict())
+            # Params and running statistics alike: what is empty has a weight of zero.
+            module.load_state_dict(weighted_mean(trained, cohort.num_examples.tolist()))
+        close(state.params, module.params(), start.params, 1e-9)
+        norm = module.norm
+        statistics = {"mean": norm.running_mean.numpy(), "var": norm.running_var.numpy()}
+        statistics = {"batch_stats": {"BatchNorm_0": statistics}}
+        close(state.model_state, statistics, start.model_state, 1e-9)
