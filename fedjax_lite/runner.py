@@ -245,9 +245,10 @@ def _lane(
         norm = jax.lax.stop_gradient(result.norm)
         if norm is None:
             norm = optax.tree.norm(jax.lax.stop_gradient(result.update))
-        finite = jnp.isfinite(norm + optax.tree.norm(result.model_state) + result.weight)
+        weight = jnp.asarray(result.weight, float)
+        finite = jnp.isfinite(norm + optax.tree.norm(result.model_state) + weight)
         left_out = ~finite if on_nonfinite == "drop" else jnp.bool_(False)
-        weight = jnp.where(left_out, 0, result.weight)
+        weight = jnp.where(left_out, 0, weight)
 
         def weighted(tree: PyTree) -> PyTree:
             return jax.tree.map(lambda x: jnp.where(left_out, 0, weight * x), tree)

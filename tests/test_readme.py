@@ -3,18 +3,26 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_the_programs_run_and_learn(capsys):
     programs = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(programs) == 3
+    assert len(programs) == 5
     names = {}
     for program in programs:
         exec(program, names)
     assert float(re.search(r"'loss': Array\(([\d.]+)", capsys.readouterr().out)[1]) < 0.5
     assert names["infos"].loss.shape == (8, 100)
     assert float(names["infos"].loss[:, -1].max()) < 0.5
+    assert names["losses"].shape == (16,)
+    assert names["slope"] < 0  # a higher rate would have learned more
+    state = names["algorithm"].init({"w": jnp.zeros((64, 10)), "b": jnp.zeros(10)})
+    _, info = names["algorithm"].round(jax.random.key(0), state, names["cohort"])
+    assert info.update_norm > 0
 
 
 def test_the_first_program_has_about_fifteen_lines():
