@@ -2,6 +2,10 @@
 
 import functools
 import itertools
+import json
+import pathlib
+import subprocess
+import sys
 import threading
 import time
 
@@ -125,9 +129,9 @@ def test_not_a_number_stays_with_its_client(lanes):
 def test_a_cohort_that_does_not_fit_takes_a_longer_buffer_and_says_so():
     dataset = regression_dataset()
     streamed = dataset.streamed(CAPACITY, row_capacity=7, mesh=on_mesh())
-    with pytest.warns(UserWarning, match=r"has 28 rows, above row_capacity 7: it is given 28"):
-        exact = streamed.cohort([3, 7, 0])
-    with pytest.warns(UserWarning, match=r"has 33 rows, above row_capacity 7: it is given 56"):
+    with pytest.warns(UserWarning, match=r"more rows than row_capacity 7: it is given 28, "):
+        exact = streamed.cohort([3, 7, 0])  # 12 + 9 + 7
+    with pytest.warns(UserWarning, match=r"more rows than row_capacity 7: it is given 56, "):
         long = streamed.cohort([3, 7, 0, 5])
     assert len(long.examples["x"]) == 56
     assert len(exact.examples["x"]) == 28
@@ -180,7 +184,7 @@ def test_refuses_clients_that_are_none(client_ids, message):
         regression_dataset().streamed(2).cohort(client_ids)
 
 
-def test_refuses_impossible_capacities():
+def test_refuses_impossible_capacities_and_meshes():
     dataset = regression_dataset()
     with pytest.raises(ValueError, match="cohort_capacity is 11; choose an integer between 1 and"):
         dataset.streamed(11)
@@ -188,6 +192,8 @@ def test_refuses_impossible_capacities():
         dataset.streamed(2, row_capacity=0)
     with pytest.raises(ValueError, match=r"row_capacity is \d+; choose .* 2147483647"):
         dataset.streamed(2, row_capacity=2**31)
+    with pytest.raises(TypeError, match="mesh is of type int; pass a Mesh"):
+        dataset.streamed(2, mesh=4)
 
 
 def test_prefetching_changes_nothing():
@@ -271,3 +277,21 @@ def test_leaving_the_loop_ends_the_thread(end):
 def test_prefetch_refuses_to_be_behind():
     with pytest.raises(ValueError, match="depth is 0; choose an integer at least 1"):
         fl.data.prefetch(str, range(3), depth=0)
+
+
+def test_the_benchmark_runs_small():
+    options = ["--clients", "300", "--cohort", "20", "--rounds", "2", "--json"]
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.data", *options],
+        cwd=pathlib.Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    report = json.loads(run.stdout)
+    assert report["population"] == 300
+    assert report["bytes"] > 300 * (784 + 4)  # one example each is the least
+    assert 0 <= report["wait_fraction"] < 1
+    for field in ("open_s", "cohort_ms", "cohort_cold_ms", "round_ms", "convert_mb_s"):
+        assert report[field] > 0
+    assert report["peak_private_mb"] is None or 10 < report["peak_private_mb"] < 10_000

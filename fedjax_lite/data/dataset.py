@@ -17,7 +17,7 @@ from fedjax_lite.data import checks, storage
 from fedjax_lite.data.population import ResidentPopulation
 from fedjax_lite.data.streaming import StreamedPopulation, typical_rows
 from fedjax_lite.data.writer import Writer
-from fedjax_lite.mesh import replicate
+from fedjax_lite.mesh import replicate, resolve
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -452,5 +452,5 @@ class FederatedDataset:
             row_capacity=_validate.integer(
                 "row_capacity", row_capacity, minimum=1, maximum=2**31 - 1
             ),
-            mesh=mesh,
+            mesh=resolve(mesh),
         )

@@ -56,8 +56,8 @@ class StreamedPopulation:
 
         Returns:
           A `Cohort` with `cohort_capacity` slots and `row_capacity` rows, those in excess zero.
-          If its clients have more rows, it has twice as many or four times, and so on, and a
-          warning says so: a round compiles anew for each such shape.
+          If its clients have more, it is given twice as many, or four times, and so on, and a
+          warning says so, once for each number: a round compiles anew for it.
 
         Raises:
           ValueError: `client_ids` is no list of positions, or too long, or a client has integers
@@ -112,8 +112,8 @@ class StreamedPopulation:
             "row_capacity", self.row_capacity << doublings, minimum=1, maximum=2**31 - 1
         )
         warnings.warn(
-            f"a cohort has {num_rows} rows, above row_capacity {self.row_capacity}: it is given"
-            f" {enlarged}, for which a round compiles anew; pass a larger row_capacity.",
+            f"a cohort has more rows than row_capacity {self.row_capacity}: it is given {enlarged},"
+            " for which a round compiles anew; pass a larger row_capacity.",
             stacklevel=3,
         )
         return enlarged
