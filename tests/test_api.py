@@ -74,6 +74,7 @@ DATA = {
     ],
     "halfspace": ["num_clients", "batch_size", "min_batches", "max_batches"],
     "halfspace_batch": ["key", "batch_size"],
+    "prefetch": ["make", "rounds", "depth"],
     "read": ["path", "format", "transform", "options"],
     "read_csv": ["path", "client_column", "columns", "transform"],
     "read_fedjax_sqlite": ["path", "transform", "max_client_bytes"],
@@ -98,6 +99,7 @@ DATASET = {
     "select": ["client_ids"],
     "split_clients": ["fraction", "seed"],
     "split_examples": ["fraction", "seed"],
+    "streamed": ["cohort_capacity", "row_capacity", "mesh"],
     "validate": ["allow_nan"],
 }
 

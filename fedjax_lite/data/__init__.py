@@ -18,6 +18,8 @@ from fedjax_lite.data.population import Population as Population
 from fedjax_lite.data.population import ResidentPopulation as ResidentPopulation
 from fedjax_lite.data.sqlite import read_fedjax_sqlite as read_fedjax_sqlite
 from fedjax_lite.data.sqlite import read_tff_sqlite as read_tff_sqlite
+from fedjax_lite.data.streaming import StreamedPopulation as StreamedPopulation
+from fedjax_lite.data.streaming import prefetch as prefetch
 from fedjax_lite.data.synthetic import gaussian_images as gaussian_images
 from fedjax_lite.data.synthetic import halfspace as halfspace
 from fedjax_lite.data.synthetic import halfspace_batch as halfspace_batch

@@ -4,6 +4,7 @@ import collections
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,6 +27,20 @@ def numeric(name: str, array: np.ndarray) -> None:
     """Refuses a feature that does not hold numbers."""
     if array.dtype.name not in NUMERIC:
         raise ValueError(f"{name} has dtype {array.dtype}; encode it as numbers first.")
+
+
+def as_in_jax(name: str, feature: np.ndarray) -> np.ndarray:
+    """A feature in the dtype that JAX holds it in; refuses integers that it would cut off."""
+    dtype = jax.dtypes.canonicalize_dtype(feature.dtype).newbyteorder("=")
+    if feature.dtype == dtype:
+        return feature
+    cast = feature.astype(dtype)
+    if feature.dtype.kind in "iu" and (cast != feature).any():
+        raise ValueError(
+            f"feature {name!r} holds integers that do not fit {dtype}; encode it anew, or set"
+            " jax_enable_x64."
+        )
+    return cast
 
 
 def of_client(

@@ -15,8 +15,9 @@ from jax.typing import ArrayLike
 from fedjax_lite import _validate
 from fedjax_lite.data import checks, storage
 from fedjax_lite.data.population import ResidentPopulation
+from fedjax_lite.data.streaming import StreamedPopulation, typical_rows
 from fedjax_lite.data.writer import Writer
-from fedjax_lite.mesh import replicate
+from fedjax_lite.mesh import replicate, resolve
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -400,15 +401,56 @@ class FederatedDataset:
                 f"the dataset has {self.offsets[-1]} rows; a resident population indexes rows with"
                 " int32, so split it below 2**31."
             )
-        for name, feature in self.examples.items():
-            dtype = jax.dtypes.canonicalize_dtype(feature.dtype)
-            if feature.dtype.kind in "iu" and (feature.astype(dtype) != feature).any():
-                raise ValueError(
-                    f"feature {name!r} holds integers that do not fit {dtype}; encode it anew, or"
-                    " set jax_enable_x64."
-                )
         population = ResidentPopulation(
-            examples=jax.tree.map(jnp.asarray, self.examples),
+            examples={
+                name: jnp.asarray(checks.as_in_jax(name, feature))
+                for name, feature in self.examples.items()
+            },
             offsets=jnp.asarray(self.offsets, jnp.int32),
         )
         return replicate(population, mesh)
+
+    def streamed(
+        self,
+        cohort_capacity: int,
+        *,
+        row_capacity: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> StreamedPopulation:
+        """Leaves the examples where they are, and copies those of each cohort to the device.
+
+        For data sets larger than the device, or mapped from disk by `open` and larger than
+        memory. Cohorts of a training loop are best made by `fedjax_lite.data.prefetch`.
+
+        Args:
+          cohort_capacity: Slots of a cohort, the largest number of clients in it.
+          row_capacity: Rows of a cohort, the largest number of examples that its clients have
+            together; a cohort with more takes a new compilation, and warns. By default, six
+            standard deviations above the mean of cohorts drawn uniformly, and not above the
+            largest that there is.
+          mesh: The mesh that the algorithm is given; all devices if left out.
+
+        Returns:
+          A population whose client i is `client_ids[i]`.
+
+        Raises:
+          ValueError: A capacity is out of range.
+
+        >>> dataset = FederatedDataset.from_clients({"a": {"x": [1.0, 2.0]}, "b": {"x": [3.0]}})
+        >>> dataset.streamed(1).cohort([1]).examples["x"].tolist()
+        [3.0, 0.0]
+        """
+        cohort_capacity = _validate.integer(
+            "cohort_capacity", cohort_capacity, minimum=1, maximum=self.num_clients
+        )
+        if row_capacity is None:
+            row_capacity = typical_rows(self.num_examples, cohort_capacity)
+        return StreamedPopulation(
+            examples=self.examples,
+            offsets=self.offsets,
+            cohort_capacity=cohort_capacity,
+            row_capacity=_validate.integer(
+                "row_capacity", row_capacity, minimum=1, maximum=2**31 - 1
+            ),
+            mesh=resolve(mesh),
+        )
