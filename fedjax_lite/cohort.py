@@ -162,7 +162,7 @@ def cohort_of(
 
 
 def _check_kind(population: Population) -> None:
-    if not isinstance(population, (ResidentPopulation, GeneratedPopulation)):
+    if not isinstance(population, Population):
         raise TypeError(
             f"population is a {type(population).__name__}; pass a GeneratedPopulation, or"
             " dataset.resident() for a FederatedDataset."

@@ -84,8 +84,8 @@ def round_robin(num_clients: int, cohort_size: int) -> Sampler:
 def minimise_reuse(num_clients: int, cohort_size: int) -> Sampler:
     """One random order for the whole run, walked round and round.
 
-    No client is drawn again before all others have been, and at least
-    `num_clients // cohort_size` rounds lie between two cohorts of a client: as many as possible.
+    No client is drawn again before all others have been: from one cohort of a client to its next
+    it takes `num_clients // cohort_size` rounds or one more, and cohorts are always full.
 
     Args:
       num_clients: Size of the population, below 2**31; it costs neither time nor memory.

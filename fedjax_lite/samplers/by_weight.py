@@ -114,7 +114,10 @@ def weighted(
     def choose(key: jax.Array, round: jax.Array) -> Choice:
         uniforms = _uniforms(jax.random.fold_in(key, round), num_clients)
         times = -jnp.log1p(-uniforms) / shares
-        earliest, client_ids = jax.lax.top_k(-times, min(capacity + 1, num_clients))
+        # Without the barrier XLA:CPU slices before it selects, and sorts all clients instead.
+        earliest, client_ids = jax.lax.optimization_barrier(
+            jax.lax.top_k(-times, min(capacity + 1, num_clients))
+        )
         late = jnp.append(-earliest, jnp.inf)[jnp.minimum(size_of(round), capacity)]
         client_ids = client_ids[:capacity]
         probabilities = -jnp.expm1(-late * jnp.asarray(shares)[client_ids])
