@@ -78,6 +78,15 @@ def test_a_selection_is_a_function_of_key_and_round(name):
     assert sampler.select._cache_size() == 1
 
 
+@pytest.mark.parametrize("name", ["uniform with replacement", "weighted on a schedule"])
+def test_a_selection_is_the_same_in_double_precision(name):
+    expected = SAMPLERS[name]().select(jax.random.key(0), 1)
+    with jax.enable_x64(True):
+        selection = SAMPLERS[name]().select(jax.random.key(0), 1)
+    assert jax.tree.map(lambda x: x.dtype, selection) == jax.tree.map(lambda x: x.dtype, expected)
+    jax.tree.map(np.testing.assert_array_equal, selection, expected)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_selection_is_well_formed(name):
     sampler, selected = SAMPLERS[name](), known_selections(name)

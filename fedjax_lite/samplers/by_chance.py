@@ -1,6 +1,7 @@
 """Samplers to which all clients are alike."""
 
 import jax
+import jax.numpy as jnp
 
 from fedjax_lite.samplers._binomial import binomial, check_rate, draw, quantile
 from fedjax_lite.samplers._select import (
@@ -54,7 +55,7 @@ def uniform(
     def choose(key: jax.Array, round: jax.Array) -> Choice:
         key, size = jax.random.fold_in(key, round), size_of(round)
         if replace:
-            client_ids = jax.random.randint(key, (capacity,), 0, num_clients)
+            client_ids = jax.random.randint(key, (capacity,), 0, num_clients, jnp.int32)
         else:
             client_ids = random_clients(key, num_clients, capacity)
         return Choice(client_ids, size / num_clients, size)
