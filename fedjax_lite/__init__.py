@@ -3,6 +3,7 @@
 from fedjax_lite import data as data
 from fedjax_lite import models as models
 from fedjax_lite import partition as partition
+from fedjax_lite import samplers as samplers
 from fedjax_lite.algorithms.fed_avg import fed_avg as fed_avg
 from fedjax_lite.algorithms.fed_sgd import fed_sgd as fed_sgd
 from fedjax_lite.algorithms.server import federated_algorithm as federated_algorithm
@@ -13,6 +14,7 @@ from fedjax_lite.base import RoundInfo as RoundInfo
 from fedjax_lite.base import ServerState as ServerState
 from fedjax_lite.cohort import Cohort as Cohort
 from fedjax_lite.cohort import cohort as cohort
+from fedjax_lite.cohort import cohort_of as cohort_of
 from fedjax_lite.cpu import configure_cpu as configure_cpu
 from fedjax_lite.data.dataset import FederatedDataset as FederatedDataset
 from fedjax_lite.evaluate import evaluate as evaluate

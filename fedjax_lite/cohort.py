@@ -6,16 +6,18 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate, random
 from fedjax_lite.data.population import GeneratedPopulation, Population, ResidentPopulation
+from fedjax_lite.samplers._select import random_clients
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Cohort:
-    """The clients of one round: a list of slots, of which the last may be empty.
+    """The clients of one round: a list of slots, some of which may be empty.
 
     A cohort says who takes part and where their rows are. It says nothing of lanes or
     devices: the runner deals the clients out inside the compiled round.
@@ -78,11 +80,7 @@ def cohort(
     >>> sorted(drawn.num_examples.tolist())
     [1, 2]
     """
-    if not isinstance(population, (ResidentPopulation, GeneratedPopulation)):
-        raise TypeError(
-            f"population is a {type(population).__name__}; pass a GeneratedPopulation, or"
-            " dataset.resident() for a FederatedDataset."
-        )
+    _check_kind(population)
     num_clients = population.num_clients
     if not isinstance(cohort_size, jax.core.Tracer):
         cohort_size = _validate.integer("cohort_size", cohort_size, minimum=1, maximum=num_clients)
@@ -105,36 +103,123 @@ def cohort(
             f"cohort_size is traced with shape {size.shape} and dtype {size.dtype}; pass an"
             " integer scalar."
         )
+    key = random.fast(key)
+    client_ids = _draw_ids(key, size, num_clients=num_clients, capacity=capacity)
+    return _collect(population, client_ids, key)
+
+
+def cohort_of(
+    population: Population, client_ids: ArrayLike, *, key: jax.Array | None = None
+) -> Cohort:
+    """The cohort of given clients.
+
+    A pure function, fit for use inside `jit`, `scan` and `vmap`. A client that is named twice
+    takes part twice, with the same keys, and sends the same update twice.
+
+    Args:
+      population: A `ResidentPopulation` or a `GeneratedPopulation`.
+      client_ids: `[capacity]`, integers: positions in the population, -1 for empty slots, such
+        as a sampler selects. Where they are traced they are not checked: a negative one is an
+        empty slot, one beyond the population a client without examples. Where they are not,
+        the host waits until they are known.
+      key: Typed key, another one for each round, from which generated clients draw their
+        numbers of examples. Resident clients need none.
+
+    Returns:
+      A `Cohort` with these clients, in this order.
+
+    Raises:
+      TypeError: `population` is neither kind of population.
+      ValueError: `client_ids` is no array `[capacity]` of integers, or has an id outside the
+        population; `key` is missing for a `GeneratedPopulation`.
+
+    >>> import fedjax_lite as fl
+    >>> dataset = fl.FederatedDataset.from_clients({"a": {"x": [1.0, 2.0]}, "b": {"x": [3.0]}})
+    >>> cohort_of(dataset.resident(), [1, -1, 0]).num_examples.tolist()
+    [1, 0, 2]
+    """
+    _check_kind(population)
+    if not isinstance(client_ids, jax.Array):
+        client_ids = np.asarray(client_ids)
+    if client_ids.ndim != 1 or client_ids.size == 0 or client_ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"client_ids has shape {client_ids.shape} and dtype {client_ids.dtype}; pass integers"
+            " [capacity], positions in the population."
+        )
+    if not isinstance(client_ids, jax.core.Tracer):
+        client_ids = np.asarray(client_ids)
+        if client_ids.min() < -1 or client_ids.max() >= population.num_clients:
+            raise ValueError(
+                f"client_ids lies between {client_ids.min()} and {client_ids.max()}; choose"
+                f" positions from 0 to {population.num_clients - 1}, or -1 for an empty slot."
+            )
+    if isinstance(population, GeneratedPopulation) and key is None:
+        raise ValueError(
+            "key is None beside a GeneratedPopulation, whose clients draw their numbers of examples"
+            " in each round; pass key=, a typed key of the round."
+        )
+    return _collect(population, client_ids, None if key is None else random.fast(key))
+
+
+def _check_kind(population: Population) -> None:
+    if not isinstance(population, Population):
+        raise TypeError(
+            f"population is a {type(population).__name__}; pass a GeneratedPopulation, or"
+            " dataset.resident() for a FederatedDataset."
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("num_clients", "capacity"))
+def _draw_ids(
+    key: jax.Array, cohort_size: jax.Array, *, num_clients: int, capacity: int
+) -> jax.Array:
+    client_ids = random_clients(key, num_clients, capacity)
+    return jnp.where(jnp.arange(capacity) < cohort_size, client_ids, -1)
+
+
+def _collect(population: Population, client_ids: ArrayLike, key: jax.Array | None) -> Cohort:
+    """The cohort of these clients: the one place where the kinds of population differ."""
     if isinstance(population, GeneratedPopulation):
-        return _draw(random.fast(key), population, size, capacity=capacity)
+        return _collect_generated(population, client_ids, key)
     # The examples stay out of the jitted function, which would return a copy of them.
     without_examples = dataclasses.replace(population, examples={})
-    drawn = _draw(random.fast(key), without_examples, size, capacity=capacity)
-    return dataclasses.replace(drawn, examples=population.examples)
+    collected = _collect_resident(without_examples, client_ids)
+    return dataclasses.replace(collected, examples=population.examples)
 
 
-@functools.partial(jax.jit, static_argnames="capacity")
-def _draw(
-    key: jax.Array, population: Population, cohort_size: jax.Array, *, capacity: int
-) -> Cohort:
-    key_clients, key_sizes = jax.random.split(key)
-    slots = jnp.arange(capacity)
-    client_ids = random.permuted(key_clients, slots, population.num_clients)
-    filled = slots < cohort_size
-    if isinstance(population, ResidentPopulation):
-        offsets = population.offsets[client_ids]
-        num_examples = population.offsets[client_ids + 1] - offsets
-        sample = None
-    else:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key_sizes, client_ids)
-        num_examples = jax.vmap(population.num_examples)(keys, client_ids).astype(jnp.int32)
-        offsets = jnp.zeros_like(num_examples)
-        sample = population.sample
+@jax.jit
+def _collect_resident(population: ResidentPopulation, client_ids: jax.Array) -> Cohort:
+    known, own = _within(client_ids, population.num_clients)
+    offsets = population.offsets[own]
     return Cohort(
-        client_ids=jnp.where(filled, client_ids, -1),
-        num_examples=jnp.where(filled, num_examples, 0),
+        client_ids=client_ids.astype(jnp.int32),
+        num_examples=jnp.where(known, population.offsets[own + 1] - offsets, 0),
         offsets=offsets,
         examples={},
         num_clients=population.num_clients,
-        sample=sample,
     )
+
+
+@jax.jit
+def _collect_generated(
+    population: GeneratedPopulation, client_ids: jax.Array, key: jax.Array
+) -> Cohort:
+    known, own = _within(client_ids, population.num_clients)
+    _, key_sizes = jax.random.split(key)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key_sizes, own)
+    num_examples = jax.vmap(population.num_examples)(keys, own).astype(jnp.int32)
+    return Cohort(
+        client_ids=client_ids.astype(jnp.int32),
+        num_examples=jnp.where(known, num_examples, 0),
+        offsets=jnp.zeros_like(num_examples),
+        examples={},
+        num_clients=population.num_clients,
+        sample=population.sample,
+    )
+
+
+def _within(client_ids: jax.Array, num_clients: int) -> tuple[jax.Array, jax.Array]:
+    """Which ids are those of clients, and the ids with an arbitrary client's in other places."""
+    client_ids = client_ids.astype(jnp.int32)
+    known = (client_ids >= 0) & (client_ids < num_clients)
+    return known, jnp.where(known, client_ids, 0)

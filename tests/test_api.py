@@ -7,6 +7,7 @@ import fedjax_lite as fl
 NAMES = {
     "clients_mesh": ["num_devices"],
     "cohort": ["key", "population", "cohort_size", "capacity"],
+    "cohort_of": ["population", "client_ids", "key"],
     "configure_cpu": ["num_devices"],
     "evaluate": ["model", "state", "examples"],
     "fed_avg": [
@@ -58,7 +59,20 @@ PARTITION = {
     "sizes": ["num_examples", "sizes", "seed"],
     "square": ["num_examples", "num_clients", "min_examples", "seed"],
 }
-MODULES = {"data", "models", "partition"}
+SAMPLERS = {
+    "cyclic": ["num_clients", "num_groups", "cohort_size", "rate", "capacity"],
+    "everyone": ["num_clients"],
+    "importance": ["num_examples", "cohort_size", "capacity"],
+    "minimise_reuse": ["num_clients", "cohort_size"],
+    "poisson": ["num_clients", "rate", "capacity"],
+    "round_robin": ["num_clients", "cohort_size"],
+    "sequential": ["num_clients", "cohort_size"],
+    "uniform": ["num_clients", "cohort_size", "replace", "capacity"],
+    "weighted": ["weights", "cohort_size", "capacity"],
+    "Sampler": ["select", "num_clients", "capacity", "scheme", "rate", "num_groups"],
+    "Selection": ["client_ids", "probabilities", "num_dropped"],
+}
+MODULES = {"data", "models", "partition", "samplers"}
 DATA = {
     "cifar10": ["folder"],
     "cifar100": ["path", "split", "crop", "destination", "check_sizes"],
@@ -120,6 +134,15 @@ def test_partitioners_and_their_parameters():
         if inspect.isfunction(value)
     }
     assert public == PARTITION
+
+
+def test_samplers_and_their_parameters():
+    public = {
+        name: list(inspect.signature(value).parameters)
+        for name, value in vars(fl.samplers).items()
+        if not name.startswith("_") and callable(value)
+    }
+    assert public == SAMPLERS
 
 
 def test_names_and_parameters_of_data():

@@ -1,10 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import everyone, regression_dataset
+from problems import everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
 from fedjax_lite.batches import Batching, count_steps, read_batch
@@ -156,3 +157,81 @@ def test_generated_batches_are_masked_beyond_the_number_of_examples():
             for step in (0, 1)
         ]
         assert np.sum(masks) == 5 + cohort.client_ids[slot]
+
+
+@pytest.mark.parametrize("generated", [False, True])
+def test_the_cohort_of_drawn_clients_is_the_drawn_cohort(population, generated):
+    chosen = fl.data.halfspace(num_clients=50, batch_size=4) if generated else population
+    key = jax.random.key(6)
+    drawn = fl.cohort(key, chosen, 4, capacity=6)
+    given = fl.cohort_of(chosen, drawn.client_ids, key=key)
+    traced = jax.jit(lambda ids: fl.cohort_of(chosen, ids, key=key))(drawn.client_ids)
+    for other in (given, traced):
+        jax.tree.map(np.testing.assert_array_equal, other, drawn)
+    assert given.client_ids.dtype == jnp.int32
+
+
+def fed_avg(**options):
+    sgd, mesh = (optax.sgd(0.1), optax.sgd(1.0)), fl.clients_mesh(1)
+    return fl.fed_avg(regression_model(), *sgd, batch_size=4, mesh=mesh, **options)
+
+
+def test_empty_slots_may_lie_anywhere_and_count_for_nothing(population):
+    cohort = fl.cohort_of(population, [-1, 4, -1, 0])
+    assert cohort.client_ids.tolist() == [-1, 4, -1, 0]
+    assert cohort.num_examples.tolist() == [0, 3, 0, 7]
+    algorithm = fed_avg(lanes=2)
+    state, key = algorithm.init(jax.random.key(0)), jax.random.key(1)
+    after, info = algorithm.round(key, state, cohort)
+    compact, _ = algorithm.round(key, state, fl.cohort_of(population, [4, 0]))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), after, compact)
+    assert (info.num_clients, info.num_empty) == (2, 0)
+
+
+def test_a_client_named_twice_sends_the_same_update_twice(population):
+    algorithm = fed_avg(weighting="uniform")
+    state, key = algorithm.init(jax.random.key(0)), jax.random.key(1)
+
+    def update(client_ids):
+        after, info = algorithm.round(key, state, fl.cohort_of(population, client_ids))
+        return jax.tree.map(lambda x, y: x - y, after.params, state.params), info
+
+    (both, info), (first, _), (second, _) = update([3, 5, 3]), update([3]), update([5])
+    expected = jax.tree.map(lambda x, y: (2 * x + y) / 3, first, second)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), both, expected)
+    norms = info.clients["update_norm"]
+    assert norms[0] == norms[2]
+    assert norms[0] != norms[1]
+
+
+@pytest.mark.parametrize("generated", [False, True])
+def test_traced_ids_beyond_the_population_are_clients_without_examples(population, generated):
+    chosen = fl.data.halfspace(num_clients=10, batch_size=4) if generated else population
+    collect = jax.jit(lambda ids: fl.cohort_of(chosen, ids, key=jax.random.key(0)))
+    cohort = collect(jnp.array([3, 10, 2**31 - 1, -7]))
+    assert (cohort.num_examples > 0).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("client_ids", "message"),
+    [
+        ([0, 10], "client_ids lies between 0 and 10; choose positions from 0 to 9, or -1"),
+        (np.array([-2, 3]), "client_ids lies between -2 and 3; choose"),
+        (jnp.array([10]), "client_ids lies between 10 and 10; choose"),
+        (np.array([2**32]), "client_ids lies between 4294967296 and 4294967296; choose"),
+        ([[0, 1]], r"client_ids has shape \(1, 2\) and dtype int64; pass integers \[capacity\]"),
+        ([], r"client_ids has shape \(0,\) and dtype float64; pass"),
+        ([0.5], r"client_ids has shape \(1,\) and dtype float64; pass"),
+        ([True], r"client_ids has shape \(1,\) and dtype bool; pass"),
+    ],
+)
+def test_refuses_ids_that_name_no_client(population, client_ids, message):
+    with pytest.raises(ValueError, match=message):
+        fl.cohort_of(population, client_ids)
+
+
+def test_generated_clients_need_a_key_for_their_sizes():
+    with pytest.raises(ValueError, match=r"key is None beside a GeneratedPopulation.* pass key="):
+        fl.cohort_of(fl.data.halfspace(), [0])
+    with pytest.raises(TypeError, match=r"population is a FederatedDataset; pass .*resident"):
+        fl.cohort_of(regression_dataset(), [0])
