@@ -119,9 +119,9 @@ def cohort_of(
     Args:
       population: A `ResidentPopulation` or a `GeneratedPopulation`.
       client_ids: `[capacity]`, integers: positions in the population, -1 for empty slots, such
-        as a sampler selects. Where they are traced they are not checked: a negative one is an
-        empty slot, one beyond the population a client without examples. Where they are not,
-        the host waits until they are known.
+        as a sampler selects. Those of a JAX array are not checked, since that would wait for the
+        device: a negative one is an empty slot, one beyond the population a client without
+        examples.
       key: Typed key, another one for each round, from which generated clients draw their
         numbers of examples. Resident clients need none.
 
@@ -146,13 +146,13 @@ def cohort_of(
             f"client_ids has shape {client_ids.shape} and dtype {client_ids.dtype}; pass integers"
             " [capacity], positions in the population."
         )
-    if not isinstance(client_ids, jax.core.Tracer):
-        client_ids = np.asarray(client_ids)
-        if client_ids.min() < -1 or client_ids.max() >= population.num_clients:
-            raise ValueError(
-                f"client_ids lies between {client_ids.min()} and {client_ids.max()}; choose"
-                f" positions from 0 to {population.num_clients - 1}, or -1 for an empty slot."
-            )
+    if isinstance(client_ids, np.ndarray) and (
+        client_ids.min() < -1 or client_ids.max() >= population.num_clients
+    ):
+        raise ValueError(
+            f"client_ids lies between {client_ids.min()} and {client_ids.max()}; choose"
+            f" positions from 0 to {population.num_clients - 1}, or -1 for an empty slot."
+        )
     if isinstance(population, GeneratedPopulation) and key is None:
         raise ValueError(
             "key is None beside a GeneratedPopulation, whose clients draw their numbers of examples"
@@ -165,7 +165,8 @@ def _check_kind(population: Population) -> None:
     if not isinstance(population, Population):
         raise TypeError(
             f"population is a {type(population).__name__}; pass a GeneratedPopulation, or"
-            " dataset.resident() for a FederatedDataset."
+            " dataset.resident() for a FederatedDataset. A StreamedPopulation makes its cohorts"
+            " itself: population.cohort(client_ids)."
         )
 
 

@@ -217,7 +217,6 @@ def test_traced_ids_beyond_the_population_are_clients_without_examples(populatio
     [
         ([0, 10], "client_ids lies between 0 and 10; choose positions from 0 to 9, or -1"),
         (np.array([-2, 3]), "client_ids lies between -2 and 3; choose"),
-        (jnp.array([10]), "client_ids lies between 10 and 10; choose"),
         (np.array([2**32]), "client_ids lies between 4294967296 and 4294967296; choose"),
         ([[0, 1]], r"client_ids has shape \(1, 2\) and dtype int64; pass integers \[capacity\]"),
         ([], r"client_ids has shape \(0,\) and dtype float64; pass"),
