@@ -11,7 +11,6 @@ import argparse
 import copy
 import functools
 import json
-import os
 import random
 import sys
 import time
@@ -24,7 +23,7 @@ import optax
 import torch
 
 import fedjax_lite as fl
-from benchmarks.timing import Timing, interleaved, machine
+from benchmarks.timing import Timing, interleaved, machine, usable_cores
 from fedjax_lite.quickstart import Simulation, halfspace_simulation, simulation
 
 BATCH_SIZE, NUM_CLIENTS = 1000, 100
@@ -115,12 +114,12 @@ def compare(
         torch.set_num_threads(count)
         loop()
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     times = interleaved(
         {
             "ours": ours,
             "PyTorch, 1 thread": lambda: threads(1),
-            f"PyTorch, {cores} threads": lambda: threads(cores or 1),
+            f"PyTorch, {cores} threads": lambda: threads(cores),
         },
         repeats,
     )

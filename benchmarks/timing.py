@@ -1,6 +1,7 @@
 """Interleaved timing, and what to report of the machine."""
 
 import importlib
+import os
 import platform
 import statistics
 import time
@@ -35,6 +36,12 @@ def interleaved(contestants: Mapping[str, Callable[[], Any]], repeats: int) -> d
             jax.block_until_ready(run())
             seconds[name].append(time.perf_counter() - began)
     return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may run on."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def machine(*packages: str) -> dict[str, Any]:

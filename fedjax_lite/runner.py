@@ -105,11 +105,9 @@ def run_clients(
     check_store(store, cohort.num_clients)
     mesh = resolve(mesh)
     num_devices = 1 if mesh is None else mesh.devices.size
-    per_device = -(-cohort.capacity // num_devices)
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    lanes = min(_default_lanes(platform) if lanes is None else lanes, per_device)
+    lanes = choose_lanes(lanes, cohort.capacity, mesh)
     if rewrite_convolutions is None:
-        rewrite_convolutions = platform == "cpu"
+        rewrite_convolutions = _platform(mesh) == "cpu"
     num_steps = count_steps(cohort.num_examples, batching)
     table = _deal(num_steps, num_devices, lanes)
     bound = bound_steps(cohort, batching) if differentiable else None
@@ -138,10 +136,11 @@ def run_clients(
         # With check_vma on, a gradient with respect to replicated params is summed over the
         # devices by autodiff: inside local training, at every step, by devices that take
         # different numbers of steps. Off, gradients inside the body stay the device's own.
+        # The table, replicated too, is dealt on each device: split, it would be sent around.
         result = jax.shard_map(
-            lambda table, *replicated: run_waves(table[0], *replicated),
+            lambda table, *rest: run_waves(table[jax.lax.axis_index(AXIS)], *rest),
             mesh=mesh,
-            in_specs=(PartitionSpec(AXIS),) + (PartitionSpec(),) * len(replicated),
+            in_specs=PartitionSpec(),
             out_specs=PartitionSpec(),
             check_vma=False,
         )(table, *replicated)
@@ -154,10 +153,17 @@ def run_clients(
     return result._replace(clients=clients)
 
 
-def _default_lanes(platform: str) -> int:
-    # On a CPU a second lane only turns matrix products and convolutions into batched ones,
-    # which run slower per client; elsewhere many lanes fill the chip.
-    return 1 if platform == "cpu" else 64
+def choose_lanes(lanes: int | None, capacity: int, mesh: Mesh | None) -> int:
+    """The number of lanes that a round runs with: what was asked for, or the default."""
+    if lanes is None:
+        # On a CPU a second lane only turns matrix products and convolutions into batched ones,
+        # which run slower per client; elsewhere many lanes fill the chip.
+        lanes = 1 if _platform(mesh) == "cpu" else 64
+    return min(lanes, -(-capacity // (1 if mesh is None else mesh.devices.size)))
+
+
+def _platform(mesh: Mesh | None) -> str:
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def _deal(num_steps: jax.Array, num_devices: int, lanes: int) -> jax.Array:

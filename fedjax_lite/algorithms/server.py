@@ -13,6 +13,7 @@ from fedjax_lite import _validate, random
 from fedjax_lite.base import ClientUpdate, FederatedAlgorithm, PyTree, RoundInfo, ServerState
 from fedjax_lite.batches import DEFAULT_BATCH_SIZE, Batching, adapt_batch_size
 from fedjax_lite.cohort import Cohort
+from fedjax_lite.cpu import Paced
 from fedjax_lite.mesh import replicate
 from fedjax_lite.model import Model
 from fedjax_lite.runner import MEASURED, ON_NONFINITE, CohortResult, run_clients
@@ -196,7 +197,7 @@ def federated_algorithm(
         after = _server_step(server_optimizer, server, aggregate, model_state, skip)
         return dataclasses.replace(after, store=result.store), info
 
-    return FederatedAlgorithm(init, round)
+    return FederatedAlgorithm(init, Paced(round))
 
 
 def _round_like(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -1,0 +1,185 @@
+"""The cohorts that the benchmark runs: models in flax and in PyTorch, client sizes, data."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+import fedjax_lite as fl
+
+LEARNING_RATE = 1e-4  # So small that the order of the examples, which is random, hardly matters.
+
+
+class Dense(nn.Module):
+    """784-200-200-62."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for width in (200, 200):
+            x = nn.relu(nn.Dense(width)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(62)(x)
+
+
+class CNN(nn.Module):
+    """Two convolutions, max-pooling and two dense layers, dropout off.
+
+    With 62 classes the EMNIST model of Reddi et al. (2021), "Adaptive Federated Optimization";
+    with 10 the `simple_cnn` of pfl-research's CIFAR10 benchmark.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for width in (32, 64):
+            x = nn.relu(nn.Conv(width, (3, 3), padding="VALID")(x))
+        n, h, w, c = x.shape
+        x = x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4)).reshape(n, -1)
+        x = nn.relu(nn.Dense(128)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+def torch_dense() -> torch.nn.Module:
+    """The same dense model."""
+    return torch.nn.Sequential(
+        *(torch.nn.Flatten(), torch.nn.Linear(784, 200), torch.nn.ReLU()),
+        *(torch.nn.Linear(200, 200), torch.nn.ReLU(), torch.nn.Linear(200, 62)),
+    )
+
+
+def torch_cnn(side: int, channels: int, num_classes: int) -> torch.nn.Module:
+    """The same CNN."""
+    flat = 64 * ((side - 4) // 2) ** 2
+    return torch.nn.Sequential(
+        *(torch.nn.Conv2d(channels, 32, 3), torch.nn.ReLU()),
+        *(torch.nn.Conv2d(32, 64, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2)),
+        *(torch.nn.Flatten(), torch.nn.Linear(flat, 128), torch.nn.ReLU()),
+        torch.nn.Linear(128, num_classes),
+    )
+
+
+class Case(NamedTuple):
+    """A cohort of clients, all of which take part.
+
+    Attributes:
+      module: The model in flax.
+      torch_module: Builds the same model in PyTorch.
+      num_params: Number of parameters, which `initial_params` checks.
+      sizes: `[clients]`, the number of examples of each.
+      image: Shape of an example.
+      num_classes: Number of labels.
+      batch_size: Examples in a local step; each client runs through its examples once.
+    """
+
+    module: nn.Module
+    torch_module: Callable[[], torch.nn.Module]
+    num_params: int
+    sizes: np.ndarray
+    image: tuple[int, int, int] = (28, 28, 1)
+    num_classes: int = 62
+    batch_size: int = 20
+
+    @property
+    def steps(self) -> np.ndarray:
+        """`[clients]`, the number of local steps of each."""
+        return -(-self.sizes // self.batch_size)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all clients are of one size."""
+        return bool(np.ptp(self.sizes) == 0)
+
+
+class Work(NamedTuple):
+    """What a round amounted to, by which contestants are compared."""
+
+    update_norm: float
+    num_steps: int
+
+
+class Contestant(NamedTuple):
+    """A round to be timed, and how to read what it returns."""
+
+    run: Callable[[], Any]
+    work: Callable[[Any], Work]
+
+
+def lognormal(num_clients: int, mean: float, sigma: float) -> np.ndarray:
+    """Client sizes with a heavy tail, at least 1."""
+    draws = np.random.default_rng(0).lognormal(np.log(mean) - sigma**2 / 2, sigma, num_clients)
+    return np.maximum(draws.round().astype(int), 1)
+
+
+_DENSE = functools.partial(Case, Dense(), torch_dense, 209_662)
+_EMNIST = functools.partial(Case, CNN(62), functools.partial(torch_cnn, 28, 1, 62), 1_206_590)
+_CIFAR = functools.partial(Case, CNN(10), functools.partial(torch_cnn, 32, 3, 10), 1_626_442)
+CASES = {
+    "dense": _DENSE(np.full(100, 100)),
+    "tiny": _DENSE(np.full(500, 20)),
+    "ragged": _DENSE(lognormal(100, 100, 1.0)),
+    "cnn": _EMNIST(np.full(10, 100)),
+    "cnn_ragged": _EMNIST(lognormal(10, 100, 1.0)),
+    "pfl": _CIFAR(np.full(50, 50), image=(32, 32, 3), num_classes=10, batch_size=10),
+}
+
+
+def dataset(case: Case) -> fl.FederatedDataset:
+    """Random images and labels."""
+    rng = np.random.default_rng(1)
+    rows = int(case.sizes.sum())
+    examples = {
+        "x": rng.normal(size=(rows, *case.image)).astype(np.float32),
+        "y": rng.integers(0, case.num_classes, rows).astype(np.int32),
+    }
+    return fl.FederatedDataset.from_rows(
+        examples, np.split(np.arange(rows), np.cumsum(case.sizes)[:-1])
+    )
+
+
+def cross_entropy(logits: jax.Array, batch: Any) -> jax.Array:
+    """One loss per example."""
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+
+def initial_params(case: Case) -> Any:
+    """The parameters that every contestant starts from, as NumPy arrays.
+
+    Raises:
+      ValueError: They are not as many as the case says.
+    """
+    params = case.module.init(jax.random.key(0), jnp.zeros((1, *case.image)))["params"]
+    num_params = sum(p.size for p in jax.tree.leaves(params))
+    if num_params != case.num_params:
+        raise ValueError(
+            f"num_params is {case.num_params} while the model has {num_params} parameters; correct"
+            " the model or the case."
+        )
+    return jax.device_get(params)
+
+
+def torch_model(case: Case, params: Any) -> torch.nn.Module:
+    """The PyTorch model with the parameters of the flax model, in PyTorch's axes."""
+    module = case.torch_module()
+    targets = iter(module.parameters())
+    channels = None  # Those of the images that a dense layer sees flattened.
+    for _, layer in sorted(params.items()):
+        kernel = layer["kernel"]
+        if kernel.ndim == 4:
+            channels = kernel.shape[-1]
+            kernel = kernel.transpose(3, 2, 0, 1)
+        else:
+            if channels is not None:
+                # Flax flattens with the channels last, PyTorch with the channels first.
+                flat, features = kernel.shape
+                kernel = kernel.reshape(flat // channels, channels, features).swapaxes(0, 1)
+                kernel, channels = kernel.reshape(flat, features), None
+            kernel = kernel.T
+        for value in (kernel, layer["bias"]):
+            next(targets).data.copy_(torch.tensor(value))
+    return module
