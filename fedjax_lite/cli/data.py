@@ -123,7 +123,7 @@ def _describe(options: Describe) -> None:
     if options.json:
         print(json.dumps(report))
         return
-    table = rich.table.Table(title=str(options.source), show_header=False)
+    table = rich.table.Table(title=options.source.name, show_header=False)
     table.add_row("clients", f"{report['clients']:,}")
     table.add_row("without examples", f"{report['empty_clients']:,}")
     table.add_row("examples", f"{report['examples']:,}")
