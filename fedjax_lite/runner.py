@@ -126,7 +126,9 @@ def run_clients(
         result, kept = _sum_waves(run_wave, table, num_steps, cohort, store, bound is not None)
         if mesh is None:
             return result
-        store = _exchange(result.store, table, kept, cohort)
+        store = result.store
+        if num_devices > 1:
+            store = _exchange(store, table, kept, cohort)
         return jax.lax.psum(result._replace(store=()), AXIS)._replace(store=store)
 
     replicated = (num_steps, shared, cohort, random.fast(key), store)
