@@ -33,8 +33,8 @@ class Cohort:
       examples: Features `[rows, ...]` by name; empty for generated clients.
       num_clients: Size of the population (static).
       device_slots: `[devices, slots of a device]`, int32, if the rows are spread over the devices
-        of a mesh, an equal part to each: the slots whose rows a device has, the number of slots
-        marking none. `None` if each device has all rows.
+        of a mesh, an equal part to each: the slots whose rows a device has, the largest clients
+        first, the number of slots marking none. `None` if each device has all rows.
       sample: For generated clients, the function that draws a batch (static).
     """
 

@@ -1,8 +1,10 @@
 """The devices that a round runs on."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from fedjax_lite import _validate, random
@@ -67,6 +69,26 @@ def put(tree: T, sharding: Sharding) -> T:
 
     tree = jax.tree.map(lambda x: put_key(x) if random.is_key(x) else x, tree)
     return jax.device_put(tree, sharding)
+
+
+def deal(sizes: jax.Array | np.ndarray, num_devices: int) -> Any:
+    """Slots of each device `[devices, slots of a device]`; the number of slots marks none.
+
+    Dealt by falling size, there and back, so that no device has more rows than another by more
+    than the largest client has.
+
+    Args:
+      sizes: `[slots]`, numbers of examples, of NumPy on the host or of JAX in a round.
+      num_devices: How many devices share them.
+    """
+    xp: Any = np if isinstance(sizes, np.ndarray) else jnp
+    own = -(-len(sizes) // num_devices)
+    order = xp.argsort(-sizes, stable=True).astype(np.int32)
+    dealt = xp.pad(order, (0, own * num_devices - len(sizes)), constant_values=len(sizes))
+    dealt = dealt.reshape(own, num_devices)
+    # Every other row backwards, or the first device would get all the large ones.
+    backwards = (np.arange(own) % 2 == 1)[:, None]
+    return xp.where(backwards, dealt[:, ::-1], dealt).T
 
 
 def local_positions(mesh: Mesh | None) -> list[int]:

@@ -34,7 +34,7 @@ from fedjax_lite.batches import (
 )
 from fedjax_lite.cohort import Cohort
 from fedjax_lite.convolution import canonical_convolutions
-from fedjax_lite.mesh import AXIS, resolve
+from fedjax_lite.mesh import AXIS, deal, resolve
 from fedjax_lite.store import check_output, check_store, read, write
 
 ON_NONFINITE = ("drop", "keep")
@@ -182,27 +182,17 @@ def _platform(mesh: Mesh | None) -> str:
 
 def _deal(cohort: Cohort, num_devices: int, lanes: int) -> jax.Array:
     """Which client runs where: slots `[devices, waves, lanes]`; the capacity means none."""
-    own = -(-cohort.capacity // num_devices)
     table = cohort.device_slots
     if table is None:
-        # By size and not by steps, so that streamed cohorts, dealt on the host, are dealt alike.
-        order = jnp.argsort(-cohort.num_examples).astype(jnp.int32)
-        unused = own * num_devices - cohort.capacity
-        dealt = jnp.pad(order, (0, unused), constant_values=cohort.capacity)
-        dealt = dealt.reshape(own, num_devices)
-        # Every other row backwards, or the first device would get all the large ones.
-        backwards = (jnp.arange(own) % 2 == 1)[:, None]
-        table = jnp.where(backwards, dealt[:, ::-1], dealt).T
-    elif table.shape[0] == num_devices:
-        sizes = jnp.append(cohort.num_examples, 0)[table]
-        table = jnp.take_along_axis(table, jnp.argsort(-sizes, axis=1), axis=1)
-    else:
+        table = deal(cohort.num_examples, num_devices)
+    elif table.shape[0] != num_devices:
         raise ValueError(
             f"the rows of the cohort lie on {table.shape[0]} devices, and the algorithm runs on"
             f" {num_devices}; give dataset.streamed() and the algorithm the same mesh."
         )
-    waves = -(-own // lanes)
-    table = jnp.pad(table, ((0, 0), (0, waves * lanes - own)), constant_values=cohort.capacity)
+    waves = -(-table.shape[1] // lanes)
+    unused = waves * lanes - table.shape[1]
+    table = jnp.pad(table, ((0, 0), (0, unused)), constant_values=cohort.capacity)
     return table.reshape(num_devices, waves, lanes)
 
 

@@ -21,7 +21,8 @@ import pytest
 from problems import SIZES, everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
-from fedjax_lite.data.streaming import deal_slots, device_rows, typical_rows
+from fedjax_lite.data.streaming import device_rows, typical_rows
+from fedjax_lite.mesh import deal
 
 COHORTS = ([3, 7, 0, 1], [9, 2, -1, 5], [1], [3, 3, 8], [], [4, 6, 2, 9])
 CAPACITY = 4
@@ -115,9 +116,7 @@ def test_devices_share_the_rows():
     rng = np.random.default_rng(0)
     for num_devices in (1, 2, 7, 64):
         sizes = rng.lognormal(3, 1.5, (200, 100)).astype(np.int64)
-        loads = np.array(
-            [np.append(size, 0)[deal_slots(size, num_devices)].sum(1) for size in sizes]
-        )
+        loads = np.array([np.append(size, 0)[deal(size, num_devices)].sum(1) for size in sizes])
         np.testing.assert_array_equal(loads.sum(1), sizes.sum(1))
         # Whoever fits together fits when spread, and no room is wasted on large cohorts.
         room = [device_rows(int(s.sum()), int(s.max()), num_devices) for s in sizes]

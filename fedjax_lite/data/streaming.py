@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from fedjax_lite import _validate
 from fedjax_lite.cohort import Cohort
 from fedjax_lite.data import checks
-from fedjax_lite.mesh import AXIS, local_positions
+from fedjax_lite.mesh import AXIS, deal, local_positions
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class StreamedPopulation:
         clients = np.full(self.cohort_capacity + 1, -1, np.int32)
         clients[: ids.size] = ids
         sizes = self._rows(clients[:-1])[1]
-        device_slots = deal_slots(sizes, 1 if self.mesh is None else self.mesh.devices.size)
+        device_slots = deal(sizes, 1 if self.mesh is None else self.mesh.devices.size)
         offsets, shares = np.zeros_like(clients), []
         for own in device_slots:
             # In the order of the file, and each client once, whatever the order of the slots.
@@ -128,24 +128,6 @@ class StreamedPopulation:
             stacklevel=3,
         )
         return enlarged
-
-
-def deal_slots(sizes: np.ndarray, num_devices: int) -> np.ndarray:
-    """Slots of each device `[devices, slots of a device]`; the number of slots marks none.
-
-    Dealt by falling size, there and back, so that no device has more rows than another by more
-    than the largest client has.
-
-    Args:
-      sizes: `[slots]`, numbers of examples.
-      num_devices: How many devices share them.
-    """
-    per_device = -(-len(sizes) // num_devices)
-    dealt = np.full(per_device * num_devices, len(sizes), np.int32)
-    dealt[: len(sizes)] = np.argsort(-sizes, kind="stable")
-    table = dealt.reshape(per_device, num_devices)
-    table[1::2] = table[1::2, ::-1]
-    return np.sort(table.T)
 
 
 def _put(arrays: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
