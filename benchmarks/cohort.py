@@ -42,7 +42,7 @@ def find_peers(
     # Clients of several sizes do not stack, and convolutions under vmap are slow in PyTorch too.
     if case.torch_module is torch_dense and case.uniform:
         found["torch.func.vmap"] = peers.torch_vmap(case, data, params, cores)
-    found["FedJAX"] = peers.fedjax_round(case, data, params)
+    found["FedJAX"] = stack.enter_context(peers.fedjax_process(case))
     return {name: contestant for name, contestant in found.items() if contestant is not None}
 
 

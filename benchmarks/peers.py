@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -218,19 +219,59 @@ def _trial(what: str, contestants: dict[str, Contestant]) -> str:
     return best
 
 
-def fedjax_round(case: Case, data: fl.FederatedDataset, params: Any) -> Contestant | None:
-    """FedJAX's own FedAvg, on the faster of its backends jit and pmap.
+@contextlib.contextmanager
+def fedjax_process(case: Case) -> Iterator[Contestant | None]:
+    """FedJAX as its users run it, in a process of its own without the flags of `configure_cpu`.
 
-    FedJAX fills a client's last batch up with further examples of the client: it takes as many
-    steps as the others, and all of them are full.
+    It fills a client's last batch up with further examples of the client: it takes as many steps
+    as the others, and all of them are full.
 
-    Returns:
+    Yields:
       The contestant, or `None`, with a line on stderr, where FedJAX is not installed.
     """
     if importlib.util.find_spec("fedjax") is None:
         print(f"FedJAX: left out, not installed; {INSTALL_FEDJAX}", file=sys.stderr)
-        return None
+        yield None
+        return
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    arguments = (theirs, case, jax.device_count())
+    process = spawn.Process(target=_serve_fedjax, args=arguments, daemon=True)
+    flags = os.environ.pop("XLA_FLAGS", None)
+    process.start()
+    if flags is not None:
+        os.environ["XLA_FLAGS"] = flags
+    theirs.close()
+
+    def ask(what: str) -> Any:
+        ours.send(what)
+        return ours.recv()
+
+    try:
+        yield Contestant(lambda: ask("run"), lambda _: ask("work"))
+    finally:
+        ours.close()
+        process.join()
+
+
+def _serve_fedjax(connection: Connection, case: Case, num_devices: int) -> None:
+    """A worker: runs a round, or tells what the last one did, until the pipe closes."""
+    jax.config.update("jax_num_cpu_devices", num_devices)
+    contestant = _fedjax_round(case)
+    result: Any = None
+    with contextlib.suppress(EOFError):
+        while True:
+            if connection.recv() == "work":
+                connection.send(contestant.work(result))
+            else:
+                result = jax.block_until_ready(contestant.run())
+                connection.send(None)
+
+
+def _fedjax_round(case: Case) -> Contestant:
+    """FedJAX's own FedAvg, on the faster of its backends jit and pmap."""
     fedjax = _import_fedjax()
+    data, params = cases.dataset(case), cases.initial_params(case)
     federated = fedjax.InMemoryFederatedData({i: data[i] for i in data.client_ids})
     key = jax.random.PRNGKey(0)  # FedJAX knows no typed keys.
     clients = [(client_id, client, key) for client_id, client in federated.clients()]
