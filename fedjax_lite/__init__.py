@@ -6,15 +6,19 @@ from fedjax_lite import models as models
 from fedjax_lite import partition as partition
 from fedjax_lite import samplers as samplers
 from fedjax_lite import stopping as stopping
+from fedjax_lite.algorithms.apfl import apfl as apfl
 from fedjax_lite.algorithms.fed_avg import fed_avg as fed_avg
 from fedjax_lite.algorithms.fed_avg import fed_prox as fed_prox
+from fedjax_lite.algorithms.fed_nova import fed_nova as fed_nova
 from fedjax_lite.algorithms.fed_sgd import fed_sgd as fed_sgd
+from fedjax_lite.algorithms.scaffold import scaffold as scaffold
 from fedjax_lite.algorithms.server import federated_algorithm as federated_algorithm
 from fedjax_lite.base import ClientResult as ClientResult
 from fedjax_lite.base import ClientUpdate as ClientUpdate
 from fedjax_lite.base import FederatedAlgorithm as FederatedAlgorithm
 from fedjax_lite.base import RoundInfo as RoundInfo
 from fedjax_lite.base import ServerState as ServerState
+from fedjax_lite.base import UpdateTransform as UpdateTransform
 from fedjax_lite.checkpoint import Checkpoints as Checkpoints
 from fedjax_lite.cohort import Cohort as Cohort
 from fedjax_lite.cohort import cohort as cohort
@@ -40,5 +44,8 @@ from fedjax_lite.train import TrainResult as TrainResult
 from fedjax_lite.train import train as train
 from fedjax_lite.tune import TunedLanes as TunedLanes
 from fedjax_lite.tune import tune_lanes as tune_lanes
+from fedjax_lite.updates.clipping import clip_by_norm as clip_by_norm
+from fedjax_lite.updates.pipeline import chain as chain
+from fedjax_lite.updates.quantization import quantize_uniform as quantize_uniform
 
 __version__ = "0.1.0"

@@ -57,6 +57,22 @@ def params(tree: Any) -> None:
             )
 
 
+def number(name: str, value: Any, *, positive: bool = False, maximum: float = np.inf) -> Any:
+    """`value`, a finite scalar that is not negative, or positive; a traced one is not looked at."""
+    if isinstance(value, jax.core.Tracer) and value.ndim == 0:
+        return value
+    if (
+        np.ndim(value) != 0
+        or not 0 <= np.asarray(value) <= maximum
+        or np.isinf(value)
+        or (positive and value == 0)
+    ):
+        bound = "above 0" if positive else "that is at least 0"
+        bound = bound if maximum == np.inf else f"between 0 and {maximum:g}"
+        raise ValueError(f"{name} is {value!r}; choose a number {bound}.")
+    return value
+
+
 def scalar(name: str, value: Any) -> jax.Array:
     """`value` as a floating-point scalar."""
     if np.shape(value) != () or value is None:

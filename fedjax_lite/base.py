@@ -38,6 +38,7 @@ class ServerState:
       round: Number of rounds run, int32 scalar.
       store: What clients keep between rounds: a pytree of arrays `[num_clients, ...]`, indexed
         by client id; empty if they keep nothing.
+      pipeline_state: State of the update pipeline; empty if there is none.
     """
 
     params: PyTree
@@ -45,6 +46,7 @@ class ServerState:
     opt_state: PyTree
     round: jax.Array
     store: PyTree = ()
+    pipeline_state: PyTree = ()
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +70,8 @@ class RoundInfo:
         the metrics that clients report, such as `loss`, and `num_examples`, `num_steps`,
         `update_norm`, `weight`, `nonfinite`.
       metrics: Means over the clients that were not left out of what was measured before and
-        after their training, weighted by their numbers of examples; often empty.
+        after their training, weighted by their numbers of examples, and what the update
+        pipeline reports of its server half; often empty.
     """
 
     loss: jax.Array
@@ -92,10 +95,13 @@ class FederatedAlgorithm(NamedTuple):
       round: `round(key, state, cohort) -> (state, info)`: one round, jitted, and
         usable inside `jit`, `scan`, `vmap` and, if built with `differentiable=True`, `grad`. It
         compiles once per shape of the cohort: cohort size, client sizes and keys are data.
+      client_params: `client_params(state, entry) -> params`, the params that a client uses for
+        itself, from its entry in `state.store`; `None` if clients use those of the server.
     """
 
     init: Callable[..., Any]
     round: Callable[..., tuple[Any, RoundInfo]]
+    client_params: Callable[[ServerState, PyTree], PyTree] | None = None
 
 
 class ClientResult(NamedTuple):
@@ -109,6 +115,8 @@ class ClientResult(NamedTuple):
       client_output: What the client keeps for the next round that it takes part in, like its
         `client_input`. A client that is left out, or has no examples, keeps what it had.
       norm: L2 norm of the update, if it is known; the runner computes it otherwise.
+      statistics: Pytree of arrays that the server receives beside the update, as the plain sum
+        over clients: counts, losses, control variates.
     """
 
     update: PyTree
@@ -117,6 +125,24 @@ class ClientResult(NamedTuple):
     model_state: PyTree
     client_output: PyTree = ()
     norm: jax.Array | None = None
+    statistics: PyTree = ()
+
+
+class UpdateTransform(NamedTuple):
+    """What happens to updates between clients and server, in the spirit of optax.
+
+    Attributes:
+      init: `init(params) -> state`.
+      client: `client(key, state, update, weight) -> (update, info)`, on the update of one client,
+        before it is weighted and summed, with a typed key of the client's own. `info` has scalars
+        by name, which are reported per client; `bits_up` is what the client sends, in bits.
+      server: `server(key, state, aggregate) -> (aggregate, state, info)`, on the aggregate, before
+        the server optimizer is given it. `info` has scalars by name.
+    """
+
+    init: Callable[[PyTree], PyTree]
+    client: Callable[[jax.Array, PyTree, PyTree, jax.Array], tuple[PyTree, dict[str, jax.Array]]]
+    server: Callable[[jax.Array, PyTree, PyTree], tuple[PyTree, PyTree, dict[str, jax.Array]]]
 
 
 class ClientUpdate(NamedTuple):

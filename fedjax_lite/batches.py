@@ -11,7 +11,7 @@ from fedjax_lite import _validate, random
 from fedjax_lite.base import Batch
 from fedjax_lite.cohort import Cohort
 
-KEY_INIT, KEY_DATA, KEY_STEP = range(3)
+KEY_INIT, KEY_DATA, KEY_STEP, KEY_SERVER = range(4)
 DEFAULT_BATCH_SIZE = 32
 
 

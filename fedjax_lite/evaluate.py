@@ -1,7 +1,8 @@
 """Evaluation of a model, on examples of the server and by client."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from fedjax_lite.mesh import AXIS, resolve
 from fedjax_lite.metrics import Metric, mean
 from fedjax_lite.model import Model
 from fedjax_lite.runner import choose_rewrite, run_clients
+from fedjax_lite.store import check_store, read
 
 _VALUES = mean(lambda values, batch: values)
 
@@ -113,6 +115,7 @@ def evaluate_clients(
     cohort: Cohort,
     *,
     metrics: Mapping[str, Metric] | None = None,
+    client_params: Callable[[ServerState, PyTree], PyTree] | None = None,
     key: jax.Array | None = None,
     batch_size: int | None = None,
     lanes: int | None = None,
@@ -129,6 +132,8 @@ def evaluate_clients(
       state: State of an algorithm, for its params and model state.
       cohort: The clients.
       metrics: Metrics by name, as for `evaluate`.
+      client_params: That of an algorithm whose clients have params of their own, which are then
+        evaluated; by default those of the server are.
       key: Typed key, from which generated clients draw their examples. Others need none.
       batch_size: Examples in a batch, 32 by default, and for generated clients what they draw;
         changes the speed only.
@@ -140,8 +145,8 @@ def evaluate_clients(
       A `ClientEvaluation`.
 
     Raises:
-      ValueError: `key` is missing for generated clients, `batch_size` is not theirs, or as for
-        `evaluate`.
+      ValueError: `key` is missing for generated clients, `batch_size` is not theirs, the store is
+        not of the population of the cohort where `client_params` reads it, or as for `evaluate`.
       TypeError: `cohort` is no `Cohort`.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
@@ -159,11 +164,20 @@ def evaluate_clients(
             "key is None beside a cohort of generated clients, who draw their examples; pass key=,"
             " a typed key."
         )
+    if client_params is not None:
+        check_store(state.store, cohort.num_clients)
     return _evaluate_clients(
-        (state.params, state.model_state),
+        ServerState(
+            params=state.params,
+            model_state=state.model_state,
+            opt_state=(),
+            round=state.round,
+            store=() if client_params is None else state.store,
+        ),
         cohort,
         jax.random.key(0) if key is None else key,
         measure=measure_of(model, metrics),
+        client_params=client_params,
         batching=reading_once(cohort, batch_size),
         lanes=lanes,
         mesh=resolve(mesh),
@@ -362,40 +376,60 @@ def _evaluate(
 
 @Paced
 @functools.partial(
-    jax.jit, static_argnames=("measure", "batching", "lanes", "mesh", "rewrite_convolutions")
+    jax.jit,
+    static_argnames=(
+        *("measure", "client_params", "batching"),
+        *("lanes", "mesh", "rewrite_convolutions"),
+    ),
 )
 def _evaluate_clients(
-    variables: tuple[PyTree, PyTree],
+    state: ServerState,
     cohort: Cohort,
     key: jax.Array,
     *,
     measure: Measure,
+    client_params: Callable[[ServerState, PyTree], PyTree] | None,
     batching: Batching,
     **layout: Any,
 ) -> ClientEvaluation:
-    def init(shared: PyTree, client_input: PyTree, key: jax.Array) -> dict[str, PyTree]:
-        del client_input
-        params, model_state = shared
+    # What a client keeps, and finds in its input, is its id where it has params of its own.
+    def init(shared: ServerState, client_id: PyTree, key: jax.Array) -> _Measured:
+        own = ()
+        if client_params is not None:
+            entry = read(shared.store, client_id)
+            own = client_params(dataclasses.replace(shared, store=()), entry)
         # Its form alone: the rows outside of the runner are those of all devices.
         batch = jax.eval_shape(lambda: read_batch(cohort, key, 0, 0, batching))
-        return measure.zeros(params, model_state, batch)
+        return _Measured(client_id, own, measure.zeros(shared.params, shared.model_state, batch))
 
-    def step(
-        shared: PyTree, sums: dict[str, PyTree], batch: Batch, key: jax.Array
-    ) -> dict[str, PyTree]:
+    def step(shared: ServerState, measured: _Measured, batch: Batch, key: jax.Array) -> _Measured:
         del key
-        params, model_state = shared
-        return jax.tree.map(jnp.add, sums, measure.sums(params, model_state, batch))
+        params = shared.params if client_params is None else measured.params
+        sums = measure.sums(params, shared.model_state, batch)
+        return measured._replace(sums=jax.tree.map(jnp.add, measured.sums, sums))
+
+    def final(shared: ServerState, measured: _Measured, num_examples: jax.Array) -> ClientResult:
+        result = report_sums(shared, measured.sums, num_examples)
+        return result._replace(client_output=measured.client_id)
 
     result = run_clients(
-        ClientUpdate(init, step, report_sums),
-        variables,
+        ClientUpdate(init, step, final),
+        state,
         cohort,
         key,
         batching=batching,
+        store=() if client_params is None else jnp.arange(cohort.num_clients),
         **layout,
     )
     return client_evaluation(measure, result.clients["sums"], cohort.num_examples)
+
+
+class _Measured(NamedTuple):
+    """A client while it is evaluated."""
+
+    client_id: PyTree
+    params: PyTree
+    sums: dict[str, PyTree]
 
 
 def report_sums(shared: PyTree, sums: PyTree, num_examples: jax.Array) -> ClientResult:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedjax_lite import _validate, random
-from fedjax_lite.algorithms.fed_avg import ClientOptimizer, local_training
+from fedjax_lite.algorithms.fed_avg import local_training
 from fedjax_lite.base import Batch, ClientResult, ClientUpdate, PyTree, ServerState
 from fedjax_lite.batches import (
     DEFAULT_BATCH_SIZE,
@@ -31,6 +31,7 @@ from fedjax_lite.evaluate import (
     reading_once,
     report_sums,
 )
+from fedjax_lite.local import ClientOptimizer
 from fedjax_lite.mesh import resolve
 from fedjax_lite.metrics import Metric
 from fedjax_lite.model import Model

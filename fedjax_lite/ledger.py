@@ -68,9 +68,10 @@ class Ledger:
 
     def _record_round(self, round: int, info: RoundInfo, numbers: Row) -> None:
         num_up = numbers["num_clients"] - numbers["num_empty"]
+        bits_up = numbers.pop("bits_up", num_up * self._num_bytes * 8)
         num_bytes = {
             "bytes_down": numbers["num_clients"] * self._num_bytes,
-            "bytes_up": num_up * self._num_bytes,
+            "bytes_up": -(-int(bits_up) // 8),
         }
         row = {"round": round, **numbers, **num_bytes}
         self.history.rounds.append(row)
@@ -104,11 +105,13 @@ def trained(state: ServerState) -> dict[str, PyTree]:
 
 def without_extras(state: ServerState) -> ServerState:
     """What is worth keeping of the best state."""
-    return dataclasses.replace(state, opt_state=(), store=())
+    return dataclasses.replace(state, opt_state=(), store=(), pipeline_state=())
 
 
 def numbers_of(info: RoundInfo, num_dropped: jax.Array) -> dict[str, jax.Array]:
     """What a row of `History.rounds` is made of."""
     numbers = {**vars(info), **info.metrics, "num_dropped": num_dropped}
     del numbers["clients"], numbers["metrics"]
+    if "bits_up" in info.clients:
+        numbers["bits_up"] = info.clients["bits_up"].sum()
     return numbers

@@ -1,16 +1,74 @@
 """Pieces of local training that the algorithms share."""
 
 from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from fedjax_lite import _validate
-from fedjax_lite.base import Batch, PyTree
+from fedjax_lite.base import Batch, ClientResult, PyTree, ServerState
 from fedjax_lite.model import Model
 
 LossAndAux = Callable[[PyTree], tuple[jax.Array, tuple[jax.Array, PyTree]]]
+Measure = Callable[[ServerState, "LocalState", Batch], dict[str, jax.Array]]
+
+ClientOptimizer: TypeAlias = (
+    optax.GradientTransformation | Callable[[jax.Array], optax.GradientTransformation]
+)
+"""An optax transformation, or a function `round -> transformation`."""
+
+
+class LocalState(NamedTuple):
+    """A client's own copy of the model, and how its training has gone.
+
+    Attributes:
+      params: The params that the client has come to.
+      model_state: What its model keeps but does not train.
+      opt_state: State of the client optimizer.
+      loss: Sum of the losses of the examples processed, each at the params of its step.
+      num_examples: How many they are.
+      num_steps: Steps taken.
+    """
+
+    params: PyTree
+    model_state: PyTree
+    opt_state: PyTree
+    loss: jax.Array
+    num_examples: jax.Array
+    num_steps: jax.Array
+
+
+def resolve_optimizer(
+    client_optimizer: ClientOptimizer,
+) -> Callable[[ServerState], optax.GradientTransformation]:
+    """The client optimizer in the round that a server state is at.
+
+    Raises:
+      TypeError: It is neither a transformation nor a function.
+    """
+    if not callable(client_optimizer):
+        _validate.instance("client_optimizer", client_optimizer, optax.GradientTransformation)
+
+    def optimizer(shared: ServerState) -> optax.GradientTransformation:
+        if isinstance(client_optimizer, optax.GradientTransformation):
+            return client_optimizer
+        return client_optimizer(shared.round)
+
+    return optimizer
+
+
+def start(shared: ServerState, optimizer: optax.GradientTransformation) -> LocalState:
+    """A client before its first step."""
+    return LocalState(
+        params=shared.params,
+        model_state=shared.model_state,
+        opt_state=optimizer.init(shared.params),
+        loss=jnp.zeros(()),
+        num_examples=jnp.int32(0),
+        num_steps=jnp.int32(0),
+    )
 
 
 def batch_loss(
@@ -38,6 +96,53 @@ def batch_loss(
         return total / jnp.maximum(batch["mask"].sum(), 1) if mean else total, (total, after)
 
     return loss
+
+
+def local_gradient(
+    model: Model, params: PyTree, local: LocalState, batch: Batch, key: jax.Array
+) -> tuple[PyTree, tuple[jax.Array, PyTree]]:
+    """The gradient of the mean loss of a batch, and what `descend` wants to know besides."""
+    loss = batch_loss(model, local.model_state, batch, key, mean=True)
+    return jax.grad(loss, has_aux=True)(params)
+
+
+def descend(
+    optimizer: optax.GradientTransformation,
+    local: LocalState,
+    gradient: PyTree,
+    aux: tuple[jax.Array, PyTree],
+    batch: Batch,
+) -> LocalState:
+    """A step of the client optimizer along a gradient."""
+    updates, opt_state = optimizer.update(gradient, local.opt_state, local.params)
+    total, model_state = aux
+    return LocalState(
+        params=optax.apply_updates(local.params, updates),
+        model_state=model_state,
+        opt_state=opt_state,
+        loss=local.loss + total,
+        num_examples=local.num_examples + batch["mask"].sum(dtype=jnp.int32),
+        num_steps=local.num_steps + 1,
+    )
+
+
+def local_result(shared: ServerState, local: LocalState, weight: jax.Array) -> ClientResult:
+    """What a client sends after its last step: the delta, and its mean loss as a metric."""
+    update, norm = delta(shared.params, local.params)
+    return ClientResult(
+        update=update,
+        weight=weight,
+        metrics={"loss": local.loss / jnp.maximum(local.num_examples, 1)},
+        model_state=local.model_state,
+        norm=norm,
+    )
+
+
+def measure(model: Model, measure_clients: bool) -> Measure | None:
+    """The `measure` of a client update whose state is a `LocalState`."""
+    if not measure_clients:
+        return None
+    return lambda shared, local, batch: model.metrics(local.params, local.model_state, batch)
 
 
 def delta(server_params: PyTree, client_params: PyTree) -> tuple[PyTree, jax.Array]:

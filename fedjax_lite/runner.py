@@ -49,6 +49,7 @@ class CohortResult(NamedTuple):
       update: Sum over clients of weight times update.
       weight: Sum of the weights, scalar.
       model_state: Sum over clients of weight times model state.
+      statistics: Sum over clients of what they send beside.
       store: What clients keep, with that of the cohort's clients brought up to date.
       clients: Per-client metrics `[clients, ...]` in cohort order: those of the client update,
         and `num_examples`, `num_steps`, `update_norm`, `weight`, `nonfinite`.
@@ -57,6 +58,7 @@ class CohortResult(NamedTuple):
     update: PyTree
     weight: jax.Array
     model_state: PyTree
+    statistics: PyTree
     store: PyTree
     clients: dict[str, jax.Array]
 
@@ -202,9 +204,15 @@ class _Sent(NamedTuple):
     update: PyTree
     weight: jax.Array
     model_state: PyTree
+    statistics: PyTree
     metrics: dict[str, jax.Array]
     output: PyTree
     kept: jax.Array
+
+    @property
+    def summed(self) -> tuple[PyTree, jax.Array, PyTree, PyTree]:
+        """What is added up over clients."""
+        return self.update, self.weight, self.model_state, self.statistics
 
 
 class _Lane(NamedTuple):
@@ -270,7 +278,8 @@ def _lane(
         if norm is None:
             norm = optax.tree.norm(jax.lax.stop_gradient(result.update))
         weight = jnp.asarray(result.weight, float)
-        finite = jnp.isfinite(norm + optax.tree.norm(result.model_state) + weight)
+        others = jax.lax.stop_gradient((result.model_state, result.statistics))
+        finite = jnp.isfinite(norm + optax.tree.norm(others) + weight)
         left_out = ~finite if on_nonfinite == "drop" else jnp.bool_(False)
         weight = jnp.where(left_out, 0, weight)
 
@@ -288,6 +297,7 @@ def _lane(
             update=weighted(result.update),
             weight=weight,
             model_state=weighted(result.model_state),
+            statistics=jax.tree.map(lambda x: jnp.where(left_out, 0, x), result.statistics),
             metrics=metrics,
             output=result.client_output,
             kept=~left_out,
@@ -347,10 +357,10 @@ def _run_wave(
     if slots.ndim == 0:
         return sent
     sent = only_active(num_steps > 0, sent, jax.tree.map(jnp.zeros_like, sent))
-    update, weight, model_state = jax.tree.map(
-        lambda x: x.sum(0), (sent.update, sent.weight, sent.model_state)
+    update, weight, model_state, statistics = jax.tree.map(lambda x: x.sum(0), sent.summed)
+    return sent._replace(
+        update=update, weight=weight, model_state=model_state, statistics=statistics
     )
-    return sent._replace(update=update, weight=weight, model_state=model_state)
 
 
 def _where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
@@ -385,7 +395,7 @@ def _sum_waves(
         total, per_client, store = carry
         client_ids = cohort.client_ids[slots[wave]]
         sent = run_wave(slots[wave], steps[wave], read(store, client_ids))
-        total = jax.tree.map(jnp.add, total, (sent.update, sent.weight, sent.model_state))
+        total = jax.tree.map(jnp.add, total, sent.summed)
         per_client = jax.tree.map(
             lambda all_, x: all_.at[wave].set(x), per_client, (sent.metrics, sent.kept)
         )
@@ -394,9 +404,7 @@ def _sum_waves(
     one = jax.eval_shape(
         lambda: run_wave(slots[0], steps[0], read(store, cohort.client_ids[slots[0]]))
     )
-    total = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), (one.update, one.weight, one.model_state)
-    )
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one.summed)
     per_client = jax.tree.map(
         lambda x: jnp.zeros((table.shape[0], *x.shape), x.dtype), (one.metrics, one.kept)
     )
@@ -413,9 +421,9 @@ def _sum_waves(
         zeros = jnp.zeros((capacity, *x.shape[table.ndim :]), x.dtype)
         return zeros.at[table].set(x, mode="drop")
 
-    update, weight, model_state = total
+    update, weight, model_state, statistics = total
     clients = jax.tree.map(in_cohort_order, metrics)
-    return CohortResult(update, weight, model_state, store, clients), kept
+    return CohortResult(update, weight, model_state, statistics, store, clients), kept
 
 
 def _exchange(store: PyTree, table: jax.Array, kept: jax.Array, cohort: Cohort) -> PyTree:

@@ -30,6 +30,23 @@ ALGORITHMS = {
     "fed_prox": lambda model, **kw: fl.fed_prox(
         model, optax.sgd(0.05, momentum=0.9), mu=0.1, batch_size=4, num_epochs=2, **kw
     ),
+    "scaffold": lambda model, **kw: fl.scaffold(
+        model, optax.sgd(0.05), batch_size=4, num_epochs=2, **kw
+    ),
+    "scaffold_option_1": lambda model, **kw: fl.scaffold(
+        model, optax.sgd(0.05), option=1, weighting="examples", batch_size=4, **kw
+    ),
+    "fed_nova": lambda model, **kw: fl.fed_nova(
+        model, optax.sgd(0.02, momentum=0.9), batch_size=4, num_epochs=2, mu=0.1, **kw
+    ),
+    "apfl": lambda model, **kw: fl.apfl(model, optax.sgd(0.05), batch_size=4, **kw),
+    "pipeline": lambda model, **kw: fl.fed_avg(
+        model,
+        optax.sgd(0.1),
+        batch_size=3,
+        pipeline=fl.chain(fl.clip_by_norm(0.5), fl.quantize_uniform()),
+        **kw,
+    ),
 }
 each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
@@ -49,7 +66,13 @@ def one_round(name, cohort=None, mesh=None, **options):
     algorithm = build(name, mesh=mesh, **options)
     if cohort is None:
         cohort = everyone(regression_dataset().resident(mesh))
-    return algorithm.round(jax.random.key(1), algorithm.init(jax.random.key(0)), cohort)
+    state = algorithm.init(jax.random.key(0), num_clients=10)
+    return algorithm.round(jax.random.key(1), state, cohort)
+
+
+@functools.cache
+def reference(name):
+    return jax.device_get(one_round(name))
 
 
 def assert_same_round(actual, desired, tolerance=1e-5):
@@ -63,7 +86,7 @@ def test_converges(name):
     model, algorithm = regression_model(), build(name)
     dataset = regression_dataset()
     population = dataset.resident(one_device())
-    state = algorithm.init(jax.random.key(0))
+    state = algorithm.init(jax.random.key(0), num_clients=10)
     before = fl.evaluate(model, state, dataset.examples)["loss"]
     for r in range(100):
         key_cohort, key_round = jax.random.split(jax.random.fold_in(jax.random.key(2), r))
@@ -76,9 +99,8 @@ def test_converges(name):
 
 @each_algorithm
 @eight_devices
-@pytest.mark.parametrize("num_devices", [1, 4])
-def test_compiles_once_whatever_the_cohort(name, num_devices):
-    mesh = fl.clients_mesh(num_devices)
+def test_compiles_once_whatever_the_cohort(name):
+    mesh = fl.clients_mesh(4)
     traces = collections.Counter()
     model = regression_model()
 
@@ -87,7 +109,7 @@ def test_compiles_once_whatever_the_cohort(name, num_devices):
         return model.loss(*args)
 
     algorithm = build(name, model._replace(loss=loss), mesh=mesh)
-    state = algorithm.init(jax.random.key(0))
+    state = algorithm.init(jax.random.key(0), num_clients=10)
     rng = np.random.default_rng(0)
     for r in range(12):
         # The table of rows keeps its length; who owns them, and how many take part, varies.
@@ -105,32 +127,31 @@ def test_compiles_once_whatever_the_cohort(name, num_devices):
 @each_algorithm
 def test_state_keeps_its_structure_shapes_and_dtypes(name):
     algorithm = build(name)
-    before = algorithm.init(jax.random.key(0))
-    after, info = one_round(name)
+    before = algorithm.init(jax.random.key(0), num_clients=10)
+    after, info = reference(name)
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
     chex.assert_shape(list(info.clients.values()), (10,))
 
 
 @each_algorithm
-@pytest.mark.parametrize("lanes", [2, 3, 8, 64])
+@pytest.mark.parametrize("lanes", [3, 64])
 def test_lanes_change_nothing(name, lanes):
-    assert_same_round(one_round(name, lanes=lanes), one_round(name, lanes=1))
+    assert_same_round(one_round(name, lanes=lanes), reference(name))
 
 
 @each_algorithm
 @eight_devices
-@pytest.mark.parametrize("num_devices", [2, 4, 8])
-@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize(("num_devices", "lanes"), [(2, 1), (4, 3), (8, 1)])
 def test_devices_change_nothing(name, num_devices, lanes):
     spread = one_round(name, mesh=fl.clients_mesh(num_devices), lanes=lanes)
-    assert_same_round(spread, one_round(name))
+    assert_same_round(spread, reference(name))
 
 
 @each_algorithm
 def test_order_of_clients_changes_nothing(name):
     population = regression_dataset().resident(one_device())
     order = np.random.default_rng(0).permutation(10)
-    state, info = one_round(name, everyone(population))
+    state, info = reference(name)
     shuffled_state, shuffled_info = one_round(name, everyone(population, order))
     assert_same_round(shuffled_state, state)
     assert_same_round(
@@ -139,8 +160,8 @@ def test_order_of_clients_changes_nothing(name):
 
 
 @each_algorithm
-@pytest.mark.parametrize("lanes", [1, 4])
-def test_padding_weighs_nothing_even_if_it_is_nan(name, lanes):
+def test_padding_weighs_nothing_even_if_it_is_nan(name):
+    lanes = 4
     dataset = regression_dataset()
     population = dataset.resident(one_device())
     # Client 3 takes no part and is nothing but NaN; its neighbours' short batches reach into it.
@@ -173,7 +194,7 @@ def test_scan_over_rounds_equals_a_loop(name):
         )
 
     keys = jax.random.split(jax.random.key(4), 5)
-    start = algorithm.init(jax.random.key(0))
+    start = algorithm.init(jax.random.key(0), num_clients=10)
     scanned, infos = jax.jit(lambda s: jax.lax.scan(step, s, keys))(start)
     looped, losses = start, []
     for key in keys:
@@ -185,9 +206,8 @@ def test_scan_over_rounds_equals_a_loop(name):
 
 @each_algorithm
 @eight_devices
-@pytest.mark.parametrize("num_devices", [1, 4])
-def test_vmap_over_seeds_equals_one_run_at_a_time(name, num_devices):
-    mesh = fl.clients_mesh(num_devices)
+def test_vmap_over_seeds_equals_one_run_at_a_time(name):
+    mesh = fl.clients_mesh(4)
     algorithm = build(name, mesh=mesh)
     population = regression_dataset().resident(mesh)
 
@@ -199,7 +219,9 @@ def test_vmap_over_seeds_equals_one_run_at_a_time(name, num_devices):
             return algorithm.round(key_round, state, cohort)
 
         key_init, key_rounds = jax.random.split(key)
-        return jax.lax.scan(step, algorithm.init(key_init), jax.random.split(key_rounds, 3))
+        return jax.lax.scan(
+            step, algorithm.init(key_init, num_clients=10), jax.random.split(key_rounds, 3)
+        )
 
     keys = jax.random.split(jax.random.key(9), 3)
     together = jax.jit(jax.vmap(run))(keys)
@@ -209,15 +231,14 @@ def test_vmap_over_seeds_equals_one_run_at_a_time(name, num_devices):
 
 @each_algorithm
 def test_same_seed_same_bits(name):
-    first, second = one_round(name), one_round(name)
-    chex.assert_trees_all_equal(jax.device_get(first), jax.device_get(second))
+    chex.assert_trees_all_equal(jax.device_get(one_round(name)), reference(name))
 
 
 @each_algorithm
 def test_a_cohort_without_examples_is_skipped(name):
     population = regression_dataset().resident(one_device())
     algorithm = build(name)
-    state = algorithm.init(jax.random.key(0))
+    state = algorithm.init(jax.random.key(0), num_clients=10)
     after, info = algorithm.round(jax.random.key(1), state, everyone(population, [1]))
     assert info.skipped
     assert info.num_clients == info.num_empty == 1

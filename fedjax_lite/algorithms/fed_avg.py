@@ -1,11 +1,8 @@
 """Federated averaging: clients train, the server averages what changed."""
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
@@ -19,22 +16,19 @@ from fedjax_lite.base import (
     FederatedAlgorithm,
     PyTree,
     ServerState,
+    UpdateTransform,
 )
-from fedjax_lite.local import batch_loss, delta
+from fedjax_lite.local import (
+    ClientOptimizer,
+    LocalState,
+    descend,
+    local_gradient,
+    local_result,
+    measure,
+    resolve_optimizer,
+    start,
+)
 from fedjax_lite.model import Model
-
-ClientOptimizer: TypeAlias = (
-    optax.GradientTransformation | Callable[[jax.Array], optax.GradientTransformation]
-)
-"""An optax transformation, or a function `round -> transformation`."""
-
-
-class _ClientState(NamedTuple):
-    params: PyTree
-    model_state: PyTree
-    opt_state: PyTree
-    loss: jax.Array
-    num_examples: jax.Array
 
 
 def fed_avg(
@@ -48,6 +42,7 @@ def fed_avg(
     shuffle: bool = True,
     weighting: Weighting = "examples",
     measure_clients: bool = False,
+    pipeline: UpdateTransform | None = None,
     on_nonfinite: Literal["drop", "keep"] = "drop",
     differentiable: bool = False,
     lanes: int | None = None,
@@ -87,6 +82,8 @@ def fed_avg(
         server's params and at those that it ends with: `info.clients` and, as means over all
         examples, `info.metrics` then have `{name}_before` and `{name}_after`. The time of two
         more epochs without gradients.
+      pipeline: What happens to the deltas between clients and server, such as
+        `fl.chain(fl.clip_by_norm(1.0), fl.quantize_uniform(256))`.
       on_nonfinite: A client whose delta has a norm that is not finite is left out and
         counted (`"drop"`), or let through (`"keep"`).
       differentiable: Allow reverse-mode differentiation through rounds. Loops then have the
@@ -128,6 +125,7 @@ def fed_avg(
         num_epochs=num_epochs,
         num_steps=num_steps,
         shuffle=shuffle,
+        pipeline=pipeline,
         on_nonfinite=on_nonfinite,
         differentiable=differentiable,
         lanes=lanes,
@@ -179,9 +177,7 @@ def fed_prox(
     >>> float(state.params)  # Steps from 0 to 2, then by -(2 - 4) / 2 - (2 - 0) / 2 = 0.
     2.0
     """
-    known = 0.0 if isinstance(mu, jax.core.Tracer) else np.asarray(mu)
-    if np.ndim(known) != 0 or not 0 <= known < np.inf:
-        raise ValueError(f"mu is {mu!r}; choose a number that is at least 0.")
+    mu = _validate.number("mu", mu)
     return federated_algorithm(
         model,
         local_training(model, client_optimizer, weighting, mu=mu, measure_clients=measure_clients),
@@ -200,60 +196,25 @@ def local_training(
 ) -> ClientUpdate:
     """The client update of `fed_avg`, or with `mu` that of `fed_prox`."""
     client_weight = resolve_weighting(weighting)
-    if not callable(client_optimizer):
-        _validate.instance("client_optimizer", client_optimizer, optax.GradientTransformation)
+    optimizer = resolve_optimizer(client_optimizer)
 
-    def optimizer(shared: ServerState) -> optax.GradientTransformation:
-        if isinstance(client_optimizer, optax.GradientTransformation):
-            return client_optimizer
-        return client_optimizer(shared.round)
-
-    def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> _ClientState:
+    def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> LocalState:
         del client_input, key
-        return _ClientState(
-            params=shared.params,
-            model_state=shared.model_state,
-            opt_state=optimizer(shared).init(shared.params),
-            loss=jnp.zeros(()),
-            num_examples=jnp.int32(0),
-        )
+        return start(shared, optimizer(shared))
 
     def client_step(
-        shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
-    ) -> _ClientState:
-        params = client_state.params
-        loss = batch_loss(model, client_state.model_state, batch, key, mean=True)
-        gradient, (total, model_state) = jax.grad(loss, has_aux=True)(params)
+        shared: ServerState, local: LocalState, batch: Batch, key: jax.Array
+    ) -> LocalState:
+        gradient, aux = local_gradient(model, local.params, local, batch, key)
         if mu is not None:
-            pull = optax.tree.sub(params, shared.params)
-            gradient = optax.tree.add_scale(gradient, mu, pull)
-        updates, opt_state = optimizer(shared).update(gradient, client_state.opt_state, params)
-        return _ClientState(
-            params=optax.apply_updates(params, updates),
-            model_state=model_state,
-            opt_state=opt_state,
-            loss=client_state.loss + total,
-            num_examples=client_state.num_examples + batch["mask"].sum(dtype=jnp.int32),
-        )
+            gradient = optax.tree.add_scale(
+                gradient, mu, optax.tree.sub(local.params, shared.params)
+            )
+        return descend(optimizer(shared), local, gradient, aux, batch)
 
     def client_final(
-        shared: ServerState, client_state: _ClientState, num_examples: jax.Array
+        shared: ServerState, local: LocalState, num_examples: jax.Array
     ) -> ClientResult:
-        update, norm = delta(shared.params, client_state.params)
-        return ClientResult(
-            update=update,
-            weight=client_weight(num_examples),
-            metrics={"loss": client_state.loss / jnp.maximum(client_state.num_examples, 1)},
-            model_state=client_state.model_state,
-            norm=norm,
-        )
+        return local_result(shared, local, client_weight(num_examples))
 
-    def client_measure(
-        shared: ServerState, client_state: _ClientState, batch: Batch
-    ) -> dict[str, jax.Array]:
-        del shared
-        return model.metrics(client_state.params, client_state.model_state, batch)
-
-    return ClientUpdate(
-        client_init, client_step, client_final, client_measure if measure_clients else None
-    )
+    return ClientUpdate(client_init, client_step, client_final, measure(model, measure_clients))

@@ -16,6 +16,7 @@ from fedjax_lite.base import (
     FederatedAlgorithm,
     PyTree,
     ServerState,
+    UpdateTransform,
 )
 from fedjax_lite.local import batch_loss
 from fedjax_lite.model import Model
@@ -36,6 +37,7 @@ def fed_sgd(
     reduction: Literal["mean", "sum"] = "mean",
     weighting: Weighting | None = None,
     batch_size: int | None = None,
+    pipeline: UpdateTransform | None = None,
     on_nonfinite: Literal["drop", "keep"] = "drop",
     lanes: int | None = None,
     mesh: Mesh | None = None,
@@ -67,6 +69,7 @@ def fed_sgd(
       batch_size: Examples in a batch. With `"mean"` it bounds memory and leaves results as
         they are; with `"sum"` it is part of the definition. By default 32, and for
         generated populations the size that they draw.
+      pipeline: What happens to the gradients between clients and server, as in `fed_avg`.
       on_nonfinite: A client whose gradient has a norm that is not finite is left out and
         counted (`"drop"`), or let through (`"keep"`).
       lanes: Clients trained side by side on a device; changes the speed only.
@@ -150,6 +153,7 @@ def fed_sgd(
         average=reduction == "mean",
         batch_size=batch_size,
         shuffle=False,
+        pipeline=pipeline,
         on_nonfinite=on_nonfinite,
         lanes=lanes,
         mesh=mesh,

@@ -10,14 +10,22 @@ import optax
 from jax.sharding import Mesh
 
 from fedjax_lite import _validate, random
-from fedjax_lite.base import ClientUpdate, FederatedAlgorithm, PyTree, RoundInfo, ServerState
-from fedjax_lite.batches import DEFAULT_BATCH_SIZE, Batching, adapt_batch_size
+from fedjax_lite.base import (
+    ClientUpdate,
+    FederatedAlgorithm,
+    PyTree,
+    RoundInfo,
+    ServerState,
+    UpdateTransform,
+)
+from fedjax_lite.batches import DEFAULT_BATCH_SIZE, KEY_SERVER, Batching, adapt_batch_size
 from fedjax_lite.cohort import Cohort
 from fedjax_lite.cpu import Paced
 from fedjax_lite.mesh import replicate
 from fedjax_lite.model import Model
 from fedjax_lite.runner import MEASURED, ON_NONFINITE, CohortResult, run_clients
 from fedjax_lite.store import MEMORY_KINDS, create_store
+from fedjax_lite.updates.pipeline import send_through
 
 Weighting = Literal["examples", "uniform"] | Callable[[jax.Array], jax.Array]
 
@@ -50,6 +58,8 @@ def federated_algorithm(
     num_steps: int | None = None,
     shuffle: bool = True,
     client_entry: Callable[[PyTree], PyTree] | None = None,
+    client_params: Callable[[ServerState, PyTree], PyTree] | None = None,
+    pipeline: UpdateTransform | None = None,
     memory_kind: Literal["device", "pinned_host"] = "device",
     on_nonfinite: Literal["drop", "keep"] = "drop",
     differentiable: bool = False,
@@ -59,13 +69,16 @@ def federated_algorithm(
 ) -> FederatedAlgorithm:
     """An algorithm of one's own, from what a single client computes.
 
-    The server optimizer is given the weighted mean of the clients' updates as its gradient.
+    The server optimizer is given the weighted mean of the clients' updates as its gradient, and
+    the arguments `statistics`, what clients send beside, and `num_clients`, the size of the
+    population, if it takes extra arguments.
 
     Args:
       model: The model, which draws params where `init` is given a key.
       client_update: What a client computes. What the server broadcasts is its `ServerState`,
         with an empty `store`.
-      server_optimizer: Any optax transformation.
+      server_optimizer: Any optax transformation, also one of
+        `optax.GradientTransformationExtraArgs`.
       average: Divide the weighted sum of the updates by the sum of the weights; else the
         optimizer is given the sum.
       batch_size: Examples in a local batch. By default 32, and for generated populations the
@@ -80,6 +93,9 @@ def federated_algorithm(
         its `client_output` replaces it. A round returns a new store; let it reuse the memory
         of the old one by `jax.jit(algorithm.round, donate_argnames="state")`, or by a `scan`
         over rounds.
+      client_params: See `FederatedAlgorithm`.
+      pipeline: What happens to the updates between clients and server, such as
+        `fl.chain(fl.clip_by_norm(1.0), fl.quantize_uniform(256))`.
       memory_kind: Where the store lies: on the `"device"`, or in `"pinned_host"` memory, from
         which entries are copied when their clients train.
       on_nonfinite: A client whose update has a norm that is not finite (or whose model state or
@@ -126,6 +142,10 @@ def federated_algorithm(
     _validate.choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
     _validate.choice("memory_kind", memory_kind, MEMORY_KINDS)
     _validate.instance("server_optimizer", server_optimizer, optax.GradientTransformation)
+    server_optimizer = optax.with_extra_args_support(server_optimizer)
+    if pipeline is not None:
+        _validate.instance("pipeline", pipeline, UpdateTransform)
+        client_update = send_through(pipeline, client_update)
     batching = Batching(
         batch_size=DEFAULT_BATCH_SIZE if batch_size is None else batch_size,
         num_epochs=num_epochs,
@@ -162,6 +182,7 @@ def federated_algorithm(
             model_state=model_state,
             opt_state=server_optimizer.init(params),
             round=jnp.int32(0),
+            pipeline_state=() if pipeline is None else pipeline.init(params),
         )
         state = replicate(state, mesh)
         if client_entry is None or num_clients is None:
@@ -174,7 +195,7 @@ def federated_algorithm(
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
         _validate.instance("cohort", cohort, Cohort)
         _validate.instance("state", state, ServerState)
-        server = dataclasses.replace(state, store=())
+        server = state_before = dataclasses.replace(state, store=())
         result = run_clients(
             client_update,
             server,
@@ -191,37 +212,41 @@ def federated_algorithm(
         skip = result.weight == 0
         mean = 1 / jnp.where(skip, 1, result.weight)
         aggregate = optax.tree.scale(mean, result.update) if average else result.update
-        model_state = optax.tree.scale(mean, result.model_state)
+        metrics: dict[str, jax.Array] = {}
+        if pipeline is not None:
+            key_server = jax.random.fold_in(key, KEY_SERVER)
+            aggregate, pipeline_state, metrics = pipeline.server(
+                key_server, server.pipeline_state, aggregate
+            )
+            server = dataclasses.replace(server, pipeline_state=pipeline_state)
+        # A mean of float32 sums would leave optimizer state of another dtype than params have.
+        aggregate = optax.tree.cast_like(aggregate, server.params)
+        updates, opt_state = server_optimizer.update(
+            aggregate,
+            server.opt_state,
+            server.params,
+            statistics=result.statistics,
+            num_clients=cohort.num_clients,
+        )
+        stepped = dataclasses.replace(
+            server,
+            params=optax.apply_updates(server.params, updates),
+            model_state=jax.tree.map(
+                _round_like, optax.tree.scale(mean, result.model_state), server.model_state
+            ),
+            opt_state=opt_state,
+        )
+        after = jax.tree.map(lambda new, old: jnp.where(skip, old, new), stepped, state_before)
         info = _round_info(cohort, result, aggregate, skip, on_nonfinite == "drop")
-        after = _server_step(server_optimizer, server, aggregate, model_state, skip)
-        return dataclasses.replace(after, store=result.store), info
+        info = dataclasses.replace(info, metrics={**info.metrics, **metrics})
+        return dataclasses.replace(after, store=result.store, round=server.round + 1), info
 
-    return FederatedAlgorithm(init, Paced(round))
+    return FederatedAlgorithm(init, Paced(round), client_params)
 
 
 def _round_like(x: jax.Array, like: jax.Array) -> jax.Array:
     """`x` in the dtype of `like`; a mean of counters becomes the nearest one."""
     return (x if jnp.issubdtype(like.dtype, jnp.inexact) else jnp.round(x)).astype(like.dtype)
-
-
-def _server_step(
-    server_optimizer: optax.GradientTransformation,
-    state: ServerState,
-    aggregate: PyTree,
-    model_state: PyTree,
-    skip: jax.Array,
-) -> ServerState:
-    """One step of the server optimizer; with `skip`, only the round number advances."""
-    # A mean of float32 sums would leave optimizer state of another dtype than params have.
-    aggregate = optax.tree.cast_like(aggregate, state.params)
-    updates, opt_state = server_optimizer.update(aggregate, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    model_state = jax.tree.map(_round_like, model_state, state.model_state)
-    after = ServerState(
-        params=params, model_state=model_state, opt_state=opt_state, round=state.round
-    )
-    after = jax.tree.map(lambda new, old: jnp.where(skip, old, new), after, state)
-    return dataclasses.replace(after, round=state.round + 1)
 
 
 def _round_info(

@@ -1,0 +1,142 @@
+"""FedNova: clients weigh as their data do, however many steps they take."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from fedjax_lite import _validate
+from fedjax_lite.algorithms.fed_avg import local_training
+from fedjax_lite.algorithms.server import Weighting, federated_algorithm, resolve_weighting
+from fedjax_lite.base import (
+    Batch,
+    ClientResult,
+    ClientUpdate,
+    FederatedAlgorithm,
+    PyTree,
+    ServerState,
+)
+from fedjax_lite.local import ClientOptimizer, LocalState, resolve_optimizer
+from fedjax_lite.model import Model
+
+
+class _ClientState(NamedTuple):
+    local: LocalState
+    probe: jax.Array
+    probe_state: PyTree
+
+
+def fed_nova(
+    model: Model,
+    client_optimizer: ClientOptimizer,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    mu: ArrayLike = 0.0,
+    weighting: Weighting = "examples",
+    **options: Any,
+) -> FederatedAlgorithm:
+    r"""FedNova: normalised averaging, for clients that take different numbers of steps.
+
+    The local steps of client $i$ add up to $w - w_i = \sum_k a_{i,k} g_{i,k}$, with $g_{i,k}$ its
+    gradients. In FedAvg, who takes more steps weighs more. Here the server optimizer is given
+
+    $$\Big( \sum_i p_i \|a_i\|_1 \Big) \sum_i p_i \frac{w - w_i}{\|a_i\|_1}$$
+
+    with weights $p_i$ that add up to one. $\|a_i\|_1$ is how far the client optimizer takes a
+    scalar whose gradient is always 1: the number of steps times the rate for SGD, and whatever
+    momentum, weight decay, schedules and the proximal term make of it.
+
+    Source: Wang et al. (2020), "Tackling the Objective Inconsistency Problem in Heterogeneous
+    Federated Optimization".
+
+    Args:
+      model: The model.
+      client_optimizer: As in `fed_avg`. The normalisation is exact for steps that are linear in the
+        gradients, such as SGD's with or without momentum.
+      server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
+      mu: Strength of a proximal term, as in `fed_prox`; may be traced.
+      weighting: The weight of a client, as in `fed_avg`.
+      **options: Those of `federated_algorithm`: `batch_size`, `num_epochs`, `num_steps` and so on.
+
+    Returns:
+      A `FederatedAlgorithm`, as `fed_avg` does. `info.update_norm` is the norm of the mean of the
+      normalised deltas, before they are scaled back.
+
+    Raises:
+      ValueError: `mu` is negative or no scalar; another option is unknown or out of range.
+
+    >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
+    >>> model = fl.function_model(lambda w, batch: -w * batch["x"])  # Gradients are -x.
+    >>> algorithm = fed_nova(model, optax.sgd(1.0), batch_size=1)
+    >>> dataset = fl.FederatedDataset.from_clients({"a": {"x": [1.0] * 3}, "b": {"x": [2.0]}})
+    >>> everyone = fl.cohort_of(dataset.resident(), [0, 1])
+    >>> state, info = algorithm.round(jax.random.key(1), algorithm.init(jnp.float32(0.0)), everyone)
+    >>> float(state.params)  # (3/4 * 3 + 1/4 * 1) * (3/4 * 1 + 1/4 * 2)
+    3.125
+    """
+    mu = _validate.number("mu", mu)
+    training = local_training(model, client_optimizer, weighting, mu=mu)
+    client_weight = resolve_weighting(weighting)
+    optimizer = resolve_optimizer(client_optimizer)
+    server = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    _validate.instance("server_optimizer", server, optax.GradientTransformation)
+
+    def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> _ClientState:
+        probe = jnp.zeros(())
+        return _ClientState(
+            training.init(shared, client_input, key), probe, optimizer(shared).init(probe)
+        )
+
+    def client_step(
+        shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
+    ) -> _ClientState:
+        local, probe, probe_state = client_state
+        update, probe_state = optimizer(shared).update(1 + mu * probe, probe_state, probe)
+        return _ClientState(
+            training.step(shared, local, batch, key),
+            optax.apply_updates(probe, update),
+            probe_state,
+        )
+
+    def client_final(
+        shared: ServerState, client_state: _ClientState, num_examples: jax.Array
+    ) -> ClientResult:
+        result = training.final(shared, client_state.local, num_examples)
+        weight, effective = client_weight(num_examples), -client_state.probe
+        # With a rate of zero the delta is zero, too.
+        normalised = optax.tree.scale(1 / jnp.where(effective == 0, 1, effective), result.update)
+        return result._replace(
+            update=optax.tree.cast_like(normalised, result.update),
+            statistics={"weight": weight, "effective": weight * effective},
+        )
+
+    return federated_algorithm(
+        model,
+        ClientUpdate(client_init, client_step, client_final),
+        _scaled_back(server),
+        **options,
+    )
+
+
+def _scaled_back(
+    server_optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """A server optimizer that is given the mean of normalised deltas times the mean length."""
+    inner = optax.with_extra_args_support(server_optimizer)
+
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        statistics: dict[str, jax.Array],
+        **extra_args: Any,
+    ) -> tuple[PyTree, PyTree]:
+        weight = statistics["weight"]
+        effective = statistics["effective"] / jnp.where(weight == 0, 1, weight)
+        scaled = optax.tree.cast_like(optax.tree.scale(effective, updates), updates)
+        return inner.update(scaled, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -1,0 +1,174 @@
+"""SCAFFOLD: clients correct their steps by where the others are going."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_lite import _validate
+from fedjax_lite.algorithms.server import Weighting, federated_algorithm, resolve_weighting
+from fedjax_lite.base import (
+    Batch,
+    ClientResult,
+    ClientUpdate,
+    FederatedAlgorithm,
+    PyTree,
+    ServerState,
+)
+from fedjax_lite.local import (
+    ClientOptimizer,
+    LocalState,
+    descend,
+    local_gradient,
+    local_result,
+    resolve_optimizer,
+    start,
+)
+from fedjax_lite.model import Model
+
+
+class ScaffoldState(NamedTuple):
+    """What the server keeps, in `state.opt_state`.
+
+    Attributes:
+      inner: State of the server optimizer.
+      control: The server's control variate, the mean of those of all clients.
+    """
+
+    inner: PyTree
+    control: PyTree
+
+
+class _ClientState(NamedTuple):
+    local: LocalState
+    control: PyTree
+    total: PyTree
+
+
+def scaffold(
+    model: Model,
+    client_optimizer: ClientOptimizer,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    option: Literal[1, 2] = 2,
+    weighting: Weighting = "uniform",
+    **options: Any,
+) -> FederatedAlgorithm:
+    r"""SCAFFOLD: FedAvg whose clients correct their gradients by control variates.
+
+    Client $i$ keeps an estimate $c_i$ of its own gradient, the server the mean $c$ of all of them,
+    both zero at first. A local step goes along $g_i(y) - c_i + c$, with $g_i$ the gradient of the
+    batch and $y$ the client's params. After its steps, the client's estimate becomes
+
+    - `option=1`: $c_i^+ = g_i(w)$, the mean gradient of the examples that it processed at the
+      server's params $w$, which takes a second gradient in each step,
+    - `option=2`: $c_i^+$, the mean over its steps of $g_i(y)$. With plain SGD at the rate $\eta$,
+      this is the paper's $c_i - c + \frac{w - y}{K \eta}$ after $K$ steps.
+
+    The server steps along the mean delta, as in FedAvg, and adds
+    $\frac{1}{N} \sum_i (c_i^+ - c_i)$ to $c$, over the clients of the round, with $N$ the size of
+    the population.
+
+    Source: Karimireddy et al. (2020), "SCAFFOLD: Stochastic Controlled Averaging for Federated
+    Learning".
+
+    Args:
+      model: The model.
+      client_optimizer: As in `fed_avg`; plain SGD in the paper. Momentum sees the corrected
+        gradients.
+      server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
+      option: How clients estimate their gradients, as above.
+      weighting: The weight of a client's delta, as in `fed_avg`; the control variates are never
+        weighted.
+      **options: Those of `federated_algorithm`: `batch_size`, `num_epochs`, `num_steps` and so on.
+
+    Returns:
+      A `FederatedAlgorithm`, whose `init` needs `num_clients`. `state.store` holds the $c_i$,
+      `state.opt_state.control` is $c$. A client must not be twice in a cohort.
+
+    Raises:
+      ValueError: `option` is neither 1 nor 2; another option is unknown or out of range.
+
+    >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
+    >>> model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2 / 2)
+    >>> algorithm = scaffold(model, optax.sgd(0.5), num_steps=2)
+    >>> dataset = fl.FederatedDataset.from_clients({"a": {"x": [4.0]}, "b": {"x": [8.0]}})
+    >>> state = algorithm.init(jnp.float32(0.0), num_clients=2)
+    >>> everyone = fl.cohort_of(dataset.resident(), [0, 1])
+    >>> state, info = algorithm.round(jax.random.key(1), state, everyone)
+    >>> state.store.tolist(), float(state.opt_state.control)  # Gradients -4, -2 and -8, -4.
+    ([-3.0, -6.0], -4.5)
+    """
+    if option not in (1, 2):
+        raise ValueError(f"option is {option!r}; choose 1 or 2.")
+    client_weight = resolve_weighting(weighting)
+    optimizer = resolve_optimizer(client_optimizer)
+    server = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    _validate.instance("server_optimizer", server, optax.GradientTransformation)
+
+    def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> _ClientState:
+        del key
+        local = start(shared, optimizer(shared))
+        return _ClientState(local, client_input, optax.tree.zeros_like(client_input))
+
+    def client_step(
+        shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
+    ) -> _ClientState:
+        local, control, total = client_state
+        gradient, aux = local_gradient(model, local.params, local, batch, key)
+        if option == 1:
+            at_server, _ = local_gradient(model, shared.params, local, batch, key)
+            total = optax.tree.add_scale(total, batch["mask"].sum(), at_server)
+        else:
+            total = optax.tree.add(total, gradient)
+        corrected = jax.tree.map(
+            lambda g, own, mean: g - own + mean, gradient, control, shared.opt_state.control
+        )
+        return _ClientState(
+            descend(optimizer(shared), local, corrected, aux, batch), control, total
+        )
+
+    def client_final(
+        shared: ServerState, client_state: _ClientState, num_examples: jax.Array
+    ) -> ClientResult:
+        local, control, total = client_state
+        count = local.num_examples if option == 1 else local.num_steps
+        after = optax.tree.scale(1 / jnp.maximum(count, 1).astype(float), total)
+        after = optax.tree.cast_like(after, control)
+        return local_result(shared, local, client_weight(num_examples))._replace(
+            client_output=after, statistics=optax.tree.sub(after, control)
+        )
+
+    return federated_algorithm(
+        model,
+        ClientUpdate(client_init, client_step, client_final),
+        _with_control(server),
+        client_entry=optax.tree.zeros_like,
+        **options,
+    )
+
+
+def _with_control(
+    server_optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """A server optimizer that keeps the control variate beside its own state."""
+    inner = optax.with_extra_args_support(server_optimizer)
+
+    def init(params: PyTree) -> ScaffoldState:
+        return ScaffoldState(inner.init(params), optax.tree.zeros_like(params))
+
+    def update(
+        updates: PyTree,
+        state: ScaffoldState,
+        params: PyTree = None,
+        *,
+        statistics: PyTree,
+        num_clients: int,
+        **extra_args: Any,
+    ) -> tuple[PyTree, ScaffoldState]:
+        updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
+        control = optax.tree.add_scale(state.control, 1 / num_clients, statistics)
+        return updates, ScaffoldState(inner_state, optax.tree.cast_like(control, state.control))
+
+    return optax.GradientTransformationExtraArgs(init, update)

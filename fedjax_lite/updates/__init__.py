@@ -1,0 +1,1 @@
+"""What happens to updates between clients and server."""

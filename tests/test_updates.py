@@ -1,0 +1,157 @@
+"""The update pipeline: transforms alone, in a chain, and in rounds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import everyone, regression_dataset, regression_model
+
+import fedjax_lite as fl
+
+UPDATE = {"a": jnp.array([3.0, -4.0]), "b": jnp.float32(12.0)}  # Of norm 13.
+KEY = jax.random.key(0)
+
+
+def of_one_client(transform, update, key=KEY):
+    return transform.client(key, transform.init(update), update, jnp.float32(1.0))
+
+
+@pytest.mark.parametrize(("bound", "factor"), [(6.5, 0.5), (13.5, 1.0)])
+def test_clip_by_norm(bound, factor):
+    clipped, info = of_one_client(fl.clip_by_norm(bound), UPDATE)
+    expected = jax.tree.map(lambda x: factor * np.asarray(x), UPDATE)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), clipped, expected)
+    assert info["clipped"] == (factor < 1)
+
+
+def test_bounds_can_be_swept_and_differentiated():
+    norm = lambda bound: optax.tree.norm(of_one_client(fl.clip_by_norm(bound), UPDATE)[0])
+    bounds = jnp.array([1.0, 5.0, 20.0])
+    np.testing.assert_allclose(jax.vmap(norm)(bounds), [1.0, 5.0, 13.0], rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(norm))(bounds), [1.0, 1.0, 0.0], atol=1e-6)
+    zero = jax.grad(lambda x: of_one_client(fl.clip_by_norm(1.0), x)[0].sum())(jnp.zeros(3))
+    np.testing.assert_array_equal(zero, np.ones(3))
+
+
+@pytest.mark.parametrize(("num_levels", "bits"), [(2, 1), (3, 2), (16, 4), (256, 8)])
+def test_quantized_updates_are_levels_and_right_on_average(num_levels, bits):
+    update = {"a": jax.random.normal(KEY, (5, 7)), "b": jnp.full(3, 0.3)}
+    quantize = fl.quantize_uniform(num_levels)
+    keys = jax.random.split(jax.random.key(1), 4000)
+    many, info = jax.vmap(lambda key: of_one_client(quantize, update, key))(keys)
+    x = np.asarray(update["a"], np.float64)
+    step = (x.max() - x.min()) / (num_levels - 1)
+    levels = (np.asarray(many["a"]) - x.min()) / step
+    np.testing.assert_allclose(levels, np.round(levels), atol=1e-3)
+    assert (np.abs(many["a"] - x) < step * 1.0001).all()
+    # The standard deviation of one is at most half a step.
+    np.testing.assert_allclose(many["a"].mean(0), x, atol=5 * step / 2 / np.sqrt(4000))
+    np.testing.assert_array_equal(many["b"], np.full((4000, 3), 0.3, np.float32))
+    np.testing.assert_array_equal(info["bits_up"], bits * 38 + 2 * 64)
+
+
+def test_a_chain_runs_forth_on_clients_and_back_on_the_server():
+    def adding(x):
+        return fl.UpdateTransform(
+            lambda params: jnp.float32(0),
+            lambda key, state, update, weight: (update * 10 + x, {"last": x}),
+            lambda key, state, aggregate: (aggregate * 10 + x, state + x, {"first": x}),
+        )
+
+    both = fl.chain(adding(1.0), adding(2.0))
+    update, info = of_one_client(both, jnp.float32(0))
+    assert update == 12.0
+    assert info == {"last": 2.0}
+    aggregate, state, info = both.server(KEY, both.init(update), jnp.float32(0))
+    assert aggregate == 21.0
+    assert state == (1.0, 2.0)
+    assert info == {"first": 1.0}
+    nothing = fl.chain()
+    assert of_one_client(nothing, 5.0) == (5.0, {})
+    with pytest.raises(TypeError, match=r"transforms\[1\] is of type"):
+        fl.chain(both, optax.sgd(1.0))
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+def test_deltas_are_clipped_in_rounds_before_they_are_weighted(weighting):
+    population = regression_dataset().resident()
+    options = {"batch_size": 4, "weighting": weighting, "shuffle": False}
+    optimizer = optax.sgd(0.1)
+    algorithm = fl.fed_avg(regression_model(), optimizer, pipeline=fl.clip_by_norm(0.2), **options)
+    state = algorithm.init({"w": jnp.zeros(3), "b": jnp.float32(0)})
+    after, info = algorithm.round(KEY, state, everyone(population))
+    plain = fl.fed_avg(regression_model(), optimizer, **options)
+    total, weights = np.zeros(4), []
+    for client in range(10):
+        alone, alone_info = plain.round(KEY, state, everyone(population, [client]))
+        delta = -np.append(alone.params["w"], alone.params["b"])
+        norm = np.linalg.norm(delta)
+        weights.append(float(alone_info.clients["weight"][0]))
+        total += weights[-1] * delta * min(1.0, 0.2 / max(norm, 1e-9))
+        # What is reported is what the client trained.
+        np.testing.assert_allclose(info.clients["update_norm"][client], norm, rtol=1e-5)
+        assert info.clients["clipped"][client] == (norm > 0.2)
+    expected = -total / sum(weights)
+    np.testing.assert_allclose(after.params["w"], expected[:3], rtol=1e-5)
+    np.testing.assert_allclose(after.params["b"], expected[3], rtol=1e-5)
+
+
+def counting():
+    """Counts rounds, and shrinks updates by the count on clients and by ten on the server."""
+    return fl.UpdateTransform(
+        lambda params: jnp.float32(1),
+        lambda key, state, update, weight: (optax.tree.scale(1 / state, update), {}),
+        lambda key, state, aggregate: (
+            optax.tree.scale(0.1, aggregate),
+            state + 1,
+            {"count": state},
+        ),
+    )
+
+
+def test_the_server_half_keeps_its_state_but_not_in_a_skipped_round():
+    population = regression_dataset().resident()
+    build = lambda **kw: fl.fed_sgd(regression_model(), optax.sgd(1.0), **kw)
+    algorithm, plain = build(pipeline=counting()), build()
+    state = algorithm.init(jax.random.key(1))
+    for count in (1.0, 2.0):
+        before = state
+        state, info = algorithm.round(KEY, state, everyone(population))
+        expected, _ = plain.round(KEY, before, everyone(population))
+        moved = optax.tree.sub(state.params, before.params)
+        whole = optax.tree.sub(expected.params, before.params)
+        np.testing.assert_allclose(moved["w"], 0.1 / count * whole["w"], rtol=1e-4)
+        assert info.metrics["count"] == count
+    skipped, _ = algorithm.round(KEY, state, everyone(population, [1]))
+    assert skipped.pipeline_state == state.pipeline_state == 3.0
+
+
+def test_bytes_are_those_that_are_sent():
+    population = regression_dataset().resident()
+    algorithm = fl.fed_avg(
+        regression_model(), optax.sgd(0.1), batch_size=4, pipeline=fl.quantize_uniform(16)
+    )
+    result = fl.train(algorithm, population, fl.samplers.uniform(10, 5), 2, key=jax.random.key(0))
+    for row in result.history.rounds:
+        trained = row["num_clients"] - row["num_empty"]
+        assert row["bytes_up"] == trained * (4 * 4 + 2 * 64) / 8
+        assert row["bytes_down"] == row["num_clients"] * 16
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: fl.clip_by_norm(0.0), "max_norm is 0.0; choose a number above 0"),
+        (lambda: fl.clip_by_norm([1.0]), "max_norm is .*; choose a number above 0"),
+        (lambda: fl.quantize_uniform(1), "num_levels is 1; choose an integer at least 2"),
+    ],
+)
+def test_what_is_wrong_is_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_pipeline_must_be_one():
+    with pytest.raises(TypeError, match="pipeline is of type GradientTransformation"):
+        fl.fed_avg(regression_model(), optax.sgd(0.1), pipeline=optax.clip(1.0))
