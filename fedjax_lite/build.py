@@ -9,16 +9,24 @@ import numpy as np
 import optax
 
 from fedjax_lite import _validate, data, models, partition, samplers
+from fedjax_lite.algorithms.apfl import apfl
 from fedjax_lite.algorithms.fed_avg import fed_avg, fed_prox
+from fedjax_lite.algorithms.fed_nova import fed_nova
 from fedjax_lite.algorithms.fed_sgd import fed_sgd
-from fedjax_lite.base import FederatedAlgorithm, ServerState
+from fedjax_lite.algorithms.scaffold import scaffold
+from fedjax_lite.base import FederatedAlgorithm, ServerState, UpdateTransform
+from fedjax_lite.cohort import cohort_of
 from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.data.population import Population
-from fedjax_lite.evaluate import evaluate
+from fedjax_lite.evaluate import ClientEvaluation, evaluate, evaluate_clients
 from fedjax_lite.experiment import Experiment, resolve
+from fedjax_lite.fine_tune import evaluate_fine_tuned
 from fedjax_lite.mesh import replicate
 from fedjax_lite.model import Model
 from fedjax_lite.samplers import Sampler
+from fedjax_lite.updates.clipping import clip_by_norm
+from fedjax_lite.updates.pipeline import chain
+from fedjax_lite.updates.quantization import quantize_uniform
 
 _CLASSES = {"gaussian-images": 62, "emnist-like": 62, "cifar10-like": 10, "cifar100-like": 100}
 _SEQUENCES: dict[str, dict[str, Any]] = {
@@ -36,6 +44,8 @@ _FIXED_SHAPES: dict[str, tuple[tuple[int, ...], Callable[[int], Model]]] = {
     "cifar-cnn": ((32, 32, 3), models.cifar_cnn),
 }
 
+_GENERATED_CLIENTS_EVALUATED = 100
+
 Datasets = tuple[FederatedDataset, FederatedDataset]
 
 
@@ -50,6 +60,9 @@ class Built(NamedTuple):
       sampler: Who takes part.
       evaluate: `evaluate(state) -> {metric: scalar}`, on all held-out examples.
       held_out: The held-out examples of each client; `None` where clients are generated.
+      personal: `personal(state, key) -> evaluation`, of the params that each client has for itself
+        on its held-out examples: those that the algorithm gives it, or the server's, fine-tuned.
+        `None` if they have none.
     """
 
     experiment: Experiment
@@ -59,6 +72,7 @@ class Built(NamedTuple):
     sampler: Sampler
     evaluate: Callable[[ServerState], dict[str, jax.Array]]
     held_out: FederatedDataset | None
+    personal: Callable[[ServerState, jax.Array], ClientEvaluation] | None
 
 
 def build(experiment: Experiment, datasets: Datasets | None = None) -> Built:
@@ -79,33 +93,79 @@ def build(experiment: Experiment, datasets: Datasets | None = None) -> Built:
     ['accuracy', 'loss']
     """
     experiment = resolve(experiment)
-    population, sizes, held_out, examples, num_classes = _load(experiment, datasets)
+    population, train, held_out, examples, num_classes = _load(experiment, datasets)
     model = _model(experiment, examples, num_classes)
+    algorithm = algorithm_of(experiment, model)
     on_device = replicate({name: jnp.asarray(feature) for name, feature in examples.items()})
     evaluate_on = jax.jit(lambda state, examples: evaluate(model, state, examples))
     return Built(
         experiment=experiment,
         model=model,
-        algorithm=algorithm_of(experiment, model),
+        algorithm=algorithm,
         population=population,
-        sampler=_sampler(experiment, sizes),
+        sampler=_sampler(experiment, population, train),
         evaluate=lambda state: evaluate_on(state, on_device),
         held_out=held_out,
+        personal=_personal(experiment, model, algorithm, population, train, held_out),
     )
 
 
 # The settings below are resolved: what applies is not None.
 
 
+def _personal(
+    settings: Any,
+    model: Model,
+    algorithm: FederatedAlgorithm,
+    population: Population,
+    train: FederatedDataset | None,
+    held_out: FederatedDataset | None,
+) -> Callable[[ServerState, jax.Array], ClientEvaluation] | None:
+    """What evaluates the params that clients have for themselves."""
+    client_params, num_epochs = algorithm.client_params, settings.fine_tune_epochs
+    if client_params is None and num_epochs is None:
+        return None
+    if train is None or held_out is None:
+        # Clients draw other examples from another key.
+        ids = np.arange(min(population.num_clients, _GENERATED_CLIENTS_EVALUATED))
+        test_population: Any = population
+    else:
+        if set(held_out.client_ids) != set(train.client_ids):
+            raise ValueError(
+                f"test has {held_out.num_clients} clients that are not those of dataset, of which"
+                " each is to be evaluated on examples of its own; choose the test split of the same"
+                " clients, or leave test out."
+            )
+        ids = np.arange(train.num_clients)
+        test_population = held_out.select(train.client_ids).resident()
+    key = jax.random.key(settings.data_seed)
+    held_out_cohort = cohort_of(test_population, ids, key=key)
+    if client_params is not None:
+        return lambda state, key: evaluate_clients(
+            model, state, held_out_cohort, client_params=client_params, key=key
+        )
+    client = _client_optimizer(settings)
+    train_cohort = cohort_of(population, ids, key=key)
+    return lambda state, key: evaluate_fine_tuned(
+        model,
+        state,
+        train_cohort,
+        held_out_cohort,
+        client,
+        key=key,
+        num_epochs=num_epochs,
+        batch_size=settings.batch_size,
+    )[1]
+
+
 def _load(
     settings: Any, datasets: Datasets | None
-) -> tuple[Population, np.ndarray, FederatedDataset | None, Mapping[str, Any], int]:
-    """The clients, their sizes, the held-out examples, all that is evaluated on, and classes."""
+) -> tuple[Population, FederatedDataset | None, FederatedDataset | None, Mapping[str, Any], int]:
+    """The clients, their examples and held-out ones, all that is evaluated on, and classes."""
     if settings.examples_per_client is not None:
         population, draw, num_classes = _generate(settings)
-        sizes = np.full(settings.num_clients, settings.examples_per_client)
         examples = draw(jax.random.key(settings.data_seed), _num_evaluated(settings))
-        return population, sizes, None, examples, num_classes
+        return population, None, None, examples, num_classes
     train, held_out = _split(settings, datasets)
     for name, dataset in (("dataset", train), ("test", held_out)):
         _check_features(name, dataset)
@@ -116,7 +176,7 @@ def _load(
         )
     # A rare class may be in one of the two alone.
     num_classes = 1 + max(int(part.examples["y"].max()) for part in (train, held_out))
-    return train.resident(), train.num_examples, held_out, held_out.examples, num_classes
+    return train.resident(), train, held_out, held_out.examples, num_classes
 
 
 def _num_evaluated(settings: Any) -> int:
@@ -282,6 +342,7 @@ def algorithm_of(settings: Any, model: Model) -> FederatedAlgorithm:
     options = {
         "weighting": settings.weighting,
         "batch_size": settings.batch_size,
+        "pipeline": _pipeline(settings),
         "lanes": settings.lanes,
     }
     if settings.algorithm == "fed-sgd":
@@ -291,9 +352,28 @@ def algorithm_of(settings: Any, model: Model) -> FederatedAlgorithm:
     else:
         options["num_steps"] = settings.num_steps
     client = _client_optimizer(settings)
-    if settings.algorithm == "fed-prox":
-        return fed_prox(model, client, server, mu=settings.mu, **options)
-    return fed_avg(model, client, server, **options)
+    match settings.algorithm:
+        case "fed-prox":
+            return fed_prox(model, client, server, mu=settings.mu, **options)
+        case "scaffold":
+            return scaffold(model, client, server, **options)
+        case "fed-nova":
+            return fed_nova(model, client, server, **options)
+        case "apfl":
+            own = {"alpha": settings.own_share, "layerwise": settings.layerwise}
+            return apfl(model, client, server, **own, **options)
+        case _:
+            return fed_avg(model, client, server, **options)
+
+
+def _pipeline(settings: Any) -> UpdateTransform | None:
+    """What happens to updates between clients and server."""
+    transforms = []
+    if settings.clip_update is not None:
+        transforms.append(clip_by_norm(settings.clip_update))
+    if settings.quantize_bits is not None:
+        transforms.append(quantize_uniform(2**settings.quantize_bits))
+    return chain(*transforms) if transforms else None
 
 
 def _client_optimizer(settings: Any) -> Any:
@@ -355,8 +435,8 @@ def _rate(settings: Any, schedule: str, rate: float) -> float | optax.Schedule:
             )
 
 
-def _sampler(settings: Any, sizes: np.ndarray) -> Sampler:
-    num_clients, cohort_size = sizes.size, settings.cohort_size
+def _sampler(settings: Any, population: Population, train: FederatedDataset | None) -> Sampler:
+    num_clients, cohort_size = population.num_clients, settings.cohort_size
     if cohort_size is not None:
         _validate.integer("cohort_size", cohort_size, minimum=1, maximum=num_clients)
     match settings.sampler:
@@ -365,6 +445,7 @@ def _sampler(settings: Any, sizes: np.ndarray) -> Sampler:
         case "poisson":
             return samplers.poisson(num_clients, cohort_size / num_clients)
         case "importance":
+            sizes = np.ones(num_clients) if train is None else train.num_examples
             return samplers.importance(sizes, cohort_size)
         case "round-robin":
             return samplers.round_robin(num_clients, cohort_size)

@@ -49,8 +49,14 @@ class Experiment:
       hidden: Widths of the hidden layers of an mlp; 64 by default.
       vocabulary_size: Ids that a model of sequences knows, the four special ones included; 90 by
         default for Shakespeare, 10,004 for Stack Overflow.
-      algorithm: fed-avg, fed-prox or fed-sgd.
+      algorithm: fed-avg, fed-prox, scaffold, fed-nova, apfl (clients with models of their own) or
+        fed-sgd.
       mu: Strength of fed-prox's proximal term; 0.01 by default.
+      own_share: Share of a client's own params in its model that apfl begins with; 0.5 by default.
+      layerwise: Let apfl learn a share for each array of the params, instead of one for each
+        client.
+      fine_tune_epochs: Let each client train the model for so many epochs on its own examples after
+        the last round, and evaluate it on its held-out ones; not done by default.
       weighting: The weight of a client in the mean: its number of examples, or uniform.
       batch_size: Examples in a local batch.
       num_epochs: How often a client runs through its examples in a round; 5 by default.
@@ -60,6 +66,9 @@ class Experiment:
       client_momentum: Momentum of sgd; 0 by default.
       client_weight_decay: L2 penalty added to the gradients of clients; 0 by default.
       clip: Largest L2 norm of a client's gradient in a step; not clipped by default.
+      clip_update: Largest L2 norm of what a client sends; not clipped by default.
+      quantize_bits: Bits of a number that a client sends, rounded at random between the extremes of
+        its array; not rounded by default.
       client_schedule: Learning rate of clients by round: constant, cosine (to 0 in the last
         round), exponential or step (both times decay every decay-every rounds, the one steadily,
         the other at once); constant by default.
@@ -115,8 +124,11 @@ class Experiment:
     ] = "auto"
     hidden: tuple[int, ...] | None = None
     vocabulary_size: int | None = None
-    algorithm: Literal["fed-avg", "fed-prox", "fed-sgd"] = "fed-avg"
+    algorithm: Literal["fed-avg", "fed-prox", "scaffold", "fed-nova", "apfl", "fed-sgd"] = "fed-avg"
     mu: float | None = None
+    own_share: float | None = None
+    layerwise: bool | None = None
+    fine_tune_epochs: int | None = None
     weighting: Literal["examples", "uniform"] = "examples"
     batch_size: int = 10
     num_epochs: int | None = None
@@ -126,6 +138,8 @@ class Experiment:
     client_momentum: float | None = None
     client_weight_decay: float | None = None
     clip: float | None = None
+    clip_update: float | None = None
+    quantize_bits: int | None = None
     client_schedule: Schedule | None = None
     server_optimizer: Literal["sgd", "momentum", "adam", "yogi", "adagrad", "lamb", "lars"] = "sgd"
     server_lr: float | None = None
@@ -159,7 +173,7 @@ _GENERATED = {
     "stackoverflow-like": "stackoverflow-transformer",
 }
 _DEALT = ("iid", "dirichlet", "dirichlet-by-client", "shards", "pathological")
-_LOCAL = ("fed-avg", "fed-prox")
+_LOCAL = ("fed-avg", "fed-prox", "scaffold", "fed-nova", "apfl")
 _ADAPTIVE = ("adam", "yogi", "lamb")
 
 # What a setting belongs to, and its default for each choice that has it. Those of server
@@ -218,6 +232,12 @@ _BELONGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mu": ("algorithm", {"fed-prox": 0.01}),
+    "own_share": ("algorithm", {"apfl": 0.5}),
+    "layerwise": ("algorithm", {"apfl": False}),
+    "fine_tune_epochs": (
+        "algorithm",
+        dict.fromkeys(("fed-avg", "fed-prox", "scaffold", "fed-nova")),
+    ),
     "num_steps": ("algorithm", dict.fromkeys(_LOCAL)),
     "num_epochs": ("algorithm", dict.fromkeys(_LOCAL, 5)),
     "client_optimizer": ("algorithm", dict.fromkeys(_LOCAL, "sgd")),
@@ -256,6 +276,8 @@ _AT_LEAST = {
     "batch_size": 1,
     "num_epochs": 1,
     "num_steps": 1,
+    "fine_tune_epochs": 1,
+    "quantize_bits": 1,
     "decay_every": 1,
     "cohort_size": 1,
     "rounds": 1,
@@ -264,7 +286,7 @@ _AT_LEAST = {
     "seed": 0,
     "data_seed": 0,
 }
-_POSITIVE = ("clip", "client_lr", "server_lr", "server_eps", "decay")
+_POSITIVE = ("clip", "clip_update", "client_lr", "server_lr", "server_eps", "decay")
 _NOT_NEGATIVE = ("mu", "client_weight_decay", "alpha", "beta", "separation")
 _FRACTIONS = ("client_momentum", "server_momentum", "server_b1", "server_b2")
 
@@ -331,13 +353,15 @@ def _check_values(values: dict[str, Any]) -> None:
     known = {name: value for name, value in values.items() if value is not None}
     for name, minimum in _AT_LEAST.items():
         if name in known:
-            _validate.integer(name, known[name], minimum=minimum, maximum=2**31 - 1)
+            maximum = 24 if name == "quantize_bits" else 2**31 - 1
+            _validate.integer(name, known[name], minimum=minimum, maximum=maximum)
     for width in known.get("hidden", ()):
         _validate.integer("hidden", width, minimum=1)
     for names, inside, range_ in (
         (_POSITIVE, lambda x: 0 < x < math.inf, "a positive number"),
         (_NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "a number that is at least 0"),
         (_FRACTIONS, lambda x: 0 <= x < 1, "a number that is at least 0, and below 1"),
+        (("own_share",), lambda x: 0 <= x <= 1, "a number between 0 and 1"),
         (("held_out",), lambda x: 0 < x < 1, "a fraction between 0 and 1"),
     ):
         for name in names:

@@ -7,6 +7,12 @@ import pytest
 import fedjax_lite as fl
 
 NAMES = {
+    "apfl": [
+        *("model", "client_optimizer", "server_optimizer", "alpha", "layerwise", "weighting"),
+        "options",
+    ],
+    "chain": ["transforms"],
+    "clip_by_norm": ["max_norm"],
     "clients_mesh": ["num_devices"],
     "cohort": ["key", "population", "cohort_size", "capacity"],
     "cohort_of": ["population", "client_ids", "key"],
@@ -15,8 +21,8 @@ NAMES = {
         *("model", "state", "examples", "metrics", "batch_size", "mesh", "rewrite_convolutions"),
     ],
     "evaluate_clients": [
-        *("model", "state", "cohort", "metrics", "key", "batch_size", "lanes", "mesh"),
-        "rewrite_convolutions",
+        *("model", "state", "cohort", "metrics", "client_params", "key", "batch_size"),
+        *("lanes", "mesh", "rewrite_convolutions"),
     ],
     "evaluate_fine_tuned": [
         *("model", "state", "train_cohort", "held_out_cohort", "client_optimizer", "key"),
@@ -25,25 +31,32 @@ NAMES = {
     ],
     "fed_avg": [
         *("model", "client_optimizer", "server_optimizer", "batch_size", "num_epochs"),
-        *("num_steps", "shuffle", "weighting", "measure_clients", "on_nonfinite"),
+        *("num_steps", "shuffle", "weighting", "measure_clients", "pipeline", "on_nonfinite"),
         *("differentiable", "lanes", "mesh", "rewrite_convolutions"),
+    ],
+    "fed_nova": [
+        *("model", "client_optimizer", "server_optimizer", "mu", "weighting", "options"),
     ],
     "fed_prox": [
         *("model", "client_optimizer", "server_optimizer", "mu", "weighting", "measure_clients"),
         "options",
     ],
     "fed_sgd": [
-        *("model", "server_optimizer", "reduction", "weighting", "batch_size", "on_nonfinite"),
-        *("lanes", "mesh", "rewrite_convolutions"),
+        *("model", "server_optimizer", "reduction", "weighting", "batch_size", "pipeline"),
+        *("on_nonfinite", "lanes", "mesh", "rewrite_convolutions"),
     ],
     "federated_algorithm": [
         *("model", "client_update", "server_optimizer", "average", "batch_size", "num_epochs"),
-        *("num_steps", "shuffle", "client_entry", "memory_kind", "on_nonfinite"),
-        *("differentiable", "lanes", "mesh", "rewrite_convolutions"),
+        *("num_steps", "shuffle", "client_entry", "client_params", "pipeline", "memory_kind"),
+        *("on_nonfinite", "differentiable", "lanes", "mesh", "rewrite_convolutions"),
     ],
     "function_model": ["loss", "init", "metrics", "predict"],
     "linen_model": ["module", "example", "loss", "metrics", "inputs"],
     "nnx_model": ["create", "loss", "metrics", "inputs"],
+    "quantize_uniform": ["num_levels"],
+    "scaffold": [
+        *("model", "client_optimizer", "server_optimizer", "option", "weighting", "options"),
+    ],
     "summarize_clients": ["values", "num_examples"],
     "replicate": ["tree", "mesh"],
     "sweep": [
@@ -58,13 +71,15 @@ NAMES = {
     "tune_lanes": ["build", "key", "state", "cohort", "candidates", "repeats"],
     "Checkpoints": ["folder", "every", "keep", "settings"],
     "ClientEvaluation": ["clients", "num_examples", "pooled"],
-    "ClientResult": ["update", "weight", "metrics", "model_state", "client_output", "norm"],
+    "ClientResult": [
+        *("update", "weight", "metrics", "model_state", "client_output", "norm", "statistics"),
+    ],
     "ClientUpdate": ["init", "step", "final", "measure"],
     "Cohort": [
         *("client_ids", "num_examples", "offsets", "examples", "num_clients", "device_slots"),
         "sample",
     ],
-    "FederatedAlgorithm": ["init", "round"],
+    "FederatedAlgorithm": ["init", "round", "client_params"],
     "FederatedDataset": ["examples", "offsets", "client_ids"],
     "History": ["rounds", "evaluations"],
     "Model": ["init", "loss", "metrics", "predict"],
@@ -73,12 +88,15 @@ NAMES = {
         *("loss", "update_norm", "num_clients", "num_examples", "num_empty", "num_nonfinite"),
         *("skipped", "clients", "metrics"),
     ],
-    "ServerState": ["params", "model_state", "opt_state", "round", "store"],
+    "ServerState": [
+        *("params", "model_state", "opt_state", "round", "store", "pipeline_state"),
+    ],
     "SweepResult": ["states", "histories"],
     "TrainResult": [
         *("state", "averaged", "best", "history", "stopped", "compile_s", "run_s"),
         *("client_updates_per_s", "examples_per_s"),
     ],
+    "UpdateTransform": ["init", "client", "server"],
     "TunedLanes": ["lanes", "seconds"],
 }
 PARTITION = {

@@ -1,3 +1,4 @@
+import functools
 import json
 import statistics
 
@@ -57,11 +58,15 @@ def test_every_baseline_can_be_run(name):
     built = build(Experiment(**{**settings, **small}))
     clients = built.sampler.select(jax.random.key(0), 0).client_ids
     cohort = fl.cohort_of(built.population, clients, key=jax.random.key(1))
-    state = jax.eval_shape(built.algorithm.init, jax.random.key(2))
+    state = jax.eval_shape(
+        functools.partial(built.algorithm.init, num_clients=built.population.num_clients),
+        jax.random.key(2),
+    )
     after, info = jax.eval_shape(built.algorithm.round, jax.random.key(3), state, cohort)
     assert jax.tree.map(np.shape, after.params) == jax.tree.map(np.shape, state.params)
     assert info.loss.shape == ()
     assert {"loss", "accuracy"} <= set(jax.eval_shape(built.evaluate, state))
+    assert (built.personal is not None) == BASELINES[name].personal
 
 
 def test_the_list_has_all_baselines(capsys):

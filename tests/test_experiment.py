@@ -58,6 +58,11 @@ def test_a_resolved_experiment_stays_as_it_is(settings):
         ({"dataset": "a", "test": "b", "held_out": 0.1}, "held_out is 0.1 beside test"),
         ({"algorithm": "fedavg"}, "algorithm is 'fedavg'; choose one of 'fed-avg'"),
         ({"rounds": 0}, "rounds is 0"),
+        ({"own_share": 0.5}, "own_share is 0.5, which belongs to apfl"),
+        ({"algorithm": "apfl", "own_share": 2.0}, "own_share is 2.0; .* between 0 and 1"),
+        ({"algorithm": "apfl", "fine_tune_epochs": 1}, "fine_tune_epochs is 1"),
+        ({"quantize_bits": 25}, "quantize_bits is 25; choose an integer between 1 and 24"),
+        ({"clip_update": 0.0}, "clip_update is 0.0; choose a positive number"),
         ({"crop": 24}, "crop is 24, which belongs to cifar10-like and cifar100-like"),
         ({"vocabulary_size": 90}, "vocabulary_size is 90, which belongs to shakespeare-lstm"),
         ({"examples_per_client": 9}, "examples_per_client is 9, which belongs to gaussian-images"),
@@ -299,3 +304,67 @@ def test_sequences_that_do_not_fit_are_refused(texts, tmp_path):
     np.savez(tmp_path / "s.npz", client_ids=[0, 1], x=np.zeros((2, 3)), y=[0.5, 1.5])
     with pytest.raises(ValueError, match="y of dtype"):
         build(Experiment(dataset=str(tmp_path / "s.npz"), cohort_size=1))
+
+
+def trained(built, num_rounds=2):
+    return fl.train(
+        built.algorithm, built.population, built.sampler, num_rounds, key=jax.random.key(0)
+    ).state
+
+
+@pytest.mark.parametrize(
+    ("settings", "by_hand"),
+    [
+        (
+            {"algorithm": "scaffold"},
+            lambda model, *common, **options: fl.scaffold(
+                model, *common, weighting="examples", **options
+            ),
+        ),
+        ({"algorithm": "fed-nova"}, fl.fed_nova),
+        (
+            {"algorithm": "apfl", "own_share": 0.2, "layerwise": True},
+            lambda *common, **options: fl.apfl(*common, alpha=0.2, layerwise=True, **options),
+        ),
+        (
+            {"clip_update": 0.1, "quantize_bits": 4},
+            lambda *common, **options: fl.fed_avg(
+                *common,
+                pipeline=fl.chain(fl.clip_by_norm(0.1), fl.quantize_uniform(16)),
+                **options,
+            ),
+        ),
+    ],
+)
+def test_settings_become_the_algorithm(path, settings, by_hand):
+    built = build(Experiment(dataset=path, cohort_size=3, num_epochs=2, **settings))
+    algorithm = by_hand(built.model, optax.sgd(0.1), optax.sgd(1.0), batch_size=10, num_epochs=2)
+    expected = trained(built._replace(algorithm=algorithm))
+    jax.tree.map(np.testing.assert_array_equal, trained(built).params, expected.params)
+
+
+def test_clients_have_models_for_themselves(path):
+    plain = build(Experiment(dataset=path, cohort_size=3))
+    assert plain.personal is None
+    tuned = build(Experiment(dataset=path, cohort_size=3, fine_tune_epochs=3))
+    state = trained(tuned)
+    # Each client has one class, which is soon learned.
+    assert tuned.personal(state, jax.random.key(1)).pooled["accuracy"] == 1
+    assert tuned.evaluate(state)["accuracy"] < 1
+    own = build(Experiment(dataset=path, cohort_size=3, algorithm="apfl", num_epochs=20))
+    state = trained(own, 10)
+    assert own.personal(state, jax.random.key(1)).pooled["accuracy"] == 1
+
+
+def test_models_of_clients_are_evaluated_on_their_own_examples(path):
+    train = fl.data.read(path)
+    reversed_ = train.select(train.client_ids[::-1])
+    settings = Experiment(dataset=path, test=path, cohort_size=3, algorithm="apfl", num_epochs=20)
+    state = trained(build(settings), 10)
+    found = [
+        build(settings, (train, test)).personal(state, jax.random.key(1)).clients["loss"]
+        for test in (train, reversed_)
+    ]
+    np.testing.assert_array_equal(*found)
+    with pytest.raises(ValueError, match="test has 2 clients that are not those of dataset"):
+        build(settings, (train, train.select(train.client_ids[:2])))

@@ -247,11 +247,12 @@ def test_an_interrupt_finishes_the_round_and_saves_it(tmp_path):
 
 
 def damage(folder):
-    """Alters one byte in the middle of the largest file."""
-    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    """Alters one bit in the middle of the files that hold the arrays."""
+    sizes = {path: path.stat().st_size for path in folder.rglob("d/*")}
+    for path in (path for path, size in sizes.items() if size == max(sizes.values())):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
 
 
 def test_a_damaged_checkpoint_is_put_aside(tmp_path):

@@ -105,6 +105,7 @@ def baseline(options: Baseline) -> None:
         "synthetic": options.synthetic,
         "published": {"accuracy": chosen.accuracy, "source": chosen.source},
         "differs": chosen.differs,
+        "personal": chosen.personal,
         **report,
     }
     if options.json:
@@ -188,6 +189,10 @@ def _setting(settings: Any) -> str:
         )
     if "mu" in settings:
         parts.append(f"mu {settings['mu']:g}")
+    if "quantize_bits" in settings:
+        parts.append(f"{settings['quantize_bits']} bits")
+    if "fine_tune_epochs" in settings:
+        parts.append("fine-tuned at the end")
     return ", ".join(parts)
 
 
@@ -200,7 +205,10 @@ def _print(report: dict[str, Any]) -> None:
         told = "no published accuracy to compare with"
     else:
         told = f"published accuracy {published['accuracy']:.4f}"
-    ours = f"accuracy {accuracy[-1]:.4f}, {max(accuracy):.4f} at best"
+    if report["personal"]:
+        ours = f"accuracy {report['personal_accuracy']:.4f} with the models of the clients"
+    else:
+        ours = f"accuracy {accuracy[-1]:.4f}, {max(accuracy):.4f} at best"
     console.print(f"{ours}; {told} ({published['source']})", soft_wrap=True)
     if report["differs"]:
         console.print(f"differs from it: {report['differs']}", soft_wrap=True)

@@ -62,6 +62,10 @@ def evaluate(options: Eval) -> None:
         report |= {name: float(value) for name, value in built.evaluate(state).items()}
     else:
         report |= _measure(built.model, state, held_out)
+    # The best state is kept without what clients keep.
+    if built.personal is not None and options.dataset is None and not options.best:
+        found = built.personal(state, jax.random.key(run.seed or 0))
+        report["personal_accuracy"] = float(found.pooled["accuracy"])
     if options.json:
         print(json.dumps(jsonable(report)))
     else:
@@ -77,7 +81,7 @@ def _restore(options: Eval, built: Built, *, ema: bool) -> tuple[int, fl.ServerS
     folder = options.run / "checkpoints"
     if not folder.is_dir():
         raise UsageError(f"{options.run} holds no checkpoints; choose the folder of a `train` run")
-    state = built.algorithm.init(jax.random.key(0))
+    state = built.algorithm.init(jax.random.key(0), num_clients=built.population.num_clients)
     like = {
         "state": state,
         "averaged": trained(state) if ema else None,

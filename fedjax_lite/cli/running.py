@@ -103,7 +103,11 @@ def run_recorded(
         except KeyboardInterrupt as interrupt:
             told = str(interrupt).partition(";")[0] or "interrupted"
             raise InterruptedRunError(f"{told}; fedjax-lite {resumed_by} {out} goes on") from None
-    _write_clients(built, result, out)
+    personal = None
+    if built.personal is not None:
+        key = jax.random.key(built.experiment.seed)
+        personal = built.personal(result.averaged or result.state, key)
+    _write_clients(built, result, personal, out)
     groups = [[read_run(out)]]
     draw(out, panels(groups, [out.name]), title(groups))
     evaluations = result.history.evaluations
@@ -113,6 +117,7 @@ def run_recorded(
         "rounds": [row["round"] for row in evaluations],
         "loss": [row["loss"] for row in evaluations],
         "accuracy": [row["accuracy"] for row in evaluations],
+        **({} if personal is None else {"personal_accuracy": float(personal.pooled["accuracy"])}),
         "stopped": result.stopped,
         "compile_s": result.compile_s,
         "run_s": result.run_s,
@@ -121,13 +126,17 @@ def run_recorded(
     }
 
 
-def _write_clients(built: Built, result: fl.TrainResult, out: Path) -> None:
-    """Writes how the model does on the held-out examples of each client."""
+def _write_clients(
+    built: Built, result: fl.TrainResult, personal: fl.ClientEvaluation | None, out: Path
+) -> None:
+    """Writes how the model, and that of its own, does on the held-out examples of each client."""
     if built.held_out is None:
         return
     everyone = fl.cohort_of(built.held_out.resident(), np.arange(built.held_out.num_clients))
     found = fl.evaluate_clients(built.model, result.averaged or result.state, everyone)
     report = {name: np.asarray(values).tolist() for name, values in found.clients.items()}
+    if personal is not None:
+        report["personal_accuracy"] = np.asarray(personal.clients["accuracy"]).tolist()
     report["num_examples"] = built.held_out.num_examples.tolist()
     (out / "clients.json").write_text(json.dumps(jsonable(report)) + "\n")
 
@@ -143,6 +152,12 @@ def print_report(report: dict[str, Any], heading: str = "on held-out examples") 
         table.add_row(name, f"{first:.{digits}f}", f"{last:.{digits}f}")
     console = rich.console.Console(markup=False)
     console.print(table)
+    if "personal_accuracy" in report:
+        console.print(
+            f"accuracy {report['personal_accuracy']:.4f} with the models that clients have for"
+            " themselves",
+            soft_wrap=True,
+        )
     if report["stopped"]:
         console.print(f"stopped: {report['stopped']}", soft_wrap=True)
     console.print(

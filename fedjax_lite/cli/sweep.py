@@ -16,7 +16,7 @@ import rich.table
 import tyro
 
 import fedjax_lite as fl
-from fedjax_lite.build import algorithm_of, build
+from fedjax_lite.build import Built, algorithm_of, build
 from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.curves import MAX_CURVES, draw
 from fedjax_lite.cli.errors import UsageError
@@ -30,6 +30,7 @@ from fedjax_lite.records import Recorder, jsonable, machine
 # What can be an argument of a compiled program; the rest decides what is compiled.
 _TRACED = {
     *("seed", "client_lr", "client_momentum", "client_weight_decay", "clip", "mu"),
+    *("clip_update", "own_share"),
     *("server_lr", "server_momentum", "server_b1", "server_b2", "server_eps"),
 }
 _VARY = tyro.conf.arg(metavar="NAME=VALUES", help_behavior_hint="")
@@ -40,8 +41,8 @@ _VARY = tyro.conf.arg(metavar="NAME=VALUES", help_behavior_hint="")
 class Sweep(Experiment):
     """Run all combinations of some settings, and record, compare and draw them.
 
-    Seeds and other numbers of the training vary within one compiled program, whose runs are side
-    by side; what changes the data, the model or the shape of the program takes one for each value.
+    Seeds and other numbers of the training vary within one compiled program; what changes the data,
+    the model or the shape of the program takes one for each value.
 
     Attributes:
       vary: A setting and its values: client_lr=0.01,0.03,0.1 or, for whole numbers, seed=0:8, which
@@ -75,25 +76,26 @@ def sweep(options: Sweep) -> None:
         ]
     except ValueError as error:
         raise UsageError(as_option(str(error))) from None
+    programs = _programs(runs)
+    try:
+        built = [build(runs[places[0]]) for places in programs]
+    except ValueError as error:
+        raise UsageError(as_option(str(error))) from None
     out = options.out or new_folder("sweep")
     try:
         out.mkdir(parents=True, exist_ok=False)
     except OSError as error:
         raise cannot_write(out, error) from None
 
-    programs = _programs(runs)
     structural = sorted(set(varied) - _TRACED)
     told = f", since {', '.join(structural)} cannot vary within one" if len(programs) > 1 else ""
     console = rich.console.Console(stderr=options.json)
     console.print(f"{len(runs)} runs in {_count(len(programs), 'program')}{told}")
     began = time.perf_counter()
     histories: dict[int, fl.History] = {}
-    try:
-        for places in programs:
-            found = _run([runs[place] for place in places])
-            histories |= dict(zip(places, found, strict=True))
-    except ValueError as error:
-        raise UsageError(as_option(str(error))) from None
+    for places, program in zip(programs, built, strict=True):
+        found = _run(program, [runs[place] for place in places])
+        histories |= dict(zip(places, found, strict=True))
     run_s = time.perf_counter() - began
 
     folders = [_record(out, i, list(varied), run, histories[i]) for i, run in enumerate(runs)]
@@ -166,9 +168,8 @@ def _programs(runs: Sequence[Experiment]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _run(runs: Sequence[Experiment]) -> list[fl.History]:
+def _run(built: Built, runs: Sequence[Experiment]) -> list[fl.History]:
     """The histories of runs that one program can run."""
-    built = build(runs[0])
     numbers = {
         name: np.array([getattr(run, name) for run in runs], np.float32)
         for name in _TRACED - {"seed"}

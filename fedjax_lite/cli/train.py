@@ -162,7 +162,7 @@ def _folder(options: Train, settings: dict[str, Any]) -> Path:
 def _dry_run(built: Built, settings: dict[str, Any], *, as_json: bool) -> None:
     """Runs one round, and prints what it takes."""
     key_init, key_sampler, key = jax.random.split(jax.random.key(built.experiment.seed), 3)
-    state = built.algorithm.init(key_init)
+    state = built.algorithm.init(key_init, num_clients=built.population.num_clients)
     selection = built.sampler.select(key_sampler, 0)
     cohort = fl.cohort_of(built.population, selection.client_ids, key=key)
     began = time.perf_counter()

@@ -25,10 +25,11 @@ def quantize_uniform(num_levels: int = 256) -> UpdateTransform:
     stochastic k-level quantization.
 
     Args:
-      num_levels: The number of levels $L$, at least 2; 256 take 8 bits.
+      num_levels: The number of levels $L$, from 2 to $2^{24}$; 256 take 8 bits.
 
     Raises:
-      ValueError: `num_levels` is below 2 or no integer.
+      ValueError: `num_levels` is out of range.
+      TypeError: `num_levels` is no integer.
 
     >>> import jax, jax.numpy as jnp
     >>> quantize = quantize_uniform(3)
@@ -37,7 +38,7 @@ def quantize_uniform(num_levels: int = 256) -> UpdateTransform:
     >>> update.tolist(), int(info["bits_up"])
     ([0.0, 1.0, 2.0], 70)
     """
-    num_levels = _validate.integer("num_levels", num_levels, minimum=2)
+    num_levels = _validate.integer("num_levels", num_levels, minimum=2, maximum=2**24)
     bits = math.ceil(math.log2(num_levels))
 
     def quantize(key: jax.Array, x: jax.Array) -> jax.Array:
