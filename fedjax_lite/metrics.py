@@ -27,10 +27,28 @@ class Metric(NamedTuple):
         leaf. Examples that `batch["mask"]` leaves out must contribute exactly zero, even if they
         are NaN. The sums of no examples are zeros.
       result: `result(sums) -> value`, a scalar or an array; means of no examples are NaN.
+
+    >>> import jax.numpy as jnp
+    >>> metric = accuracy()
+    >>> logits, batch = jnp.eye(2), {"y": jnp.array([0, 0]), "mask": jnp.array([True, True])}
+    >>> sums = metric.zero(logits, batch)
+    >>> for _ in range(3):
+    ...     sums = metric.merge(sums, metric.from_batch(logits, batch))
+    >>> float(metric.result(sums))
+    0.5
     """
 
     from_batch: Callable[[Any, Batch], PyTree]
     result: Callable[[PyTree], jax.Array]
+
+    def zero(self, predictions: Any, batch: Batch) -> PyTree:
+        """The sums of no examples, in the shapes that those of such a batch have."""
+        shapes = jax.eval_shape(self.from_batch, predictions, batch)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def merge(self, sums: PyTree, others: PyTree) -> PyTree:
+        """The sums of two sets of examples together."""
+        return jax.tree.map(jnp.add, sums, others)
 
 
 def _memoized(factory: Callable[P, Metric]) -> Callable[P, Metric]:

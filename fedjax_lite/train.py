@@ -19,6 +19,7 @@ from fedjax_lite import _validate
 from fedjax_lite.base import FederatedAlgorithm, PyTree, RoundInfo, ServerState
 from fedjax_lite.checkpoint import CheckpointFolder, Checkpoints, identify
 from fedjax_lite.cohort import Cohort, cohort_of
+from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.data.population import GeneratedPopulation, ResidentPopulation
 from fedjax_lite.data.streaming import StreamedPopulation, prefetch
 from fedjax_lite.ledger import Ledger, trained, without_extras
@@ -60,7 +61,7 @@ class TrainResult(NamedTuple):
 
 def train(
     algorithm: FederatedAlgorithm,
-    population: ResidentPopulation | GeneratedPopulation | StreamedPopulation,
+    population: FederatedDataset | ResidentPopulation | GeneratedPopulation | StreamedPopulation,
     sampler: Sampler,
     num_rounds: int,
     *,
@@ -93,7 +94,8 @@ def train(
 
     Args:
       algorithm: The algorithm.
-      population: `dataset.resident()`, `dataset.streamed(...)`, or a `GeneratedPopulation`.
+      population: A `FederatedDataset`, which is made resident, or `dataset.resident(...)`,
+        `dataset.streamed(...)` or a `GeneratedPopulation`.
       sampler: Who takes part, from `fl.samplers`.
       num_rounds: Rounds of the whole run, those before it was resumed included.
       key: Typed key, from which everything random in the run derives.
@@ -143,6 +145,8 @@ def train(
     num_rounds = _validate.integer("num_rounds", num_rounds, minimum=0)
     eval_every = _validate.integer("eval_every", eval_every, minimum=1)
     _validate.choice("best_mode", best_mode, ("max", "min"))
+    if isinstance(population, FederatedDataset):
+        population = population.resident()
     if sampler.num_clients != population.num_clients:
         raise ValueError(
             f"sampler chooses among {sampler.num_clients} clients, and population has"

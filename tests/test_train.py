@@ -199,6 +199,28 @@ def rounds_on_disk(folder):
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
+def test_what_clients_and_a_pipeline_keep_is_resumed(tmp_path):
+    counting = fl.UpdateTransform(
+        lambda params: jnp.int32(0),
+        lambda key, count, update, weight: (optax.tree.scale(0.9**count, update), {}),
+        lambda key, count, aggregate: (aggregate, count + 1, {}),
+    )
+    algorithm = fl.scaffold(
+        regression_model(),
+        optax.sgd(0.1),
+        batch_size=3,
+        pipeline=fl.chain(counting, fl.quantize_uniform(16)),
+    )
+    options = setting(algorithm=algorithm, population=regression_dataset())
+    straight = fl.train(**options)
+    options |= {"checkpoints": fl.Checkpoints(tmp_path, every=3)}
+    with pytest.raises(RuntimeError, match="power cut"):
+        fl.train(**options, on_round=power_cut_in_round(8))
+    resumed = fl.train(**options)
+    assert_same(resumed.state, straight.state)
+    assert resumed.state.pipeline_state[0] == 12
+
+
 def test_resumes_to_the_same_bits(tmp_path):
     straight = fl.train(**setting(ema_decay=0.5, best="loss", best_mode="min"))
     options = checkpointed(tmp_path)
