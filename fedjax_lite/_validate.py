@@ -61,6 +61,8 @@ def number(name: str, value: Any, *, positive: bool = False, maximum: float = np
     """`value`, a finite scalar that is not negative, or positive; a traced one is not looked at."""
     if isinstance(value, jax.core.Tracer) and value.ndim == 0:
         return value
+    if np.asarray(value).dtype.kind not in "iuf":
+        raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; pass a number.")
     if (
         np.ndim(value) != 0
         or not 0 <= np.asarray(value) <= maximum

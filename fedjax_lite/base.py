@@ -62,13 +62,14 @@ class RoundInfo:
       num_clients: Clients in the cohort, empty ones included.
       num_examples: Examples processed, those of every epoch counted; int32.
       num_empty: Clients without examples; they contribute nothing.
-      num_nonfinite: Clients whose update, model state or weight is not finite, or so
-        large that the norm of the update is not.
+      num_nonfinite: Clients whose update, statistics, model state, weight or output for the
+        store is not finite, or so large that its norm is not.
       skipped: True if no client contributed: `params`, `model_state` and
         `opt_state` are then unchanged, and only `round` advances.
       clients: Per-client arrays `[clients, ...]` in cohort order, zero in empty slots:
         the metrics that clients report, such as `loss`, and `num_examples`, `num_steps`,
-        `update_norm`, `weight`, `nonfinite`.
+        `update_norm`, `weight`, `nonfinite`, and `bits_down` and `bits_up`, what they are sent
+        and send: params, model state, statistics.
       metrics: Means over the clients that were not left out of what was measured before and
         after their training, weighted by their numbers of examples, and what the update
         pipeline reports of its server half; often empty.
@@ -113,10 +114,11 @@ class ClientResult(NamedTuple):
       metrics: Scalars or arrays by name, reported per client and not aggregated.
       model_state: What the model keeps but does not train, summed with the same weight.
       client_output: What the client keeps for the next round that it takes part in, like its
-        `client_input`. A client that is left out, or has no examples, keeps what it had.
+        `client_input`. A client that is left out, has no examples or weighs nothing keeps what it
+        had.
       norm: L2 norm of the update, if it is known; the runner computes it otherwise.
       statistics: Pytree of arrays that the server receives beside the update, as the plain sum
-        over clients: counts, losses, control variates.
+        over clients with a weight: counts, losses, control variates. No pipeline acts on them.
     """
 
     update: PyTree
@@ -135,7 +137,7 @@ class UpdateTransform(NamedTuple):
       init: `init(params) -> state`.
       client: `client(key, state, update, weight) -> (update, info)`, on the update of one client,
         before it is weighted and summed, with a typed key of the client's own. `info` has scalars
-        by name, which are reported per client; `bits_up` is what the client sends, in bits.
+        by name, which are reported per client; `bits_up` is the size of the update as it is sent.
       server: `server(key, state, aggregate) -> (aggregate, state, info)`, on the aggregate, before
         the server optimizer is given it. `info` has scalars by name.
     """

@@ -20,7 +20,7 @@ from fedjax_lite.mesh import AXIS, resolve
 from fedjax_lite.metrics import Metric, mean
 from fedjax_lite.model import Model
 from fedjax_lite.runner import choose_rewrite, run_clients
-from fedjax_lite.store import check_store, read
+from fedjax_lite.store import check_store
 
 _VALUES = mean(lambda values, batch: values)
 
@@ -165,6 +165,11 @@ def evaluate_clients(
             " a typed key."
         )
     if client_params is not None:
+        if not jax.tree.leaves(state.store):
+            raise ValueError(
+                "state.store is empty, and client_params is given, which reads it; pass a state"
+                " with its store (the best one that fl.train keeps has none)."
+            )
         check_store(state.store, cohort.num_clients)
     return _evaluate_clients(
         ServerState(
@@ -392,15 +397,11 @@ def _evaluate_clients(
     batching: Batching,
     **layout: Any,
 ) -> ClientEvaluation:
-    # What a client keeps, and finds in its input, is its id where it has params of its own.
-    def init(shared: ServerState, client_id: PyTree, key: jax.Array) -> _Measured:
-        own = ()
-        if client_params is not None:
-            entry = read(shared.store, client_id)
-            own = client_params(dataclasses.replace(shared, store=()), entry)
+    def init(shared: ServerState, entry: PyTree, key: jax.Array) -> _Measured:
+        own = () if client_params is None else client_params(shared, entry)
         # Its form alone: the rows outside of the runner are those of all devices.
         batch = jax.eval_shape(lambda: read_batch(cohort, key, 0, 0, batching))
-        return _Measured(client_id, own, measure.zeros(shared.params, shared.model_state, batch))
+        return _Measured(own, measure.zeros(shared.params, shared.model_state, batch))
 
     def step(shared: ServerState, measured: _Measured, batch: Batch, key: jax.Array) -> _Measured:
         del key
@@ -409,16 +410,16 @@ def _evaluate_clients(
         return measured._replace(sums=jax.tree.map(jnp.add, measured.sums, sums))
 
     def final(shared: ServerState, measured: _Measured, num_examples: jax.Array) -> ClientResult:
-        result = report_sums(shared, measured.sums, num_examples)
-        return result._replace(client_output=measured.client_id)
+        return report_sums(shared, measured.sums, num_examples)
 
     result = run_clients(
         ClientUpdate(init, step, final),
-        state,
+        dataclasses.replace(state, store=()),
         cohort,
         key,
         batching=batching,
-        store=() if client_params is None else jnp.arange(cohort.num_clients),
+        store=state.store,
+        keep_output=False,
         **layout,
     )
     return client_evaluation(measure, result.clients["sums"], cohort.num_examples)
@@ -427,7 +428,6 @@ def _evaluate_clients(
 class _Measured(NamedTuple):
     """A client while it is evaluated."""
 
-    client_id: PyTree
     params: PyTree
     sums: dict[str, PyTree]
 

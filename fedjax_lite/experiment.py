@@ -66,9 +66,9 @@ class Experiment:
       client_momentum: Momentum of sgd; 0 by default.
       client_weight_decay: L2 penalty added to the gradients of clients; 0 by default.
       clip: Largest L2 norm of a client's gradient in a step; not clipped by default.
-      clip_update: Largest L2 norm of what a client sends; not clipped by default.
-      quantize_bits: Bits of a number that a client sends, rounded at random between the extremes of
-        its array; not rounded by default.
+      clip_update: Largest L2 norm of a client's update; not clipped by default.
+      quantize_bits: Bits of a number in a client's update, rounded at random between the extremes
+        of its array; not rounded by default.
       client_schedule: Learning rate of clients by round: constant, cosine (to 0 in the last
         round), exponential or step (both times decay every decay-every rounds, the one steadily,
         the other at once); constant by default.

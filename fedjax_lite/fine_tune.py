@@ -193,7 +193,7 @@ def _evaluate_fine_tuned(
         )
         num_batches = steps_per_epoch(held_out.num_examples[slot], reading)
         sums = jax.lax.fori_loop(0, num_batches, add, (zeros, zeros))
-        return report_sums(shared, sums, num_examples)._replace(client_output=slot)
+        return report_sums(shared, sums, num_examples)
 
     # Its clients lie on other devices than those of the training cohort.
     held_out_cohort = on_every_device(held_out_cohort)
@@ -210,6 +210,7 @@ def _evaluate_fine_tuned(
         key_train,
         batching=batching,
         store=places,
+        keep_output=False,
         **layout,
     )
     trained = train_cohort.num_examples > 0

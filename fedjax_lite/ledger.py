@@ -27,12 +27,11 @@ class Ledger:
         on_eval: Callable[[Row], None] | None,
         best: str | None,
         best_mode: str,
-        num_bytes: int,
     ) -> None:
         self.history = History([], [])
         self.best, self._best_mode = best, best_mode
         self.best_state: ServerState | None = None
-        self._on_round, self._on_eval, self._num_bytes = on_round, on_eval, num_bytes
+        self._on_round, self._on_eval = on_round, on_eval
         self._pending: collections.deque[Callable[[], None]] = collections.deque()
         self._began = time.perf_counter()
 
@@ -67,13 +66,7 @@ class Ledger:
         self._pending.append(arrive)
 
     def _record_round(self, round: int, info: RoundInfo, numbers: Row) -> None:
-        num_up = numbers["num_clients"] - numbers["num_empty"]
-        bits_up = numbers.pop("bits_up", num_up * self._num_bytes * 8)
-        num_bytes = {
-            "bytes_down": numbers["num_clients"] * self._num_bytes,
-            "bytes_up": -(-int(bits_up) // 8),
-        }
-        row = {"round": round, **numbers, **num_bytes}
+        row = {"round": round, **numbers}
         self.history.rounds.append(row)
         if self._on_round is not None:
             self._on_round(row, info)
@@ -112,6 +105,6 @@ def numbers_of(info: RoundInfo, num_dropped: jax.Array) -> dict[str, jax.Array]:
     """What a row of `History.rounds` is made of."""
     numbers = {**vars(info), **info.metrics, "num_dropped": num_dropped}
     del numbers["clients"], numbers["metrics"]
-    if "bits_up" in info.clients:
-        numbers["bits_up"] = info.clients["bits_up"].sum()
+    for way in ("down", "up"):
+        numbers[f"bytes_{way}"] = jnp.ceil(info.clients[f"bits_{way}"].sum() / 8)
     return numbers

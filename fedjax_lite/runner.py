@@ -71,6 +71,7 @@ def run_clients(
     *,
     batching: Batching,
     store: PyTree = (),
+    keep_output: bool = True,
     on_nonfinite: str = "drop",
     differentiable: bool = False,
     lanes: int | None = None,
@@ -86,8 +87,9 @@ def run_clients(
       key: Typed key of the round; clients derive theirs from it by their id.
       batching: What a client runs through.
       store: What clients keep between rounds, arrays `[num_clients, ...]`.
+      keep_output: Whether what clients return for the store replaces what they had.
       on_nonfinite: `"drop"` leaves out a client whose update has a norm that is not finite (or
-        whose model state or weight is not), `"keep"` lets it through.
+        whose model state, statistics, weight or output is not), `"keep"` lets it through.
       differentiable: Run loops of a length known when compiling, and skip what exceeds the
         client's own, as reverse-mode differentiation needs.
       lanes: How many clients a device trains side by side. Changes the speed, and results
@@ -124,9 +126,14 @@ def run_clients(
     ) -> CohortResult:
         cohort = dataclasses.replace(cohort, examples=examples)
         bound = bound_steps(cohort, batching) if differentiable else None
-        lane = _lane(client_update, shared, cohort, key, store, batching, rewrite, on_nonfinite)
+        kept_store = store if keep_output else ()
+        lane = _lane(
+            client_update, shared, cohort, key, kept_store, batching, rewrite, on_nonfinite
+        )
         run_wave = functools.partial(_run_wave, lane, rewrite, bound)
-        result, kept = _sum_waves(run_wave, table, num_steps, cohort, store, bound is not None)
+        result, kept = _sum_waves(
+            run_wave, table, num_steps, cohort, store, keep_output, bound is not None
+        )
         if mesh is None:
             return result
         store = result.store
@@ -278,10 +285,12 @@ def _lane(
         if norm is None:
             norm = optax.tree.norm(jax.lax.stop_gradient(result.update))
         weight = jnp.asarray(result.weight, float)
-        others = jax.lax.stop_gradient((result.model_state, result.statistics))
-        finite = jnp.isfinite(norm + optax.tree.norm(others) + weight)
+        others = (result.model_state, result.statistics, result.client_output)
+        floats = [x for x in jax.tree.leaves(others) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        finite = jnp.isfinite(norm + optax.tree.norm(jax.lax.stop_gradient(floats)) + weight)
         left_out = ~finite if on_nonfinite == "drop" else jnp.bool_(False)
         weight = jnp.where(left_out, 0, weight)
+        counts = ~left_out & (weight != 0)
 
         def weighted(tree: PyTree) -> PyTree:
             return jax.tree.map(lambda x: jnp.where(left_out, 0, weight * x), tree)
@@ -297,10 +306,10 @@ def _lane(
             update=weighted(result.update),
             weight=weight,
             model_state=weighted(result.model_state),
-            statistics=jax.tree.map(lambda x: jnp.where(left_out, 0, x), result.statistics),
+            statistics=jax.tree.map(lambda x: jnp.where(counts, x, 0), result.statistics),
             metrics=metrics,
             output=result.client_output,
-            kept=~left_out,
+            kept=counts,
         )
 
     return _Lane(init, step, measure, final)
@@ -378,12 +387,14 @@ def _sum_waves(
     num_steps: jax.Array,
     cohort: Cohort,
     store: PyTree,
+    keep_output: bool,
     differentiable: bool,
 ) -> tuple[CohortResult, jax.Array]:
     """Runs one device's waves `[waves, lanes]` and sums what their clients send.
 
     Returns:
-      The sums, and `[waves, lanes]`: whose entry in the store is a new one.
+      The sums, with the store if it is kept up to date, and `[waves, lanes]`: whose entry in it
+      is a new one.
     """
     capacity = num_steps.shape[0]
     if table.shape[1] == 1:
@@ -392,14 +403,17 @@ def _sum_waves(
     steps = jnp.where(table < capacity, num_steps[slots], 0)
 
     def add_wave(wave: jax.Array, carry: tuple[PyTree, PyTree, PyTree]) -> PyTree:
-        total, per_client, store = carry
+        total, per_client, kept_store = carry
         client_ids = cohort.client_ids[slots[wave]]
-        sent = run_wave(slots[wave], steps[wave], read(store, client_ids))
+        current = kept_store if keep_output else store
+        sent = run_wave(slots[wave], steps[wave], read(current, client_ids))
         total = jax.tree.map(jnp.add, total, sent.summed)
         per_client = jax.tree.map(
             lambda all_, x: all_.at[wave].set(x), per_client, (sent.metrics, sent.kept)
         )
-        return total, per_client, write(store, client_ids, sent.kept, sent.output)
+        if keep_output:
+            kept_store = write(kept_store, client_ids, sent.kept, sent.output)
+        return total, per_client, kept_store
 
     one = jax.eval_shape(
         lambda: run_wave(slots[0], steps[0], read(store, cohort.client_ids[slots[0]]))
@@ -410,10 +424,10 @@ def _sum_waves(
     )
     # Sorted by length, the waves without a step are the last ones: they need not run.
     num_waves = (steps.reshape(table.shape[0], -1).max(1) > 0).sum()
-    total, (metrics, kept), store = _repeat(
+    total, (metrics, kept), kept_store = _repeat(
         num_waves,
         add_wave,
-        (total, per_client, store),
+        (total, per_client, store if keep_output else ()),
         table.shape[0] if differentiable else None,
     )
 
@@ -423,7 +437,7 @@ def _sum_waves(
 
     update, weight, model_state, statistics = total
     clients = jax.tree.map(in_cohort_order, metrics)
-    return CohortResult(update, weight, model_state, statistics, store, clients), kept
+    return CohortResult(update, weight, model_state, statistics, kept_store, clients), kept
 
 
 def _exchange(store: PyTree, table: jax.Array, kept: jax.Array, cohort: Cohort) -> PyTree:

@@ -14,7 +14,9 @@ from fedjax_lite.mesh import resolve
 MEMORY_KINDS = ("device", "pinned_host")
 
 
-def create_store(entry: PyTree, num_clients: int, memory_kind: str, mesh: Mesh | None) -> PyTree:
+def create_store(
+    entry: PyTree, num_clients: int, memory_kind: str, mesh: Mesh | None, *, traced: bool
+) -> PyTree:
     """The store in which every client has the same entry, on the devices that rounds run on.
 
     Args:
@@ -22,6 +24,7 @@ def create_store(entry: PyTree, num_clients: int, memory_kind: str, mesh: Mesh |
       num_clients: Size of the population.
       memory_kind: `"device"` or `"pinned_host"`.
       mesh: As for `run_clients`.
+      traced: Whether a program is being traced, which then has the store where it runs.
     """
     mesh = resolve(mesh)
     sharding = (
@@ -32,8 +35,10 @@ def create_store(entry: PyTree, num_clients: int, memory_kind: str, mesh: Mesh |
 
     def entries(x: ArrayLike) -> jax.Array:
         shape = (num_clients, *jnp.shape(x))
-        if isinstance(x, jax.core.Tracer):
-            return jax.device_put(jnp.broadcast_to(x, shape), sharding)
+        if traced:
+            stacked = jnp.broadcast_to(x, shape)
+            on_host = memory_kind == "pinned_host"
+            return jax.device_put(stacked, jax.memory.Space.Host) if on_host else stacked
         # By way of the host: it may have room where the device has not. Unlike device_put, it
         # sends nothing around to compare what several processes have.
         return jax.make_array_from_process_local_data(

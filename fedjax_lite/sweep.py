@@ -25,7 +25,7 @@ class SweepResult(NamedTuple):
 
     Attributes:
       states: The final states; each array has a leading axis of runs.
-      histories: Of each run, rows as `fl.train` records them, without seconds and bytes.
+      histories: Of each run, rows as `fl.train` records them, without seconds.
     """
 
     states: ServerState

@@ -166,7 +166,7 @@ def train(
         step=_build_step(algorithm, sampler, ema_decay),
         keys=put(tuple(keys), state.round.sharding),
         evaluation=evaluate,
-        ledger=Ledger(on_round, on_eval, best, best_mode, _num_bytes(trained(state))),
+        ledger=Ledger(on_round, on_eval, best, best_mode),
         done=int(state.round),
     )
     draw = functools.partial(_draw, sampler, population, run.keys)
@@ -227,10 +227,6 @@ class _Carry(NamedTuple):
 
     state: ServerState
     averaged: PyTree
-
-
-def _num_bytes(tree: PyTree) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _draw(

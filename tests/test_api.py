@@ -47,8 +47,8 @@ NAMES = {
     ],
     "federated_algorithm": [
         *("model", "client_update", "server_optimizer", "average", "batch_size", "num_epochs"),
-        *("num_steps", "shuffle", "client_entry", "client_params", "pipeline", "memory_kind"),
-        *("on_nonfinite", "differentiable", "lanes", "mesh", "rewrite_convolutions"),
+        *("num_steps", "shuffle", "client_entry", "client_params", "pipeline", "broadcast"),
+        *("memory_kind", "on_nonfinite", "differentiable", "lanes", "mesh", "rewrite_convolutions"),
     ],
     "function_model": ["loss", "init", "metrics", "predict"],
     "linen_model": ["module", "example", "loss", "metrics", "inputs"],

@@ -67,6 +67,7 @@ def test_says_what_takes_programs_of_its_own(tmp_path, capsys):
         (["--vary", "seed=1", "--vary", "seed=2"], "--vary is given twice for a setting"),
         ([], "or not at all"),
         (["--vary", "client_lr=-1,1"], "--client-lr is -1.0; choose a positive number"),
+        (["--vary", "seed=0:2", "--fine-tune-epochs", "1"], "--fine-tune-epochs does nothing in"),
         (["--vary", "mu=0.1"], "--mu is 0.1, which belongs to fed-prox"),
         (["--vary", "seed=0:2", "--out", "."], "--out . cannot be written: File exists"),
     ],

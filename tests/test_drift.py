@@ -1,11 +1,14 @@
 """Algorithms against client drift, and APFL: in PyTorch, client by client and step by step."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
-from problems import SIZES, regression_dataset, regression_model
+from problems import SIZES, everyone, regression_dataset, regression_model
 from pytorch import close, torch_batches
 
 import fedjax_lite as fl
@@ -167,18 +170,20 @@ def test_apfl_agrees_with_pytorch(layerwise):
         np.testing.assert_allclose(found, shares[client_id], rtol=1e-9)
 
 
-def test_clients_are_evaluated_with_params_of_their_own():
+@pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
+def test_clients_are_evaluated_with_params_of_their_own(memory_kind):
     model, dataset = regression_model(), regression_dataset()
     population = dataset.resident()
-    algorithm = fl.apfl(model, optax.sgd(LR), **OPTIONS)
+    algorithm = fl.apfl(model, optax.sgd(LR), memory_kind=memory_kind, **OPTIONS)
     state = algorithm.init(jax.random.key(0), num_clients=len(SIZES))
     for r in range(5):
         cohort = fl.cohort_of(population, [0, 3, 5, 7])
         state, _ = algorithm.round(jax.random.key(r), state, cohort)
-    everyone = fl.cohort_of(population, range(len(SIZES)))
-    found = fl.evaluate_clients(model, state, everyone, client_params=algorithm.client_params)
+    all_ = everyone(population)
+    found = fl.evaluate_clients(model, state, all_, client_params=algorithm.client_params, lanes=3)
+    store = jax.device_get(state.store)
     for i in range(len(SIZES)):
-        entry = jax.tree.map(lambda x, i=i: np.asarray(x[i]), state.store)
+        entry = jax.tree.map(lambda x, i=i: x[i], store)
         mixed = (
             entry.alpha * flat(entry.params) + (1 - entry.alpha) * flat(state.params)
             if i in (0, 3, 5, 7)
@@ -190,7 +195,87 @@ def test_clients_are_evaluated_with_params_of_their_own():
         np.testing.assert_allclose(found.clients["loss"][i], expected, rtol=1e-5)
     other = algorithm.init(jax.random.key(0), num_clients=3)
     with pytest.raises(ValueError, match=r"state.store.* population of 10 clients"):
-        fl.evaluate_clients(model, other, everyone, client_params=algorithm.client_params)
+        fl.evaluate_clients(model, other, all_, client_params=algorithm.client_params)
+    nothing = dataclasses.replace(state, store=())
+    with pytest.raises(ValueError, match=r"state.store is empty, and client_params is given"):
+        fl.evaluate_clients(model, nothing, all_, client_params=algorithm.client_params)
+
+
+def test_many_steps_add_up_in_half_precision():
+    model = fl.function_model(lambda w, batch: -w * batch["x"])  # Gradients are -1.
+    population = fl.FederatedDataset.from_clients({0: {"x": np.ones(4, np.float32)}}).resident()
+    for option in (1, 2):
+        algorithm = fl.scaffold(model, optax.sgd(1e-3), option=option, num_steps=600)
+        state = algorithm.init(jnp.bfloat16(0), num_clients=1)
+        state, _ = algorithm.round(jax.random.key(0), state, everyone(population))
+        assert state.store.dtype == jnp.bfloat16
+        assert state.store.tolist() == [-1.0]
+        assert state.opt_state.control == -1
+
+
+def test_a_round_without_weight_changes_no_control_variate():
+    population = regression_dataset().resident()
+    algorithm = fl.scaffold(regression_model(), optax.sgd(LR), weighting=lambda n: 0 * n)
+    state = algorithm.init(jax.random.key(0), num_clients=len(SIZES))
+    after, info = algorithm.round(jax.random.key(1), state, everyone(population))
+    assert info.skipped
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (after.store, after.opt_state),
+        (state.store, state.opt_state),
+    )
+
+
+def test_what_is_not_finite_is_not_kept():
+    def loss(w, batch):  # Infinite where the client's own params have gone.
+        return (w - batch["x"]) ** 2 / 2 + jnp.where(w > 2.9, jnp.inf, 0.0) * w
+
+    algorithm = fl.apfl(fl.function_model(loss), optax.sgd(1.0), alpha=1.0, num_steps=3)
+    population = fl.FederatedDataset.from_clients({0: {"x": [3.0]}}).resident()
+    state = algorithm.init(jnp.float32(0), num_clients=1)
+    after, info = algorithm.round(jax.random.key(1), state, everyone(population))
+    assert info.num_nonfinite == 1
+    jax.tree.map(np.testing.assert_array_equal, after.store, state.store)
+
+
+@pytest.mark.parametrize("name", ["fed_prox", "fed_nova"])
+def test_mu_is_swept_in_half_precision(name):
+    population = regression_dataset().resident()
+    params = {"w": jnp.zeros(3, jnp.bfloat16), "b": jnp.bfloat16(0)}
+
+    def norm(mu):
+        optimizer = optax.sgd(LR, momentum=0.9)
+        algorithm = getattr(fl, name)(regression_model(), optimizer, mu=mu, num_epochs=2)
+        state, _ = algorithm.round(jax.random.key(1), algorithm.init(params), everyone(population))
+        return optax.tree.norm(state.params)
+
+    norms = jax.vmap(norm)(jnp.array([0.0, 5.0]))
+    assert norms[1] < norms[0]
+
+
+@pytest.mark.parametrize("build", [fl.scaffold, fl.apfl])
+def test_stores_are_swept_on_several_devices(build):
+    population = regression_dataset().resident()
+    result = fl.sweep(
+        lambda rate: build(regression_model(), optax.sgd(rate), batch_size=4),
+        population,
+        fl.samplers.uniform(10, 4),
+        3,
+        keys=jax.random.split(jax.random.key(0), 4),
+        numbers={"rate": np.array([0.1, 0.1, 0.05, 0.05], np.float32)},
+    )
+    alone = fl.train(
+        build(regression_model(), optax.sgd(0.05), batch_size=4, mesh=fl.clients_mesh(1)),
+        regression_dataset().resident(fl.clients_mesh(1)),
+        fl.samplers.uniform(10, 4),
+        3,
+        key=jax.random.split(jax.random.key(0), 4)[3],
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x[3], y, rtol=1e-5, atol=1e-6),
+        jax.device_get(result.states.store),
+        jax.device_get(alone.state.store),
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import everyone, regression_dataset, regression_model
+from problems import SIZES, everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
 
@@ -137,6 +137,15 @@ def test_bytes_are_those_that_are_sent():
         trained = row["num_clients"] - row["num_empty"]
         assert row["bytes_up"] == trained * (4 * 4 + 2 * 64) / 8
         assert row["bytes_down"] == row["num_clients"] * 16
+    # Control variates are sent both ways, beside the update and not through the pipeline.
+    algorithm = fl.scaffold(
+        regression_model(), optax.sgd(0.1), batch_size=4, pipeline=fl.quantize_uniform(16)
+    )
+    state = algorithm.init(jax.random.key(0), num_clients=10)
+    _, info = algorithm.round(KEY, state, everyone(population, capacity=12))
+    trained = np.append(np.array(SIZES) > 0, [False, False])
+    np.testing.assert_array_equal(info.clients["bits_up"], trained * (4 * 4 + 2 * 64 + 4 * 32))
+    np.testing.assert_array_equal(info.clients["bits_down"], [2 * 4 * 32] * 10 + [0, 0])
 
 
 @pytest.mark.parametrize(
@@ -150,6 +159,19 @@ def test_bytes_are_those_that_are_sent():
 def test_what_is_wrong_is_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_bounds_hold_in_half_precision():
+    update = {"a": jnp.full(5000, 0.3, jnp.bfloat16)}
+    clipped, _ = of_one_client(fl.clip_by_norm(1.0), update)
+    assert clipped["a"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(clipped["a"], float)), 1.0, rtol=4e-3)
+
+
+@pytest.mark.parametrize("value", [None, "1"])
+def test_a_bound_is_a_number(value):
+    with pytest.raises(TypeError, match=r"max_norm is .*; pass a number"):
+        fl.clip_by_norm(value)
 
 
 def test_a_pipeline_must_be_one():

@@ -79,7 +79,9 @@ def apfl(
 
     Args:
       model: The model.
-      client_optimizer: As in `fed_avg`; each of the three has a state of its own.
+      client_optimizer: As in `fed_avg`, but for those that treat some arrays of the params in
+        another way; each of the three has a state of its own. Weight decay and clipping act on
+        the shares as well.
       server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
       alpha: The share $\alpha_i$ that clients begin with, in [0, 1].
       layerwise: One $\alpha_i$ for each array of the params, as in FedJAX.

@@ -207,9 +207,8 @@ def local_training(
     ) -> LocalState:
         gradient, aux = local_gradient(model, local.params, local, batch, key)
         if mu is not None:
-            gradient = optax.tree.add_scale(
-                gradient, mu, optax.tree.sub(local.params, shared.params)
-            )
+            pull = optax.tree.sub(local.params, shared.params)
+            gradient = optax.tree.cast_like(optax.tree.add_scale(gradient, mu, pull), pull)
         return descend(optimizer(shared), local, gradient, aux, batch)
 
     def client_final(

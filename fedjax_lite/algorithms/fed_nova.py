@@ -53,16 +53,18 @@ def fed_nova(
 
     Args:
       model: The model.
-      client_optimizer: As in `fed_avg`. The normalisation is exact for steps that are linear in the
-        gradients, such as SGD's with or without momentum.
+      client_optimizer: As in `fed_avg`, but for those that treat some arrays of the params in
+        another way. The normalisation is exact for steps that are linear in the gradients, such as
+        SGD's with or without momentum.
       server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
       mu: Strength of a proximal term, as in `fed_prox`; may be traced.
       weighting: The weight of a client, as in `fed_avg`.
       **options: Those of `federated_algorithm`: `batch_size`, `num_epochs`, `num_steps` and so on.
 
     Returns:
-      A `FederatedAlgorithm`, as `fed_avg` does. `info.update_norm` is the norm of the mean of the
-      normalised deltas, before they are scaled back.
+      A `FederatedAlgorithm`, as `fed_avg` does. Normalised deltas are what a pipeline acts on and
+      what `update_norm` is the norm of, of clients and of their mean; they are of the size of
+      gradients.
 
     Raises:
       ValueError: `mu` is negative or no scalar; another option is unknown or out of range.
@@ -106,9 +108,10 @@ def fed_nova(
         result = training.final(shared, client_state.local, num_examples)
         weight, effective = client_weight(num_examples), -client_state.probe
         # With a rate of zero the delta is zero, too.
-        normalised = optax.tree.scale(1 / jnp.where(effective == 0, 1, effective), result.update)
+        scale = 1 / jnp.where(effective == 0, 1, effective)
         return result._replace(
-            update=optax.tree.cast_like(normalised, result.update),
+            update=optax.tree.cast_like(optax.tree.scale(scale, result.update), result.update),
+            norm=jnp.abs(scale) * jnp.asarray(result.norm),
             statistics={"weight": weight, "effective": weight * effective},
         )
 

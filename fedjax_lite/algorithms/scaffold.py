@@ -110,7 +110,8 @@ def scaffold(
     def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> _ClientState:
         del key
         local = start(shared, optimizer(shared))
-        return _ClientState(local, client_input, optax.tree.zeros_like(client_input))
+        # Sums of many terms: in float32 at least.
+        return _ClientState(local, client_input, _wide(optax.tree.zeros_like(client_input)))
 
     def client_step(
         shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
@@ -137,16 +138,21 @@ def scaffold(
         after = optax.tree.scale(1 / jnp.maximum(count, 1).astype(float), total)
         after = optax.tree.cast_like(after, control)
         return local_result(shared, local, client_weight(num_examples))._replace(
-            client_output=after, statistics=optax.tree.sub(after, control)
+            client_output=after, statistics=optax.tree.sub(_wide(after), _wide(control))
         )
 
     return federated_algorithm(
         model,
         ClientUpdate(client_init, client_step, client_final),
         _with_control(server),
+        broadcast=lambda state: (state.params, state.model_state, state.opt_state.control),
         client_entry=optax.tree.zeros_like,
         **options,
     )
+
+
+def _wide(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def _with_control(

@@ -60,6 +60,7 @@ def federated_algorithm(
     client_entry: Callable[[PyTree], PyTree] | None = None,
     client_params: Callable[[ServerState, PyTree], PyTree] | None = None,
     pipeline: UpdateTransform | None = None,
+    broadcast: Callable[[ServerState], PyTree] | None = None,
     memory_kind: Literal["device", "pinned_host"] = "device",
     on_nonfinite: Literal["drop", "keep"] = "drop",
     differentiable: bool = False,
@@ -96,10 +97,13 @@ def federated_algorithm(
       client_params: See `FederatedAlgorithm`.
       pipeline: What happens to the updates between clients and server, such as
         `fl.chain(fl.clip_by_norm(1.0), fl.quantize_uniform(256))`.
+      broadcast: `broadcast(state)`, what of the state is sent to clients, whose size is reported;
+        params and model state by default.
       memory_kind: Where the store lies: on the `"device"`, or in `"pinned_host"` memory, from
         which entries are copied when their clients train.
-      on_nonfinite: A client whose update has a norm that is not finite (or whose model state or
-        weight is not) is left out and counted (`"drop"`), or let through (`"keep"`).
+      on_nonfinite: A client whose update has a norm that is not finite (or whose model state,
+        statistics, weight or output is not) is left out and counted (`"drop"`), or let through
+        (`"keep"`).
       differentiable: Allow reverse-mode differentiation through rounds. Loops then have the
         length of the longest that could occur, `num_steps` or all examples of the population,
         and skip what exceeds a client's own; memory grows with the number of local steps.
@@ -188,7 +192,8 @@ def federated_algorithm(
         if client_entry is None or num_clients is None:
             return state
         num_clients = _validate.integer("num_clients", num_clients, minimum=1)
-        store = create_store(client_entry(params), num_clients, memory_kind, mesh)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params))
+        store = create_store(client_entry(params), num_clients, memory_kind, mesh, traced=traced)
         return dataclasses.replace(state, store=store)
 
     @jax.jit
@@ -237,11 +242,23 @@ def federated_algorithm(
             opt_state=opt_state,
         )
         after = jax.tree.map(lambda new, old: jnp.where(skip, old, new), stepped, state_before)
+        down = (server.params, server.model_state) if broadcast is None else broadcast(server)
+        beside = _num_bits((server.model_state, result.statistics))
+        result.clients["bits_up"] = jnp.where(
+            result.clients["num_steps"] > 0,
+            beside + result.clients.get("bits_up", _num_bits(server.params)),
+            0.0,
+        )
+        result.clients["bits_down"] = jnp.where(cohort.client_ids >= 0, _num_bits(down), 0.0)
         info = _round_info(cohort, result, aggregate, skip, on_nonfinite == "drop")
         info = dataclasses.replace(info, metrics={**info.metrics, **metrics})
         return dataclasses.replace(after, store=result.store, round=server.round + 1), info
 
     return FederatedAlgorithm(init, Paced(round), client_params)
+
+
+def _num_bits(tree: PyTree) -> float:
+    return sum(8.0 * x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _round_like(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import rich.table
 import tyro
 
 import fedjax_lite as fl
-from fedjax_lite.build import Built, algorithm_of, build
+from fedjax_lite.build import algorithm_of, build
 from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.curves import MAX_CURVES, draw
 from fedjax_lite.cli.errors import UsageError
@@ -42,7 +42,8 @@ class Sweep(Experiment):
     """Run all combinations of some settings, and record, compare and draw them.
 
     Seeds and other numbers of the training vary within one compiled program; what changes the data,
-    the model or the shape of the program takes one for each value.
+    the model or the shape of the program takes one for each value. Evaluations are of the server's
+    model, not of models that clients have for themselves.
 
     Attributes:
       vary: A setting and its values: client_lr=0.01,0.03,0.1 or, for whole numbers, seed=0:8, which
@@ -67,6 +68,8 @@ def sweep(options: Sweep) -> None:
     varied = dict(map(_values, options.vary))
     if not varied or len(varied) < len(options.vary):
         raise UsageError("--vary is given twice for a setting, or not at all; name each once")
+    if options.fine_tune_epochs is not None or "fine_tune_epochs" in varied:
+        raise UsageError("--fine-tune-epochs does nothing in a sweep; leave it out")
     names = [field.name for field in dataclasses.fields(Experiment)]
     base = Experiment(**{name: getattr(options, name) for name in names})
     try:
@@ -77,10 +80,6 @@ def sweep(options: Sweep) -> None:
     except ValueError as error:
         raise UsageError(as_option(str(error))) from None
     programs = _programs(runs)
-    try:
-        built = [build(runs[places[0]]) for places in programs]
-    except ValueError as error:
-        raise UsageError(as_option(str(error))) from None
     out = options.out or new_folder("sweep")
     try:
         out.mkdir(parents=True, exist_ok=False)
@@ -93,9 +92,13 @@ def sweep(options: Sweep) -> None:
     console.print(f"{len(runs)} runs in {_count(len(programs), 'program')}{told}")
     began = time.perf_counter()
     histories: dict[int, fl.History] = {}
-    for places, program in zip(programs, built, strict=True):
-        found = _run(program, [runs[place] for place in places])
-        histories |= dict(zip(places, found, strict=True))
+    try:
+        for places in programs:
+            found = _run([runs[place] for place in places])
+            histories |= dict(zip(places, found, strict=True))
+    except ValueError as error:
+        out.rmdir()
+        raise UsageError(as_option(str(error))) from None
     run_s = time.perf_counter() - began
 
     folders = [_record(out, i, list(varied), run, histories[i]) for i, run in enumerate(runs)]
@@ -168,8 +171,9 @@ def _programs(runs: Sequence[Experiment]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _run(built: Built, runs: Sequence[Experiment]) -> list[fl.History]:
+def _run(runs: Sequence[Experiment]) -> list[fl.History]:
     """The histories of runs that one program can run."""
+    built = build(runs[0])
     numbers = {
         name: np.array([getattr(run, name) for run in runs], np.float32)
         for name in _TRACED - {"seed"}

@@ -11,7 +11,7 @@ from fedjax_lite.updates.pipeline import stateless
 
 
 def clip_by_norm(max_norm: ArrayLike) -> UpdateTransform:
-    r"""Scales an update down to an L2 norm of at most $C$, over all of its arrays together.
+    r"""Scales an update down to an L2 norm of $C$, over all of its arrays together.
 
     $$\Delta \mapsto \Delta \min(1, C / \|\Delta\|_2)$$
 
@@ -20,7 +20,8 @@ def clip_by_norm(max_norm: ArrayLike) -> UpdateTransform:
     Source: McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models".
 
     Args:
-      max_norm: The bound $C$, positive; may be traced.
+      max_norm: The bound $C$, positive, which holds up to rounding in the dtype of the update;
+        may be traced, and is then not checked.
 
     Raises:
       ValueError: `max_norm` is not positive.
@@ -37,7 +38,8 @@ def clip_by_norm(max_norm: ArrayLike) -> UpdateTransform:
         key: jax.Array, update: PyTree, weight: jax.Array
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         del key, weight
-        squared = optax.tree.norm(update, squared=True)
+        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), update)
+        squared = optax.tree.norm(wide, squared=True)
         clipped = squared > max_norm**2
         # Of updates that stay as they are no root is taken: its gradient at 0 is not a number.
         factor = jnp.where(clipped, max_norm / jnp.sqrt(jnp.where(clipped, squared, 1)), 1)
