@@ -296,6 +296,13 @@ def test_metrics_of_sequences():
     np.testing.assert_allclose(uniform, [np.log(6), 0])
 
 
+LEARNING = {
+    "shakespeare_lstm": SMALL["shakespeare_lstm"],
+    "stackoverflow_lstm": lambda: fl.models.stackoverflow_lstm(VOCABULARY, embedding=8, hidden=16),
+    "stackoverflow_transformer": lambda: small_transformer(0.05),
+}
+
+
 def counting_texts():
     """Clients whose texts count up, round and round, from anywhere, to any length."""
     rng = np.random.default_rng(0)
@@ -308,11 +315,12 @@ def counting_texts():
 
 @eight_devices
 @pytest.mark.parametrize(
-    ("name", "rate"), [("shakespeare_lstm", 3.0), ("stackoverflow_transformer", 0.2)]
+    ("name", "rate"),
+    [("shakespeare_lstm", 3.0), ("stackoverflow_lstm", 1.5), ("stackoverflow_transformer", 0.2)],
 )
 def test_language_models_learn_to_count_alike_on_any_layout(name, rate):
     # Dropout, too, must not depend on where a client runs.
-    model = small_transformer(0.05) if "transformer" in name else SMALL[name]()
+    model = LEARNING[name]()
     dataset = counting_texts()
 
     def train(num_devices, lanes):
