@@ -42,7 +42,7 @@ class TrainResult(NamedTuple):
         `best`.
       history: Everything recorded.
       stopped: Why the run ended before `num_rounds`; `None` if it did not.
-      compile_s: Seconds until the first round was compiled and on its way.
+      compile_s: Seconds until the first round was compiled.
       run_s: Seconds of the rest.
       client_updates_per_s: Clients trained in this process per second of `run_s`.
       examples_per_s: Examples processed in this process per second of `run_s`.
@@ -200,8 +200,12 @@ def train(
                 raise KeyboardInterrupt(run.how_to_go_on())
             if checkpoints is not None and run.done % checkpoints.every == 0:
                 run.save()
-            run.advance(next(sources))
-            compiled = compiled or time.perf_counter()
+            source = next(sources)
+            if compiled is None:
+                # Ahead of the call, which on a CPU may run the round before it returns.
+                run.step.lower(run.carry, run.keys, source).compile()
+                compiled = time.perf_counter()
+            run.advance(source)
         run.ledger.settle()
         jax.block_until_ready(run.carry)
         ended = time.perf_counter()
