@@ -125,37 +125,40 @@ def _personal(
     client_params, num_epochs = algorithm.client_params, settings.fine_tune_epochs
     if client_params is None and num_epochs is None:
         return None
-    if train is None or held_out is None:
-        # Clients draw other examples from another key.
+    files = None if train is None or held_out is None else (train, held_out)
+    if files is not None and set(files[0].client_ids) != set(files[1].client_ids):
+        raise ValueError(
+            f"test has {files[1].num_clients} clients that are not those of dataset, of which each"
+            " is to be evaluated on examples of its own; choose the test split of the same clients,"
+            " or leave test out."
+        )
+
+    def personal(state: ServerState, key: jax.Array) -> ClientEvaluation:
+        # Clients that are generated draw other examples from another key.
         ids = np.arange(min(population.num_clients, _GENERATED_CLIENTS_EVALUATED))
         test_population: Any = population
-    else:
-        if set(held_out.client_ids) != set(train.client_ids):
-            raise ValueError(
-                f"test has {held_out.num_clients} clients that are not those of dataset, of which"
-                " each is to be evaluated on examples of its own; choose the test split of the same"
-                " clients, or leave test out."
+        if files is not None:
+            ids = np.arange(population.num_clients)
+            test_population = files[1].select(files[0].client_ids).resident()
+        key_sizes = jax.random.key(settings.data_seed)
+        held_out_cohort = cohort_of(test_population, ids, key=key_sizes)
+        if client_params is not None:
+            return evaluate_clients(
+                model, state, held_out_cohort, client_params=client_params, key=key
             )
-        ids = np.arange(train.num_clients)
-        test_population = held_out.select(train.client_ids).resident()
-    key = jax.random.key(settings.data_seed)
-    held_out_cohort = cohort_of(test_population, ids, key=key)
-    if client_params is not None:
-        return lambda state, key: evaluate_clients(
-            model, state, held_out_cohort, client_params=client_params, key=key
+        _, after = evaluate_fine_tuned(
+            model,
+            state,
+            cohort_of(population, ids, key=key_sizes),
+            held_out_cohort,
+            _client_optimizer(settings),
+            key=key,
+            num_epochs=num_epochs,
+            batch_size=settings.batch_size,
         )
-    client = _client_optimizer(settings)
-    train_cohort = cohort_of(population, ids, key=key)
-    return lambda state, key: evaluate_fine_tuned(
-        model,
-        state,
-        train_cohort,
-        held_out_cohort,
-        client,
-        key=key,
-        num_epochs=num_epochs,
-        batch_size=settings.batch_size,
-    )[1]
+        return after
+
+    return personal
 
 
 def _load(

@@ -15,6 +15,7 @@ import optax
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Batch, PyTree
+from fedjax_lite.precision import widen
 
 P = ParamSpec("P")
 
@@ -413,7 +414,7 @@ def _aligned(
             f"feature {label!r} has shape {target.shape} beside predictions of shape"
             f" {predictions.shape}; give both one shape."
         )
-    return _wide(predictions), _wide(target), _over(batch["mask"], target)
+    return widen(predictions), widen(target), _over(batch["mask"], target)
 
 
 def _errors(
@@ -434,13 +435,9 @@ def _likelihood(
     labels, counted = _labels(predictions, batch, label, ignore)
     inside = (labels >= 0) & (labels < predictions.shape[-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(
-        _wide(predictions), jnp.where(inside, labels, 0)
+        widen(predictions), jnp.where(inside, labels, 0)
     )
     return jnp.where(inside, losses, jnp.nan), counted
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _over(mask: jax.Array, like: jax.Array) -> jax.Array:

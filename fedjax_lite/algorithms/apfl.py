@@ -8,7 +8,12 @@ import optax
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
-from fedjax_lite.algorithms.server import Weighting, federated_algorithm, resolve_weighting
+from fedjax_lite.algorithms.server import (
+    Weighting,
+    federated_algorithm,
+    resolve_server_optimizer,
+    resolve_weighting,
+)
 from fedjax_lite.base import (
     Batch,
     ClientResult,
@@ -176,7 +181,7 @@ def apfl(
     return federated_algorithm(
         model,
         ClientUpdate(client_init, client_step, client_final),
-        optax.sgd(1.0) if server_optimizer is None else server_optimizer,
+        resolve_server_optimizer(server_optimizer),
         client_entry=entry,
         client_params=client_params,
         **options,

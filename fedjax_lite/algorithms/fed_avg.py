@@ -8,7 +8,12 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
-from fedjax_lite.algorithms.server import Weighting, federated_algorithm, resolve_weighting
+from fedjax_lite.algorithms.server import (
+    Weighting,
+    federated_algorithm,
+    resolve_server_optimizer,
+    resolve_weighting,
+)
 from fedjax_lite.base import (
     Batch,
     ClientResult,
@@ -120,7 +125,7 @@ def fed_avg(
     return federated_algorithm(
         model,
         local_training(model, client_optimizer, weighting, measure_clients=measure_clients),
-        optax.sgd(1.0) if server_optimizer is None else server_optimizer,
+        resolve_server_optimizer(server_optimizer),
         batch_size=batch_size,
         num_epochs=num_epochs,
         num_steps=num_steps,
@@ -181,7 +186,7 @@ def fed_prox(
     return federated_algorithm(
         model,
         local_training(model, client_optimizer, weighting, mu=mu, measure_clients=measure_clients),
-        optax.sgd(1.0) if server_optimizer is None else server_optimizer,
+        resolve_server_optimizer(server_optimizer),
         **options,
     )
 

@@ -9,7 +9,12 @@ from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite.algorithms.fed_avg import local_training
-from fedjax_lite.algorithms.server import Weighting, federated_algorithm, resolve_weighting
+from fedjax_lite.algorithms.server import (
+    Weighting,
+    federated_algorithm,
+    resolve_server_optimizer,
+    resolve_weighting,
+)
 from fedjax_lite.base import (
     Batch,
     ClientResult,
@@ -82,8 +87,7 @@ def fed_nova(
     training = local_training(model, client_optimizer, weighting, mu=mu)
     client_weight = resolve_weighting(weighting)
     optimizer = resolve_optimizer(client_optimizer)
-    server = optax.sgd(1.0) if server_optimizer is None else server_optimizer
-    _validate.instance("server_optimizer", server, optax.GradientTransformation)
+    server = resolve_server_optimizer(server_optimizer)
 
     def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> _ClientState:
         probe = jnp.zeros(())
@@ -124,10 +128,9 @@ def fed_nova(
 
 
 def _scaled_back(
-    server_optimizer: optax.GradientTransformation,
+    inner: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
     """A server optimizer that is given the mean of normalised deltas times the mean length."""
-    inner = optax.with_extra_args_support(server_optimizer)
 
     def update(
         updates: PyTree,

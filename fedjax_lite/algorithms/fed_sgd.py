@@ -20,6 +20,7 @@ from fedjax_lite.base import (
 )
 from fedjax_lite.local import batch_loss
 from fedjax_lite.model import Model
+from fedjax_lite.precision import widen
 
 REDUCTIONS = ("mean", "sum")
 
@@ -113,10 +114,7 @@ def fed_sgd(
         del client_input, key
         return _ClientState(
             # Sums of many small terms: in float32 at least.
-            gradient=jax.tree.map(
-                lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)),
-                shared.params,
-            ),
+            gradient=widen(optax.tree.zeros_like(shared.params)),
             model_state=shared.model_state,
             loss=jnp.zeros(()),
         )

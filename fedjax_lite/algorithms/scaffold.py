@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_lite import _validate
-from fedjax_lite.algorithms.server import Weighting, federated_algorithm, resolve_weighting
+from fedjax_lite.algorithms.server import (
+    Weighting,
+    federated_algorithm,
+    resolve_server_optimizer,
+    resolve_weighting,
+)
 from fedjax_lite.base import (
     Batch,
     ClientResult,
@@ -26,6 +30,7 @@ from fedjax_lite.local import (
     start,
 )
 from fedjax_lite.model import Model
+from fedjax_lite.precision import widen
 
 
 class ScaffoldState(NamedTuple):
@@ -104,14 +109,13 @@ def scaffold(
         raise ValueError(f"option is {option!r}; choose 1 or 2.")
     client_weight = resolve_weighting(weighting)
     optimizer = resolve_optimizer(client_optimizer)
-    server = optax.sgd(1.0) if server_optimizer is None else server_optimizer
-    _validate.instance("server_optimizer", server, optax.GradientTransformation)
+    server = resolve_server_optimizer(server_optimizer)
 
     def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> _ClientState:
         del key
         local = start(shared, optimizer(shared))
         # Sums of many terms: in float32 at least.
-        return _ClientState(local, client_input, _wide(optax.tree.zeros_like(client_input)))
+        return _ClientState(local, client_input, widen(optax.tree.zeros_like(client_input)))
 
     def client_step(
         shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
@@ -138,7 +142,7 @@ def scaffold(
         after = optax.tree.scale(1 / jnp.maximum(count, 1).astype(float), total)
         after = optax.tree.cast_like(after, control)
         return local_result(shared, local, client_weight(num_examples))._replace(
-            client_output=after, statistics=optax.tree.sub(_wide(after), _wide(control))
+            client_output=after, statistics=optax.tree.sub(widen(after), widen(control))
         )
 
     return federated_algorithm(
@@ -151,15 +155,10 @@ def scaffold(
     )
 
 
-def _wide(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-
-
 def _with_control(
-    server_optimizer: optax.GradientTransformation,
+    inner: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
     """A server optimizer that keeps the control variate beside its own state."""
-    inner = optax.with_extra_args_support(server_optimizer)
 
     def init(params: PyTree) -> ScaffoldState:
         return ScaffoldState(inner.init(params), optax.tree.zeros_like(params))

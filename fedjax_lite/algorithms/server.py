@@ -47,6 +47,19 @@ def resolve_weighting(weighting: Weighting) -> Callable[[jax.Array], jax.Array]:
     return lambda num_examples: num_examples.astype(float)
 
 
+def resolve_server_optimizer(
+    server_optimizer: optax.GradientTransformation | None,
+) -> optax.GradientTransformationExtraArgs:
+    """The server optimizer, `optax.sgd(1.0)` by default, in the form that takes extra arguments.
+
+    Raises:
+      TypeError: It is no transformation.
+    """
+    chosen = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    _validate.instance("server_optimizer", chosen, optax.GradientTransformation)
+    return optax.with_extra_args_support(chosen)
+
+
 def federated_algorithm(
     model: Model,
     client_update: ClientUpdate,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fedjax_lite import _validate
 from fedjax_lite.base import PyTree, UpdateTransform
+from fedjax_lite.precision import widen
 from fedjax_lite.updates.pipeline import stateless
 
 
@@ -42,7 +43,7 @@ def quantize_uniform(num_levels: int = 256) -> UpdateTransform:
     bits = math.ceil(math.log2(num_levels))
 
     def quantize(key: jax.Array, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = widen(x)
         lowest, spread = wide.min(), wide.max() - wide.min()
         # A constant array has one level.
         position = (wide - lowest) / jnp.where(spread > 0, spread, 1) * (num_levels - 1)
