@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_lite import _validate
+from fedjax_lite import _validate, precision
 from fedjax_lite.base import Batch, PyTree
-from fedjax_lite.precision import widen
 
 P = ParamSpec("P")
 
@@ -414,7 +413,7 @@ def _aligned(
             f"feature {label!r} has shape {target.shape} beside predictions of shape"
             f" {predictions.shape}; give both one shape."
         )
-    return widen(predictions), widen(target), _over(batch["mask"], target)
+    return precision.widen(predictions), precision.widen(target), _over(batch["mask"], target)
 
 
 def _errors(
@@ -435,7 +434,7 @@ def _likelihood(
     labels, counted = _labels(predictions, batch, label, ignore)
     inside = (labels >= 0) & (labels < predictions.shape[-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(
-        widen(predictions), jnp.where(inside, labels, 0)
+        precision.widen(predictions), jnp.where(inside, labels, 0)
     )
     return jnp.where(inside, losses, jnp.nan), counted
 
