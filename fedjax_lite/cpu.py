@@ -18,6 +18,8 @@ _FLAGS = {
     # Small matrix products and reductions by YNNPACK, but not convolutions: as XLA's own, a step of
     # the EMNIST CNN takes 17.5 ms on a core and not 20.2.
     "--xla_cpu_experimental_ynn_fusion_type": "individual_dot,reduce",
+    # Params that a step reads and then updates need no copy, if reads can be put first.
+    "--xla_cpu_copy_insertion_use_region_analysis": "true",
     # A device may have to wait for another one's clients longer than the 40 seconds after which
     # XLA takes them for stuck, and aborts.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "86400",

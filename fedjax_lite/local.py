@@ -10,6 +10,7 @@ import optax
 from fedjax_lite import _validate
 from fedjax_lite.base import Batch, ClientResult, PyTree, ServerState
 from fedjax_lite.model import Model
+from fedjax_lite.precision import squared_norm
 
 LossAndAux = Callable[[PyTree], tuple[jax.Array, tuple[jax.Array, PyTree]]]
 Measure = Callable[[ServerState, "LocalState", Batch], dict[str, jax.Array]]
@@ -150,4 +151,5 @@ def delta(server_params: PyTree, client_params: PyTree) -> tuple[PyTree, jax.Arr
     # The norm is taken of a difference of its own: shared, XLA would write it to memory, which
     # on a CPU takes longer than all else that ends a client's training.
     own = jax.lax.optimization_barrier(jax.lax.stop_gradient((server_params, client_params)))
-    return optax.tree.sub(server_params, client_params), optax.tree.norm(optax.tree.sub(*own))
+    norm = jnp.sqrt(squared_norm(optax.tree.sub(*own)))
+    return optax.tree.sub(server_params, client_params), norm

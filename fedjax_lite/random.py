@@ -7,7 +7,9 @@ faster. The difference is a PRNG implementation, so that everything in
 change, once it is handed a key from `fast`.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.extend.random as jex_random
@@ -78,13 +80,31 @@ def permuted(
         return jnp.zeros(jnp.shape(index), jnp.int32)
     size = jnp.asarray(size, jnp.uint32)
     words = jax.random.bits(key, (num_rounds, 2), jnp.uint32)
-    pivots = words[:, 0] % size
-    x = jnp.asarray(index).astype(jnp.uint32)
+    index = jnp.asarray(index).astype(jnp.uint32)
+    swapped = functools.partial(_swap_or_not, index, size, words)
+    return _once(words[0, 0], swapped, jnp.zeros(index.shape, jnp.int32))
+
+
+@jax.jit  # Traced once, not once for each use.
+def _swap_or_not(x: jax.Array, size: jax.Array, words: jax.Array) -> jax.Array:
     # Unrolled, all rounds are one fused loop over the indices.
-    for pivot, word in zip(pivots, words[:, 1], strict=True):
+    for pivot, word in zip(words[:, 0] % size, words[:, 1], strict=True):
         mirror = jnp.where(pivot >= x, pivot - x, pivot + size - x)
         x = jnp.where(_mix(jnp.maximum(x, mirror) ^ word) & 1, mirror, x)
     return x.astype(jnp.int32)
+
+
+def _once(word: jax.Array, compute: Callable[[], jax.Array], zeros: jax.Array) -> jax.Array:
+    """`compute()`, which XLA:CPU is not to fuse into its consumers.
+
+    It would compute it again in every one of them, but it does not fuse across a branch. The
+    predicate, of a `uint32` that is not known when compiling, is always true.
+    """
+
+    def behind_a_branch() -> jax.Array:
+        return jax.lax.cond((word | 1) != 0, compute, lambda: zeros)
+
+    return jax.lax.platform_dependent(cpu=behind_a_branch, default=compute)
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -94,6 +114,7 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+@jax.jit  # Traced once, not once for each use.
 def _threefry2x32(key_data: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Threefry-2x32-20 of the counters `(0, x1)`."""
     keys = (key_data[0], key_data[1], key_data[0] ^ key_data[1] ^ jnp.uint32(_PARITY))
@@ -125,12 +146,7 @@ def _random_bits(key_data: jax.Array, bit_width: int, shape: tuple[int, ...]) ->
         x0, x1 = _threefry2x32(key_data, counter)
         return x0 ^ x1
 
-    def draw_once() -> jax.Array:
-        # XLA:CPU fuses the draw into each of its consumers and computes it again in
-        # every one; it does not fuse across a branch. The predicate is always true.
-        return jax.lax.cond((key_data[0] | 1) != 0, draw, lambda: jnp.zeros(shape, jnp.uint32))
-
-    return jax.lax.platform_dependent(cpu=draw_once, default=draw)
+    return _once(key_data[0], draw, jnp.zeros(shape, jnp.uint32))
 
 
 _UNROLLED = jex_random.define_prng_impl(

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from fedjax_lite import _validate, random
@@ -35,6 +34,7 @@ from fedjax_lite.batches import (
 from fedjax_lite.cohort import Cohort
 from fedjax_lite.convolution import canonical_convolutions
 from fedjax_lite.mesh import AXIS, deal, resolve
+from fedjax_lite.precision import squared_norm
 from fedjax_lite.store import check_output, check_store, read, write
 
 ON_NONFINITE = ("drop", "keep")
@@ -283,11 +283,11 @@ def _lane(
         # No gradient: that of a norm is not a number at zero, whatever it is multiplied with.
         norm = jax.lax.stop_gradient(result.norm)
         if norm is None:
-            norm = optax.tree.norm(jax.lax.stop_gradient(result.update))
+            norm = jnp.sqrt(squared_norm(jax.lax.stop_gradient(result.update)))
         weight = jnp.asarray(result.weight, float)
         others = (result.model_state, result.statistics, result.client_output)
         floats = [x for x in jax.tree.leaves(others) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        finite = jnp.isfinite(norm + optax.tree.norm(jax.lax.stop_gradient(floats)) + weight)
+        finite = jnp.isfinite(norm + squared_norm(jax.lax.stop_gradient(floats)) + weight)
         left_out = ~finite if on_nonfinite == "drop" else jnp.bool_(False)
         weight = jnp.where(left_out, 0, weight)
         counts = ~left_out & (weight != 0)
@@ -316,19 +316,20 @@ def _lane(
 
 
 def _repeat(
-    num_times: jax.Array,
+    begin: int,
+    end: jax.Array,
     body: Callable[[jax.Array, PyTree], PyTree],
     state: PyTree,
     bound: int | None,
 ) -> PyTree:
-    """`fori_loop(0, num_times, body, state)`, or the same as a scan over a static bound."""
+    """`fori_loop(begin, end, body, state)`, or the same as a scan up to a static bound."""
     if bound is None:
-        return jax.lax.fori_loop(0, num_times, body, state)
+        return jax.lax.fori_loop(begin, end, body, state)
 
     def masked(state: PyTree, i: jax.Array) -> tuple[PyTree, None]:
-        return jax.lax.cond(i < num_times, body, lambda i, state: state, i, state), None
+        return jax.lax.cond(i < end, body, lambda i, state: state, i, state), None
 
-    return jax.lax.scan(masked, state, jnp.arange(bound, dtype=num_times.dtype))[0]
+    return jax.lax.scan(masked, state, jnp.arange(begin, bound, dtype=end.dtype))[0]
 
 
 def _run_wave(
@@ -360,7 +361,12 @@ def _run_wave(
     before, after = MEASURED
     states = rewrite(lift(lane.init))(slots, entries)
     measured = measure(before, states)
-    states = _repeat(num_steps.max(), rewrite(step), states, bound)
+    first = 0
+    if slots.ndim == 0 and bound is None:
+        # A wave that runs has a step to take. On its own, it reads what the server broadcasts
+        # where it is; the loop would begin with a copy of it.
+        states, first = rewrite(step)(jnp.int32(0), states), 1
+    states = _repeat(first, num_steps.max(), rewrite(step), states, bound)
     measured |= measure(after, states)
     sent = rewrite(lift(lane.final))(slots, states, measured)
     if slots.ndim == 0:
@@ -425,6 +431,7 @@ def _sum_waves(
     # Sorted by length, the waves without a step are the last ones: they need not run.
     num_waves = (steps.reshape(table.shape[0], -1).max(1) > 0).sum()
     total, (metrics, kept), kept_store = _repeat(
+        0,
         num_waves,
         add_wave,
         (total, per_client, store if keep_output else ()),

@@ -2,12 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite.base import PyTree, UpdateTransform
-from fedjax_lite.precision import widen
+from fedjax_lite.precision import squared_norm
 from fedjax_lite.updates.pipeline import stateless
 
 
@@ -39,7 +38,7 @@ def clip_by_norm(max_norm: ArrayLike) -> UpdateTransform:
         key: jax.Array, update: PyTree, weight: jax.Array
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         del key, weight
-        squared = optax.tree.norm(widen(update), squared=True)
+        squared = squared_norm(update)
         clipped = squared > max_norm**2
         # Of updates that stay as they are no root is taken: its gradient at 0 is not a number.
         factor = jnp.where(clipped, max_norm / jnp.sqrt(jnp.where(clipped, squared, 1)), 1)

@@ -3,10 +3,11 @@
 from typing import Any
 
 import jax
-import optax
+import jax.numpy as jnp
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Batch, ClientResult, ClientUpdate, PyTree, UpdateTransform
+from fedjax_lite.precision import squared_norm
 
 
 def chain(*transforms: UpdateTransform) -> UpdateTransform:
@@ -88,7 +89,7 @@ def send_through(pipeline: UpdateTransform, client_update: ClientUpdate) -> Clie
         # What the client trained, and not what is left of it, is reported and checked.
         norm = result.norm
         if norm is None:
-            norm = optax.tree.norm(jax.lax.stop_gradient(result.update))
+            norm = jnp.sqrt(squared_norm(jax.lax.stop_gradient(result.update)))
         update, info = pipeline.client(
             key_pipeline, shared.pipeline_state, result.update, result.weight
         )
