@@ -16,7 +16,7 @@ from fedjax_lite.base import Batch, ClientResult, ClientUpdate, PyTree, ServerSt
 from fedjax_lite.batches import DEFAULT_BATCH_SIZE, Batching, adapt_batch_size, read_batch
 from fedjax_lite.cohort import Cohort
 from fedjax_lite.cpu import Paced
-from fedjax_lite.mesh import AXIS, resolve
+from fedjax_lite.mesh import AXIS, resolve, sum_over_devices
 from fedjax_lite.metrics import Metric, mean
 from fedjax_lite.model import Model
 from fedjax_lite.runner import choose_rewrite, run_clients
@@ -368,9 +368,7 @@ def _evaluate(
         sums = sum_batches(0, *arguments)
     else:
         sums = jax.shard_map(
-            lambda *arguments: jax.lax.psum(
-                sum_batches(jax.lax.axis_index(AXIS), *arguments), AXIS
-            ),
+            lambda *arguments: sum_over_devices(sum_batches(jax.lax.axis_index(AXIS), *arguments)),
             mesh=mesh,
             in_specs=PartitionSpec(),
             out_specs=PartitionSpec(),

@@ -1,16 +1,19 @@
 """The devices that a round runs on."""
 
+import collections
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from fedjax_lite import _validate, random
 
 AXIS = "clients"
 T = TypeVar("T")
+_SMALL = 2**14
 
 
 def clients_mesh(num_devices: int | None = None) -> Mesh:
@@ -47,6 +50,23 @@ def resolve(mesh: Mesh | None) -> Mesh | None:
             f' single axis "{AXIS}" of type Auto, such as fl.clients_mesh().'
         )
     return mesh
+
+
+def sum_over_devices(tree: T) -> T:
+    """The sum over the devices of a mesh, inside of `shard_map`.
+
+    Devices wait for each other once per array: for small ones, longer than the sum takes. They
+    are summed as one.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    groups = collections.defaultdict(list)
+    for i, x in enumerate(leaves):
+        groups[x.dtype, i if x.size > _SMALL else None].append(i)
+    for members in groups.values():
+        flat, split = ravel_pytree([leaves[i] for i in members])
+        for i, x in zip(members, split(jax.lax.psum(flat, AXIS)), strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
 
 
 def replicate(tree: T, mesh: Mesh | None = None) -> T:

@@ -33,7 +33,7 @@ from fedjax_lite.batches import (
 )
 from fedjax_lite.cohort import Cohort
 from fedjax_lite.convolution import canonical_convolutions
-from fedjax_lite.mesh import AXIS, deal, resolve
+from fedjax_lite.mesh import AXIS, deal, resolve, sum_over_devices
 from fedjax_lite.precision import squared_norm
 from fedjax_lite.store import check_output, check_store, read, write
 
@@ -139,7 +139,7 @@ def run_clients(
         store = result.store
         if num_devices > 1:
             store = _exchange(store, table, kept, cohort)
-        return jax.lax.psum(result._replace(store=()), AXIS)._replace(store=store)
+        return sum_over_devices(result._replace(store=()))._replace(store=store)
 
     without_examples = dataclasses.replace(cohort, examples={})
     replicated = (num_steps, shared, without_examples, random.fast(key), store)

@@ -224,6 +224,20 @@ def test_max_pool_leaves_out_what_is_over():
     np.testing.assert_array_equal(max_pool(x), nn.max_pool(even, (2, 2), (2, 2)))
 
 
+def test_max_pool_has_the_derivatives_of_a_maximum():
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 6, 4, 3)), jnp.float32)  # Ties.
+
+    def by_reduction(x):
+        return x.reshape(2, 3, 2, 2, 2, 3).max((2, 4))
+
+    y, backward = jax.vjp(max_pool, x)
+    direction = jnp.arange(y.size, dtype=jnp.float32).reshape(y.shape)
+    np.testing.assert_allclose(backward(direction)[0], jax.vjp(by_reduction, x)[1](direction)[0])
+    tangent = jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape)
+    result, expected = (jax.jvp(f, (x,), (tangent,)) for f in (max_pool, by_reduction))
+    jax.tree.map(np.testing.assert_allclose, result, expected)
+
+
 def test_dropout_is_for_training_only():
     model = fl.models.emnist_cnn(3, dropout_rates=(0.5, 0.5))
     params, _ = model.init(jax.random.key(0))

@@ -1,9 +1,11 @@
 """Convolutional networks for small images."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fedjax_lite import _validate
 from fedjax_lite.model import Model
@@ -17,9 +19,33 @@ def max_pool(x: jax.Array) -> jax.Array:
       x: `[batch, height, width, channels]`.
     """
     n, h, w, c = x.shape
-    # On a CPU the gradient of this reduction is cheaper than that of reduce_window.
-    windows = x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
-    return windows.max((2, 4))
+    return _largest(x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c))
+
+
+def _corners(windows: jax.Array) -> list[jax.Array]:
+    return [windows[:, :, i, :, j] for i in (0, 1) for j in (0, 1)]
+
+
+@jax.custom_jvp
+def _largest(windows: jax.Array) -> jax.Array:
+    """The maximum over the axes 2 and 4, of length 2.
+
+    The corners of a window, one by one, are a single loop over the output on a CPU, and so is the
+    gradient; those of `max` and of `reduce_window` write masks and counts to memory.
+    """
+    return functools.reduce(jnp.maximum, _corners(windows))
+
+
+@_largest.defjvp
+def _largest_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (windows,), (tangent,) = primals, tangents
+    largest = _largest(windows)
+    # As with `max`, those that are equally large share.
+    is_largest = windows == largest[:, :, None, :, None]
+    count = sum(jnp.where(corner == largest, 1, 0) for corner in _corners(windows))
+    return largest, jnp.where(is_largest, tangent, 0).sum((2, 4)) / count
 
 
 class _CNN(nn.Module):
