@@ -34,7 +34,8 @@ Client = tuple[torch.Tensor, torch.Tensor]
 
 
 def torch_clients(data: fl.FederatedDataset) -> list[Client]:
-    """Images, channels first, and labels of each client."""
+    """Images, channels first, and labels of each client; the orders drawn after this are fixed."""
+    torch.manual_seed(0)
     examples = [data[client_id] for client_id in data.client_ids]
     if DEVICE.type == "cuda":
         # JAX multiplies float32 matrices on tensor cores unless told otherwise.
@@ -148,6 +149,7 @@ def _serve(
 ) -> None:
     """A worker: trains its clients from the parameters that it is sent, until the pipe closes."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     clients = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in share]
     with contextlib.suppress(EOFError):
         while True:
