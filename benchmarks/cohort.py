@@ -77,7 +77,7 @@ def measure(name: str, repeats: int, lanes: Sequence[int | None]) -> dict[str, A
     contestants: dict[str, Contestant] = {}
     compile_s: dict[int, float] = {}
     for requested in lanes:
-        chosen = choose_lanes(requested, num_clients, fl.clients_mesh())
+        chosen = choose_lanes(requested, params, num_clients, fl.clients_mesh())
         for devices in sorted({1, num_devices}):
             contestants[f"ours, {chosen} lanes on {devices}"], compile_s[chosen] = ours.our_round(
                 case, data, params, devices, requested

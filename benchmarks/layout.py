@@ -74,7 +74,7 @@ def _memory() -> dict[str, Any]:
     """Temporary bytes on a device of a round of 50 clients and of one of 10,000."""
     few, many = 50, 10_000
     # The same number of lanes for both: each lane has params of its own.
-    algorithm = _dense_algorithm(choose_lanes(None, few, fl.clients_mesh()))
+    algorithm = _dense_algorithm(choose_lanes(None, {}, few, fl.clients_mesh()))
 
     def arguments(capacity: int) -> tuple[jax.Array, fl.ServerState, fl.Cohort]:
         slots = jnp.zeros(capacity, jnp.int32)

@@ -39,6 +39,7 @@ from fedjax_lite.store import check_output, check_store, read, write
 
 ON_NONFINITE = ("drop", "keep")
 MEASURED = ("_before", "_after")
+_MOST_LANES = 64
 Rewrite = Callable[[Callable[..., PyTree]], Callable[..., PyTree]]
 
 
@@ -110,7 +111,7 @@ def run_clients(
     check_store(store, cohort.num_clients)
     mesh = resolve(mesh)
     num_devices = 1 if mesh is None else mesh.devices.size
-    lanes = choose_lanes(lanes, cohort.capacity, mesh)
+    lanes = choose_lanes(lanes, shared, cohort.capacity, mesh)
     rewrite = choose_rewrite(rewrite_convolutions, mesh)
     num_steps = count_steps(cohort.num_examples, batching)
     table = _deal(cohort, num_devices, lanes)
@@ -169,13 +170,27 @@ def run_clients(
     return result._replace(clients=clients)
 
 
-def choose_lanes(lanes: int | None, capacity: int, mesh: Mesh | None) -> int:
+def choose_lanes(lanes: int | None, shared: PyTree, capacity: int, mesh: Mesh | None) -> int:
     """The number of lanes that a round runs with: what was asked for, or the default."""
     if lanes is None:
         # On a CPU a second lane only turns matrix products and convolutions into batched ones,
         # which run slower per client; elsewhere many lanes fill the chip.
-        lanes = 1 if _platform(mesh) == "cpu" else 64
+        lanes = 1 if _platform(mesh) == "cpu" else _fitting_lanes(shared, mesh)
     return min(lanes, -(-capacity // (1 if mesh is None else mesh.devices.size)))
+
+
+def _fitting_lanes(shared: PyTree, mesh: Mesh | None) -> int:
+    """How many lanes fit half the memory of a device; the other half is for data and activations.
+
+    A lane is taken to need four times what the server broadcasts: params, gradients, the state of
+    the client optimizer, the update.
+    """
+    device = (jax.local_devices() if mesh is None else mesh.local_devices)[0]
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return _MOST_LANES
+    lane_bytes = 4 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shared))
+    return min(_MOST_LANES, max(1, stats["bytes_limit"] // 2 // max(1, lane_bytes)))
 
 
 def choose_rewrite(rewrite_convolutions: bool | None, mesh: Mesh | None) -> Rewrite:

@@ -263,3 +263,28 @@ def test_a_client_that_is_not_finite_is_left_out_and_counted(name):
     np.testing.assert_allclose(info.loss, expected_info.loss, rtol=1e-5)
     kept, _ = one_round(name, everyone(population), on_nonfinite="keep")
     assert not np.isfinite(kept.params["w"]).all()
+
+
+@each_algorithm
+def test_memory_does_not_grow_with_the_cohort(name):
+    num_clients = 2000
+    dataset = fl.FederatedDataset.from_rows(
+        {"x": np.ones((num_clients, 3), np.float32), "y": np.ones(num_clients, np.float32)},
+        np.arange(num_clients)[:, None],
+    )
+    population = dataset.resident(one_device())
+    model = fl.function_model(
+        lambda w, batch: ((batch["x"] @ w).mean(1) - batch["y"]) ** 2,
+        lambda key: jax.random.normal(key, (3, 1000)),
+    )
+
+    def temporary_bytes(capacity):
+        algorithm = build(name, model)
+        state = algorithm.init(jax.random.key(0), num_clients=num_clients)
+        cohort = fl.cohort(jax.random.key(0), population, capacity)
+        compiled = algorithm.round.lower(jax.random.key(0), state, cohort).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # What grows is the list of clients: a few words for each, no copy of the 12 kB of params.
+    grown = temporary_bytes(num_clients) - temporary_bytes(50)
+    assert grown < 100 * (num_clients - 50)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from problems import everyone
 
 import fedjax_lite as fl
+from fedjax_lite.runner import choose_lanes
 
 ROWS, CLIENTS = 40, 9
 
@@ -74,3 +76,22 @@ def test_each_example_is_used_once_per_epoch(
     assert info.num_examples == expected.sum()
     assert info.skipped == (expected.sum() == 0)
     assert jnp.isnan(info.loss)  # these clients report none
+
+
+@pytest.mark.parametrize(
+    ("platform", "stats", "capacity", "expected"),
+    [
+        ("cpu", None, 1000, 1),
+        ("gpu", None, 1000, 64),  # It does not tell.
+        ("gpu", {"bytes_limit": 80 * 2**30}, 1000, 64),
+        ("gpu", {"bytes_limit": 11 * 2**20}, 1000, 5),  # 4 x 256 kB a lane, in half of it.
+        ("tpu", {"bytes_limit": 1}, 1000, 1),
+        ("gpu", {}, 7, 4),  # 7 clients on two devices.
+    ],
+)
+def test_lanes_are_many_where_they_fill_the_chip_and_fit_it(platform, stats, capacity, expected):
+    device = types.SimpleNamespace(platform=platform, memory_stats=lambda: stats)
+    mesh = types.SimpleNamespace(devices=np.array([device] * 2), local_devices=[device] * 2)
+    params = {"w": jnp.zeros((256, 256)), "key": jax.random.key(0)}
+    assert choose_lanes(None, params, capacity, mesh) == expected
+    assert choose_lanes(3, params, capacity, mesh) == 3

@@ -94,7 +94,8 @@ def fed_avg(
       differentiable: Allow reverse-mode differentiation through rounds. Loops then have the
         length of the longest that could occur, `num_steps` or all examples of the population,
         and skip what exceeds a client's own; memory grows with the number of local steps.
-      lanes: Clients trained side by side on a device; changes the speed only.
+      lanes: Clients trained side by side on a device; changes the speed only. By default 1 on
+        CPUs, elsewhere up to 64, as far as the device's memory goes.
       mesh: Mesh with the axis `"clients"`, all devices by default; changes the speed only.
       rewrite_convolutions: Put the convolutions of a local step into the layout that is fast
         inside loops on a CPU, about thirty times faster; changes the speed only. By default on

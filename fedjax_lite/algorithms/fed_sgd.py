@@ -73,7 +73,8 @@ def fed_sgd(
       pipeline: What happens to the gradients between clients and server, as in `fed_avg`.
       on_nonfinite: A client whose gradient has a norm that is not finite is left out and
         counted (`"drop"`), or let through (`"keep"`).
-      lanes: Clients trained side by side on a device; changes the speed only.
+      lanes: Clients trained side by side on a device; changes the speed only. By default 1 on
+        CPUs, elsewhere up to 64, as far as the device's memory goes.
       mesh: Mesh with the axis `"clients"`, all devices by default; changes the speed only.
       rewrite_convolutions: Put the convolutions of a local step into the layout that is fast
         inside loops on a CPU, about thirty times faster; changes the speed only. By default on

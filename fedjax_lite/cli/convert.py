@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import rich.console
-import rich.progress
 from tyro.conf import Positional
 
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
+from fedjax_lite.cli.progress import bar
 from fedjax_lite.cli.source import Source
 from fedjax_lite.data import formats, preprocess
 
@@ -91,14 +91,6 @@ def _progress() -> Iterator[Callable[[int, int | None], None]]:
 
         yield show_line
         return
-    bar = rich.progress.Progress(
-        rich.progress.TextColumn("clients"),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.BarColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-    )
-    with bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with bar("clients", console) as counting:
+        task = counting.add_task("", total=None)
+        yield lambda done, total: counting.update(task, completed=done, total=total)

@@ -26,8 +26,15 @@ def progress(num_rounds: int, *, stderr: bool) -> Iterator[Show]:
 
         yield show_line
         return
-    bar = rich.progress.Progress(
-        rich.progress.TextColumn("round"),
+    with bar("round", console) as counting:
+        task = counting.add_task("", total=num_rounds)
+        yield lambda done, text, loud: counting.update(task, completed=done, description=text)
+
+
+def bar(what: str, console: rich.console.Console) -> rich.progress.Progress:
+    """A bar with a count of something before it, and the task's description and times after it."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn(what),
         rich.progress.MofNCompleteColumn(),
         rich.progress.BarColumn(),
         rich.progress.TextColumn("{task.description}"),
@@ -35,6 +42,3 @@ def progress(num_rounds: int, *, stderr: bool) -> Iterator[Show]:
         rich.progress.TimeRemainingColumn(),
         console=console,
     )
-    with bar:
-        task = bar.add_task("", total=num_rounds)
-        yield lambda done, text, loud: bar.update(task, completed=done, description=text)

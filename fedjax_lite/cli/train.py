@@ -179,7 +179,12 @@ def _dry_run(built: Built, settings: dict[str, Any], *, as_json: bool) -> None:
         **machine(),
         "clients": built.population.num_clients,
         "slots_of_a_cohort": built.sampler.capacity,
-        "lanes": choose_lanes(built.experiment.lanes, built.sampler.capacity, resolve_mesh(None)),
+        "lanes": choose_lanes(
+            built.experiment.lanes,
+            dataclasses.replace(state, store=()),
+            built.sampler.capacity,
+            resolve_mesh(None),
+        ),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "shapes": {
             jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
