@@ -40,6 +40,7 @@ from fedjax_lite.store import check_output, check_store, read, write
 ON_NONFINITE = ("drop", "keep")
 MEASURED = ("_before", "_after")
 _MOST_LANES = 64
+_LARGE = 2**18
 Rewrite = Callable[[Callable[..., PyTree]], Callable[..., PyTree]]
 
 
@@ -189,8 +190,12 @@ def _fitting_lanes(shared: PyTree, mesh: Mesh | None) -> int:
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return _MOST_LANES
-    lane_bytes = 4 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shared))
-    return min(_MOST_LANES, max(1, stats["bytes_limit"] // 2 // max(1, lane_bytes)))
+    lane_bytes = max(1, 4 * _num_bytes(shared))
+    return min(_MOST_LANES, max(1, stats["bytes_limit"] // 2 // lane_bytes))
+
+
+def _num_bytes(tree: PyTree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def choose_rewrite(rewrite_convolutions: bool | None, mesh: Mesh | None) -> Rewrite:
@@ -377,9 +382,10 @@ def _run_wave(
     states = rewrite(lift(lane.init))(slots, entries)
     measured = measure(before, states)
     first = 0
-    if slots.ndim == 0 and bound is None:
+    if slots.ndim == 0 and bound is None and _num_bytes(states) > _LARGE:
         # A wave that runs has a step to take. On its own, it reads what the server broadcasts
-        # where it is; the loop would begin with a copy of it.
+        # where it is; the loop would begin with a copy of it. For a small one, that is not worth
+        # compiling the step twice.
         states, first = rewrite(step)(jnp.int32(0), states), 1
     states = _repeat(first, num_steps.max(), rewrite(step), states, bound)
     measured |= measure(after, states)

@@ -139,6 +139,14 @@ def test_lanes_change_nothing(name, lanes):
     assert_same_round(one_round(name, lanes=lanes), reference(name))
 
 
+def test_lanes_change_nothing_for_large_params():
+    model = fl.function_model(
+        lambda w, batch: ((batch["x"] @ w).mean(1) - batch["y"]) ** 2,
+        lambda key: jax.random.normal(key, (3, 30_000)),  # One lane copies nothing of that size.
+    )
+    assert_same_round(*(one_round("fed_avg", model=model, lanes=lanes) for lanes in (1, 3)))
+
+
 @each_algorithm
 @eight_devices
 @pytest.mark.parametrize(("num_devices", "lanes"), [(2, 1), (8, 3)])
