@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import fedjax_lite as fl
 from benchmarks.cases import LEARNING_RATE, Case, Contestant, Work
-from fedjax_lite.convolution import canonical_convolutions
+from fedjax_lite.rewrite import rewritten
 
 
 def our_round(
@@ -70,7 +70,7 @@ def bare(case: Case, params: Any) -> Callable[[], Any]:
         batch = (jax.lax.dynamic_slice_in_dim(z, start, case.batch_size) for z in (x, y))
         return jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, gradient(params, *batch))
 
-    rewrite = canonical_convolutions if jax.default_backend() == "cpu" else lambda step: step
+    rewrite = rewritten if jax.default_backend() == "cpu" else lambda step: step
 
     @jax.jit
     def loop(params: Any, x: jax.Array, y: jax.Array, num_steps: jax.Array) -> Any:

@@ -32,9 +32,9 @@ from fedjax_lite.batches import (
     steps_per_epoch,
 )
 from fedjax_lite.cohort import Cohort
-from fedjax_lite.convolution import canonical_convolutions
 from fedjax_lite.mesh import AXIS, deal, resolve, sum_over_devices
 from fedjax_lite.precision import squared_norm
+from fedjax_lite.rewrite import rewritten
 from fedjax_lite.store import check_output, check_store, read, write
 
 ON_NONFINITE = ("drop", "keep")
@@ -97,8 +97,8 @@ def run_clients(
       lanes: How many clients a device trains side by side. Changes the speed, and results
         only by the order of additions. By default 1 on CPUs and up to 64 elsewhere.
       mesh: Mesh with the axis `"clients"`; all devices by default. Changes the speed only.
-      rewrite_convolutions: Whether to apply `canonical_convolutions` to what a client computes.
-        Changes the speed only; by default on CPUs.
+      rewrite_convolutions: Whether to rewrite the convolutions of what a client computes (see
+        `rewrite.py`). Changes the speed only; by default on CPUs.
 
     Returns:
       The weighted sum, the total weight, the store and the metrics. A client without examples
@@ -200,9 +200,9 @@ def _num_bytes(tree: PyTree) -> int:
 
 def choose_rewrite(rewrite_convolutions: bool | None, mesh: Mesh | None) -> Rewrite:
     """What is applied to functions that run inside loops."""
-    if rewrite_convolutions is None:
-        rewrite_convolutions = _platform(mesh) == "cpu"
-    return canonical_convolutions if rewrite_convolutions else lambda function: function
+    on_cpu = _platform(mesh) == "cpu"
+    convolutions = on_cpu if rewrite_convolutions is None else rewrite_convolutions
+    return functools.partial(rewritten, convolutions=convolutions, products=on_cpu)
 
 
 def _platform(mesh: Mesh | None) -> str:

@@ -9,7 +9,7 @@ import pytest
 from problems import everyone
 
 import fedjax_lite as fl
-from fedjax_lite.convolution import canonical_convolutions
+from fedjax_lite.rewrite import rewritten
 
 NCHW, HWNC = ("NCHW", "OIHW", "NCHW"), ("HWNC", "OHWI", "CNHW")
 CASES = {
@@ -49,20 +49,20 @@ def gradients(case):
 
 def assert_same(function, *args):
     expected = jax.jit(function)(*args)
-    actual = jax.jit(canonical_convolutions(function))(*args)
+    actual = jax.jit(rewritten(function))(*args)
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5), actual, expected
     )
 
 
-def convolutions(function, *args):
-    """The dimension numbers of all convolutions that a function runs, at any depth."""
+def equations(name, function, *args):
+    """The equations of one primitive that a function runs, at any depth."""
     found = []
 
     def visit(jaxpr):
         for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "conv_general_dilated":
-                found.append(eqn.params["dimension_numbers"])
+            if eqn.primitive.name == name:
+                found.append(eqn)
             for value in eqn.params.values():
                 for inner in value if isinstance(value, tuple) else (value,):
                     inner = getattr(inner, "jaxpr", inner)
@@ -71,6 +71,12 @@ def convolutions(function, *args):
 
     visit(jax.make_jaxpr(function)(*args).jaxpr)
     return found
+
+
+def convolutions(function, *args):
+    """The dimension numbers of all convolutions that a function runs, at any depth."""
+    found = equations("conv_general_dilated", function, *args)
+    return [eqn.params["dimension_numbers"] for eqn in found]
 
 
 def is_canonical(numbers):
@@ -87,7 +93,7 @@ def is_canonical(numbers):
 def test_convolutions_and_their_gradients_are_the_same(case):
     function, image, kernel = gradients(case)
     assert_same(function, image, kernel)
-    found = convolutions(canonical_convolutions(function), image, kernel)
+    found = convolutions(rewritten(function), image, kernel)
     assert len(found) == 3
     assert all(map(is_canonical, found))
 
@@ -148,26 +154,64 @@ def test_descends_into_everything_that_calls():
     }
     for name, (function, argument) in functions.items():
         before = convolutions(function, argument)
-        after = convolutions(canonical_convolutions(function), argument)
+        after = convolutions(rewritten(function), argument)
         assert len(after) == len(before) > 0, name
         assert all(map(is_canonical, after)), name
         assert_same(function, argument)
+
+
+def left_operands(function, *args):
+    """The shapes of what stands on the left in each product that a function runs."""
+    return [eqn.invars[0].aval.shape for eqn in equations("dot_general", function, *args)]
+
+
+@pytest.mark.parametrize("rows", [(20,), (2, 5)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_times_a_transposed_kernel_become_kernel_times_rows(rows, dtype):
+    x = jax.random.normal(jax.random.key(0), (*rows, 96), dtype)
+    kernel = jax.random.normal(jax.random.key(1), (96, 128), dtype) / 10
+    precision = (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT)
+    layer = lambda x, kernel: jnp.tanh(jnp.matmul(x, kernel, precision=precision))
+    function = lambda x, kernel: jax.grad(lambda x: layer(x, kernel).sum(dtype="float32"))(x)
+    products = lambda function: equations("dot_general", function, x, kernel)
+    forward, before = products(function)
+    _, after = products(rewritten(function))
+    assert before.invars[1].aval.shape == after.invars[0].aval.shape == kernel.shape
+    assert before.params["precision"] == after.params["precision"][::-1] == precision
+    assert forward.invars[0].aval.shape == x.shape
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    expected = np.asarray(jax.jit(function)(x, kernel), np.float32)
+    actual = np.asarray(jax.jit(rewritten(function))(x, kernel), np.float32)
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kernel"), [((20, 8), (16, 8)), ((200, 96), (128, 96)), ((4, 20, 96), (4, 128, 96))]
+)
+def test_leaves_alone_products_that_gain_nothing(rows, kernel):
+    batch = tuple(range(len(kernel) - 2))
+    last = len(kernel) - 1
+    numbers = (((last,), (last,)), (batch, batch))
+    function = lambda x, w: jax.lax.dot_general(x, w, numbers)
+    x, w = jnp.ones(rows), jnp.ones(kernel)
+    assert left_operands(rewritten(function), x, w) == [rows]
+    assert left_operands(rewritten(function, products=False), x, w) == [rows]
 
 
 def test_works_on_what_it_closes_over_while_tracing():
     kernel = jax.random.normal(jax.random.key(2), (3, 3, 3, 3))
 
     def outer(x, scale):
-        return canonical_convolutions(lambda x: jax.lax.conv(x, scale * kernel, (1, 1), "SAME"))(x)
+        return rewritten(lambda x: jax.lax.conv(x, scale * kernel, (1, 1), "SAME"))(x)
 
     x = jnp.ones((1, 3, 6, 6))
     expected = jax.lax.conv(x, 2 * kernel, (1, 1), "SAME")
     np.testing.assert_allclose(jax.jit(outer)(x, 2.0), expected, rtol=1e-6)
 
 
-def test_leaves_alone_what_has_no_convolution():
+def test_leaves_alone_what_has_nothing_to_rewrite():
     function = lambda x: {"y": jnp.sin(x)}
-    assert canonical_convolutions(function)(jnp.ones(3))["y"].shape == (3,)
+    assert rewritten(function)(jnp.ones(3))["y"].shape == (3,)
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
