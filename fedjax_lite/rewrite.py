@@ -1,6 +1,7 @@
 """Convolutions and products in the forms that stay fast inside compiled loops on a CPU."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
@@ -19,6 +20,7 @@ _CALLS = {
 }
 _CONTROL_FLOW = {"scan", "while", "cond"}
 _LARGE_KERNEL = 2**13
+_FEW_ROWS = 24
 
 
 def rewritten(
@@ -31,9 +33,10 @@ def rewritten(
     and run about thirty times slower (jax-ml/jax issue 12868). This transposes the operands
     and the result of each convolution explicitly, which leaves the results as they are.
 
-    The gradient of a dense layer multiplies a few rows with a transposed kernel, which XLA:CPU
-    copies into another layout first. The other way round, kernel times rows, it is the rows that
-    are copied: a third of the time for 20 rows and a kernel of 200 x 200.
+    The gradient of a dense layer has two products with the few rows of a batch. Rows times a
+    transposed kernel becomes kernel times rows: XLA:CPU copies what stands on the right into
+    another layout first. The gradient of the kernel becomes a sum of outer products, for up to 24
+    rows: XLA fuses it with the update of the kernel, and the gradient is never written to memory.
 
     It descends into what the function calls: `jit`, `custom_jvp`, `custom_vjp`, `remat`,
     `scan`, `while_loop` and `cond`. Custom derivatives are those of the function by then, and
@@ -53,10 +56,7 @@ def rewritten(
     >>> bool((rewritten(conv)(x, w) == conv(x, w)).all())
     True
     """
-    rules = {
-        **({primitives.conv_general_dilated_p: _CONVOLUTION} if convolutions else {}),
-        **({primitives.dot_general_p: _PRODUCT} if products else {}),
-    }
+    rules = (_CONVOLUTIONS if convolutions else ()) + (_PRODUCTS if products else ())
 
     def after(*args: P.args, **kwargs: P.kwargs) -> T:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
@@ -69,13 +69,14 @@ def rewritten(
 
 
 class _Rule(NamedTuple):
-    """How equations of one primitive are rewritten, and which of them."""
+    """Which equations are rewritten, and how: from their two operands and their parameters."""
 
     applies: Callable[[Any], bool]
     evaluate: Callable[[jax.Array, jax.Array, dict[str, Any]], jax.Array]
 
 
-_Rules = Mapping[jex_core.Primitive, _Rule]
+def _find(rules: Sequence[_Rule], eqn: Any) -> _Rule | None:
+    return next((rule for rule in rules if rule.applies(eqn)), None)
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
@@ -84,20 +85,18 @@ def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     return [v for v in values if isinstance(v, (jex_core.Jaxpr, jex_core.ClosedJaxpr))]
 
 
-def _applies_inside(rules: _Rules, eqn: Any) -> bool:
-    inner = (getattr(inner, "jaxpr", inner) for inner in _inner_jaxprs(eqn.params))
-    return any(_applies(rules, jaxpr) for jaxpr in inner)
+def _applies_inside(rules: Sequence[_Rule], eqn: Any) -> bool:
+    inner = _inner_jaxprs(eqn.params)
+    return any(_applies(rules, getattr(jaxpr, "jaxpr", jaxpr)) for jaxpr in inner)
 
 
-def _applies(rules: _Rules, jaxpr: Any) -> bool:
-    return any(
-        (eqn.primitive in rules and rules[eqn.primitive].applies(eqn))
-        or _applies_inside(rules, eqn)
-        for eqn in jaxpr.eqns
-    )
+def _applies(rules: Sequence[_Rule], jaxpr: Any) -> bool:
+    return any(_find(rules, eqn) or _applies_inside(rules, eqn) for eqn in jaxpr.eqns)
 
 
-def _evaluate(rules: _Rules, closed: jex_core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+def _evaluate(
+    rules: Sequence[_Rule], closed: jex_core.ClosedJaxpr, args: Sequence[Any]
+) -> list[Any]:
     """Evaluates a jaxpr, rewritten."""
     jaxpr = closed.jaxpr
     values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
@@ -112,11 +111,11 @@ def _evaluate(rules: _Rules, closed: jex_core.ClosedJaxpr, args: Sequence[Any]) 
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _bind(rules: _Rules, eqn: Any, inputs: list[Any]) -> list[Any]:
+def _bind(rules: Sequence[_Rule], eqn: Any, inputs: list[Any]) -> list[Any]:
     params, name = dict(eqn.params), eqn.primitive.name
-    if eqn.primitive in rules and rules[eqn.primitive].applies(eqn):
+    if rule := _find(rules, eqn):
         lhs, rhs = inputs
-        return [rules[eqn.primitive].evaluate(lhs, rhs, params)]
+        return [rule.evaluate(lhs, rhs, params)]
     if name in _CALLS and _applies_inside(rules, eqn):
         (inner,) = _inner_jaxprs(params)
         closed = (
@@ -129,13 +128,17 @@ def _bind(rules: _Rules, eqn: Any, inputs: list[Any]) -> list[Any]:
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
-def _with_rules(rules: _Rules, value: Any) -> Any:
+def _with_rules(rules: Sequence[_Rule], value: Any) -> Any:
     """Closed jaxprs rewritten; anything else as it is."""
     if isinstance(value, tuple):
         return tuple(_with_rules(rules, item) for item in value)
     if not isinstance(value, jex_core.ClosedJaxpr):
         return value
     return jax.make_jaxpr(lambda *args: _evaluate(rules, value, args))(*value.in_avals)
+
+
+def _is_convolution(eqn: Any) -> bool:
+    return eqn.primitive is primitives.conv_general_dilated_p
 
 
 def _convolve(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
@@ -163,19 +166,31 @@ def _convolve(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Arr
     return jnp.transpose(out, order)
 
 
-def _multiplies_with_transposed_kernel(eqn: Any) -> bool:
-    rows, kernel = (atom.aval for atom in eqn.invars)
+def _summed_axes(eqn: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The axes over which a product sums, if it is one of floats, not batched and not split."""
+    if eqn.primitive is not primitives.dot_general_p:
+        return None
+    axes, batch = eqn.params["dimension_numbers"]
     sharding = eqn.params["out_sharding"]
-    return (
-        eqn.params["dimension_numbers"] == (((rows.ndim - 1,), (1,)), ((), ()))
-        and kernel.ndim == 2
-        and kernel.size >= max(_LARGE_KERNEL, rows.size)
+    plain = (
+        batch == ((), ())
+        and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
         and (sharding is None or not any(sharding.spec))
     )
+    return axes if plain else None
 
 
-def _multiply(rows: jax.Array, kernel: jax.Array, params: dict[str, Any]) -> jax.Array:
-    """Rows `[..., n]` times the transpose of a kernel `[m, n]`, as kernel times rows."""
+def _has_transposed_kernel(eqn: Any) -> bool:
+    axes = _summed_axes(eqn)
+    if axes is None:
+        return False
+    rows, kernel = (atom.aval for atom in eqn.invars)
+    large = kernel.size >= max(_LARGE_KERNEL, rows.size)
+    return axes == ((rows.ndim - 1,), (1,)) and kernel.ndim == 2 and large
+
+
+def _kernel_times_rows(rows: jax.Array, kernel: jax.Array, params: dict[str, Any]) -> jax.Array:
+    """Rows `[..., n]` times the transpose of a kernel `[m, n]`."""
     precision = params["precision"]
     swapped = {
         **params,
@@ -188,5 +203,27 @@ def _multiply(rows: jax.Array, kernel: jax.Array, params: dict[str, Any]) -> jax
     return jnp.moveaxis(jax.lax.optimization_barrier(out), 0, -1)
 
 
-_CONVOLUTION = _Rule(lambda eqn: True, _convolve)
-_PRODUCT = _Rule(_multiplies_with_transposed_kernel, _multiply)
+def _is_kernel_gradient(eqn: Any) -> bool:
+    if _summed_axes(eqn) != ((0,), (0,)):
+        return False
+    num_rows = eqn.invars[0].aval.shape[0]
+    gradient = eqn.outvars[0].aval
+    return gradient.ndim == 2 and gradient.size >= _LARGE_KERNEL and 0 < num_rows <= _FEW_ROWS
+
+
+def _sum_of_outer_products(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
+    """The transpose of `[rows, m]` times `[rows, n]`."""
+    dtype = params["preferred_element_type"] or jnp.result_type(lhs, rhs)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    rows = zip(lhs.astype(wide), rhs.astype(wide), strict=True)
+    terms = [jnp.outer(y, x) for x, y in rows]
+    # Several sums side by side: in a single one, each addition would wait for the one before.
+    sums = [functools.reduce(jnp.add, terms[i::4]) for i in range(min(4, len(terms)))]
+    return functools.reduce(jnp.add, sums).T.astype(dtype)
+
+
+_CONVOLUTIONS = (_Rule(_is_convolution, _convolve),)
+_PRODUCTS = (
+    _Rule(_has_transposed_kernel, _kernel_times_rows),
+    _Rule(_is_kernel_gradient, _sum_of_outer_products),
+)

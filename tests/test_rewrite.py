@@ -185,17 +185,49 @@ def test_rows_times_a_transposed_kernel_become_kernel_times_rows(rows, dtype):
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 24])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradient_of_a_kernel_becomes_a_sum_of_outer_products(num_rows, dtype):
+    x = jax.random.normal(jax.random.key(0), (num_rows, 96), dtype)
+    kernel = jax.random.normal(jax.random.key(1), (96, 128), dtype) / 10
+    loss = lambda kernel: jnp.tanh(x @ kernel).sum(dtype="float32")
+    function = lambda kernel: kernel - 0.1 * jax.grad(loss)(kernel)
+    assert left_operands(function, kernel) == [x.shape, (num_rows, 128)]
+    assert left_operands(rewritten(function), kernel) == [x.shape]
+    assert rewritten(function)(kernel).dtype == dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    expected = np.asarray(jax.jit(function)(kernel), np.float32)
+    actual = np.asarray(jax.jit(rewritten(function))(kernel), np.float32)
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(
-    ("rows", "kernel"), [((20, 8), (16, 8)), ((200, 96), (128, 96)), ((4, 20, 96), (4, 128, 96))]
+    ("lhs", "rhs", "axes"),
+    [
+        ((20, 8), (16, 8), (1, 1)),  # A small kernel.
+        ((200, 96), (128, 96), (1, 1)),  # More rows than the kernel has.
+        ((4, 20, 96), (4, 128, 96), (2, 2)),  # A batch of products.
+        ((20, 96), (96, 128), (1, 0)),  # A kernel that is not transposed.
+        ((20, 8), (20, 16), (0, 0)),  # The gradient of a small kernel,
+        ((25, 96), (25, 128), (0, 0)),  # that of many rows,
+        ((20, 96), (20, 4, 128), (0, 0)),  # that of a kernel with more axes.
+    ],
 )
-def test_leaves_alone_products_that_gain_nothing(rows, kernel):
-    batch = tuple(range(len(kernel) - 2))
-    last = len(kernel) - 1
-    numbers = (((last,), (last,)), (batch, batch))
-    function = lambda x, w: jax.lax.dot_general(x, w, numbers)
-    x, w = jnp.ones(rows), jnp.ones(kernel)
-    assert left_operands(rewritten(function), x, w) == [rows]
-    assert left_operands(rewritten(function, products=False), x, w) == [rows]
+def test_leaves_alone_products_that_gain_nothing(lhs, rhs, axes):
+    batch = tuple(range(len(lhs) - 2)) if lhs[0] == rhs[0] == 4 else ()
+    numbers = (((axes[0],), (axes[1],)), (batch, batch))
+    function = lambda x, y: jax.lax.dot_general(x, y, numbers)
+    assert left_operands(rewritten(function), jnp.ones(lhs), jnp.ones(rhs)) == [lhs]
+
+
+def test_products_of_other_kinds_and_on_demand():
+    function = lambda x, y: jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())))
+    x, y = jnp.ones((20, 96)), jnp.ones((20, 128))
+    assert left_operands(rewritten(function), x, y) == []
+    assert left_operands(rewritten(function, products=False), x, y) == [x.shape]
+    whole = x.astype(jnp.int32), y.astype(jnp.int32)
+    assert left_operands(rewritten(function), *whole) == [x.shape]
+    assert rewritten(lambda x: jax.lax.dot_general(x, x, (((), ()), ((), ()))))(2.0) == 4
 
 
 def test_works_on_what_it_closes_over_while_tracing():
