@@ -215,6 +215,8 @@ def _sum_of_outer_products(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any
     """The transpose of `[rows, m]` times `[rows, n]`."""
     dtype = params["preferred_element_type"] or jnp.result_type(lhs, rhs)
     wide = jnp.promote_types(dtype, jnp.float32)
+    # Without the barrier, XLA would take the rows from what both operands are computed from.
+    lhs, rhs = jax.lax.optimization_barrier((lhs, rhs))
     rows = zip(lhs.astype(wide), rhs.astype(wide), strict=True)
     terms = [jnp.outer(y, x) for x, y in rows]
     # Several sums side by side: in a single one, each addition would wait for the one before.
