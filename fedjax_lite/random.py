@@ -9,11 +9,12 @@ change, once it is handed a key from `fast`.
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.extend.random as jex_random
 import jax.numpy as jnp
+
+from fedjax_lite.fusion import apart
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _TAG = "ufry"
@@ -82,7 +83,7 @@ def permuted(
     words = jax.random.bits(key, (num_rounds, 2), jnp.uint32)
     index = jnp.asarray(index).astype(jnp.uint32)
     swapped = functools.partial(_swap_or_not, index, size, words)
-    return _once(words[0, 0], swapped, jnp.zeros(index.shape, jnp.int32))
+    return apart(swapped, words[0, 0])
 
 
 @jax.jit  # Traced once, not once for each use.
@@ -92,19 +93,6 @@ def _swap_or_not(x: jax.Array, size: jax.Array, words: jax.Array) -> jax.Array:
         mirror = jnp.where(pivot >= x, pivot - x, pivot + size - x)
         x = jnp.where(_mix(jnp.maximum(x, mirror) ^ word) & 1, mirror, x)
     return x.astype(jnp.int32)
-
-
-def _once(word: jax.Array, compute: Callable[[], jax.Array], zeros: jax.Array) -> jax.Array:
-    """`compute()`, which XLA:CPU is not to fuse into its consumers.
-
-    It would compute it again in every one of them, but it does not fuse across a branch. The
-    predicate, of a `uint32` that is not known when compiling, is always true.
-    """
-
-    def behind_a_branch() -> jax.Array:
-        return jax.lax.cond((word | 1) != 0, compute, lambda: zeros)
-
-    return jax.lax.platform_dependent(cpu=behind_a_branch, default=compute)
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -146,7 +134,7 @@ def _random_bits(key_data: jax.Array, bit_width: int, shape: tuple[int, ...]) ->
         x0, x1 = _threefry2x32(key_data, counter)
         return x0 ^ x1
 
-    return _once(key_data[0], draw, jnp.zeros(shape, jnp.uint32))
+    return apart(draw, key_data[0])
 
 
 _UNROLLED = jex_random.define_prng_impl(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lite import _validate
+from fedjax_lite.fusion import apart
 from fedjax_lite.model import Model
 from fedjax_lite.models._tasks import classifier
 
@@ -31,9 +32,11 @@ def _largest(windows: jax.Array) -> jax.Array:
     """The maximum over the axes 2 and 4, of length 2.
 
     The corners of a window, one by one, are a single loop over the output on a CPU, and so is the
-    gradient; those of `max` and of `reduce_window` write masks and counts to memory.
+    gradient; those of `max` and of `reduce_window` write masks and counts to memory. The loop is
+    a vectorised one unless it is fused into what flattens the output.
     """
-    return functools.reduce(jnp.maximum, _corners(windows))
+    word = jax.lax.bitcast_convert_type(windows.ravel()[:1].sum().astype(jnp.float32), jnp.uint32)
+    return apart(lambda: functools.reduce(jnp.maximum, _corners(windows)), word)
 
 
 @_largest.defjvp
