@@ -52,9 +52,8 @@ def check(case: Case, contestants: Mapping[str, Contestant]) -> None:
 
     Raises:
       ValueError: The number of steps is another than the case's, or the norm of the mean delta
-        is another. It varies where last batches are short, whose few examples, which each
-        contestant draws for itself, weigh as much as a full batch: there, the mean of four runs
-        counts.
+        is another. Where last batches are short, it depends on the examples that fall into them,
+        which each contestant draws for itself: there, the mean of four runs counts.
     """
     tolerance, repeats = (0.03, 1) if case.uniform else (0.1, 4)
     expected: float | None = None
@@ -65,7 +64,7 @@ def check(case: Case, contestants: Mapping[str, Contestant]) -> None:
         if num_steps != case.steps.sum() or not abs(norm / expected - 1) < tolerance:
             raise ValueError(
                 f"{name} took {num_steps} steps to a delta of norm {norm:.4g}, where"
-                f" {case.steps.sum()} steps to about {expected:.4g} were due; mend its set-up."
+                f" {case.steps.sum()} steps to about {expected:.4g} were due; correct its set-up."
             )
 
 
@@ -76,11 +75,11 @@ def measure(name: str, repeats: int, lanes: Sequence[int | None]) -> dict[str, A
     num_clients, num_devices = case.sizes.size, jax.device_count()
     contestants: dict[str, Contestant] = {}
     compile_s: dict[int, float] = {}
-    for requested in lanes:
-        chosen = choose_lanes(requested, params, num_clients, fl.clients_mesh())
+    mesh = fl.clients_mesh()
+    for chosen in dict.fromkeys(choose_lanes(n, params, num_clients, mesh) for n in lanes):
         for devices in sorted({1, num_devices}):
             contestants[f"ours, {chosen} lanes on {devices}"], compile_s[chosen] = ours.our_round(
-                case, data, params, devices, requested
+                case, data, params, devices, chosen
             )
     product, product_flops = ours.matrix_product(num_devices)
     with contextlib.ExitStack() as stack:
@@ -97,7 +96,7 @@ def measure(name: str, repeats: int, lanes: Sequence[int | None]) -> dict[str, A
     sweep = [
         {
             "lanes": chosen,
-            "lane_steps": ours.lane_steps(case, chosen),
+            "lane_steps": ours.lane_steps(case, num_devices, chosen),
             "round_s": times[f"ours, {chosen} lanes on {num_devices}"].median,
             "price": times[f"ours, {chosen} lanes on 1"].median / bare_s,
             "compile_s": compile_s[chosen],

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import fedjax_lite as fl
 from benchmarks.cases import LEARNING_RATE, Case, Contestant, Work
+from fedjax_lite.mesh import deal
 from fedjax_lite.rewrite import rewritten
 
 
@@ -37,13 +38,11 @@ def our_round(
     return Contestant(lambda: compiled(*args), work), compile_s
 
 
-def lane_steps(case: Case, lanes: int) -> int:
-    """Steps that all lanes run, masked ones included: each lane as many as its wave's longest.
-
-    The clients are dealt out from the longest to the shortest, `lanes` at a time.
-    """
-    longest_first = np.sort(case.steps)[::-1]
-    return lanes * int(longest_first[::lanes].sum())
+def lane_steps(case: Case, num_devices: int, lanes: int) -> int:
+    """Steps that all lanes run, masked ones included: each lane as many as its wave's longest."""
+    steps = np.append(case.steps, 0)  # The last one is that of slots without a client.
+    table = np.asarray(deal(case.sizes, num_devices))
+    return lanes * int(steps[table[:, ::lanes]].sum())
 
 
 def batch_gradient(case: Case) -> Callable[..., Any]:

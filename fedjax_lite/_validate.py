@@ -29,13 +29,38 @@ def choice(name: str, value: Any, options: Collection[str]) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, options))}.")
 
 
-def instance(name: str, value: Any, kind: type) -> None:
+def instance(name: str, value: Any, kind: type, example: str = "") -> None:
     """Refuses a value of another type."""
     if not isinstance(value, kind):
         raise TypeError(
             f"{name} is of type {type(value).__name__}; pass a {kind.__name__}"
-            f" ({kind.__module__.partition('.')[0]})."
+            f" ({kind.__module__.partition('.')[0]}){example and ', such as ' + example}."
         )
+
+
+def key(name: str, value: Any) -> None:
+    """Refuses what is no array of random bits, an integer seed above all."""
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"{name} is {value!r}, of type {type(value).__name__}; pass a typed key such as"
+            " jax.random.key(0)."
+        )
+
+
+def strong(tree: Any) -> Any:
+    """The leaves as arrays with a dtype of their own, which no other dtype turns into another."""
+    return jax.tree.map(lambda x: jax.numpy.asarray(x, jax.numpy.result_type(x)), tree)
+
+
+def same_form(name: str, tree: Any, expected: Any, remedy: str, *, dtypes: bool = True) -> None:
+    """Refuses a tree of another structure, or with arrays of other shapes (and dtypes)."""
+
+    def form(x: Any) -> str:
+        return f"{jax.numpy.result_type(x) if dtypes else ''}{list(np.shape(x))}"
+
+    actual, wanted = (jax.tree.map(form, t) for t in (tree, expected))
+    if actual != wanted:
+        raise ValueError(f"{name} is {actual}, in place of {wanted}; {remedy}")
 
 
 def params(tree: Any) -> None:
@@ -78,7 +103,7 @@ def number(name: str, value: Any, *, positive: bool = False, maximum: float = np
 def scalar(name: str, value: Any) -> jax.Array:
     """`value` as a floating-point scalar."""
     if np.shape(value) != () or value is None:
-        raise ValueError(f"{name} returned {value!r}; return a scalar, one weight for one client.")
+        raise ValueError(f"{name} is {value!r}; return a scalar, one weight for one client.")
     return jax.numpy.asarray(value, float)
 
 
@@ -86,8 +111,8 @@ def features(name: str, tree: Any) -> None:
     """Refuses what is not a non-empty mapping of names to arrays of one leading length."""
     if not isinstance(tree, Mapping) or not tree:
         raise TypeError(
-            f"{name} is {tree!r}; pass a non-empty dict of arrays by feature name, such as"
-            ' {"x": ..., "y": ...}.'
+            f"{name} is {'empty' if tree == {} else 'of type ' + type(tree).__name__};"
+            ' pass a non-empty dict of arrays by feature name, such as {"x": ..., "y": ...}.'
         )
     if "mask" in tree:
         raise ValueError(

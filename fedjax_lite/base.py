@@ -56,7 +56,7 @@ class RoundInfo:
 
     Attributes:
       loss: Mean training loss over the examples processed by clients that were not left
-        out, each at the params that its client had; 0 if there are none, NaN if clients do not
+        out, each at the params that its client had; NaN if there are none, or if clients do not
         report a metric `loss`.
       update_norm: L2 norm of the aggregate that the server optimizer was given.
       num_clients: Clients in the cohort, empty ones included.

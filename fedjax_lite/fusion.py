@@ -9,8 +9,9 @@ import jax.numpy as jnp
 def apart(compute: Callable[[], jax.Array], word: jax.Array) -> jax.Array:
     """`compute()`, which XLA:CPU is not to fuse into its consumers.
 
-    It would compute it again in every one of them, or in the shape in which they read it, one
-    entry after the other, but it does not fuse across a branch.
+    It would compute the result again in each consumer, or in the loop of one that reads it in
+    another shape, entry by entry, but it does not fuse across a branch. Under `vmap` of `word` the
+    branch becomes a select, and nothing is kept apart.
 
     Args:
       compute: What to compute.
@@ -20,6 +21,6 @@ def apart(compute: Callable[[], jax.Array], word: jax.Array) -> jax.Array:
     def behind_a_branch() -> jax.Array:
         shape = jax.eval_shape(compute)
         # Always true, but XLA does not see it.
-        return jax.lax.cond((word | 1) != 0, compute, lambda: jnp.zeros(shape.shape, shape.dtype))
+        return jax.lax.cond((word | 1) != 0, compute, lambda: jnp.zeros_like(shape))
 
     return jax.lax.platform_dependent(cpu=behind_a_branch, default=compute)

@@ -1,5 +1,6 @@
 """Pieces of local training that the algorithms share."""
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -47,15 +48,23 @@ def resolve_optimizer(
     """The client optimizer in the round that a server state is at.
 
     Raises:
-      TypeError: It is neither a transformation nor a function.
+      TypeError: It is neither a transformation nor a function of the round.
     """
+    kind = optax.GradientTransformation
     if not callable(client_optimizer):
-        _validate.instance("client_optimizer", client_optimizer, optax.GradientTransformation)
+        _validate.instance("client_optimizer", client_optimizer, kind, "optax.sgd(0.1)")
+    elif "learning_rate" in inspect.signature(client_optimizer).parameters:
+        raise TypeError(
+            f"client_optimizer is {client_optimizer}, which makes an optimizer of a learning rate;"
+            " call it, as in optax.sgd(0.1), or pass a function of the round."
+        )
 
     def optimizer(shared: ServerState) -> optax.GradientTransformation:
         if isinstance(client_optimizer, optax.GradientTransformation):
             return client_optimizer
-        return client_optimizer(shared.round)
+        now = client_optimizer(shared.round)
+        _validate.instance("what client_optimizer(round) returned", now, kind)
+        return now
 
     return optimizer
 
@@ -92,6 +101,11 @@ def batch_loss(
         with _validate.reading(batch):
             losses, after = model.loss(params, model_state, batch, key)
         _validate.per_example("model.loss", losses.shape, batch["mask"].shape[0])
+        if not jnp.issubdtype(losses.dtype, jnp.floating):
+            raise ValueError(
+                f"model.loss returned values of dtype {losses.dtype}, which have no gradient;"
+                " return floating-point losses."
+            )
         wide = jnp.promote_types(losses.dtype, jnp.float32)
         total = jnp.where(batch["mask"], losses, 0).sum(dtype=wide)
         return total / jnp.maximum(batch["mask"].sum(), 1) if mean else total, (total, after)

@@ -281,5 +281,6 @@ def _require_mask(module: object) -> None:
         raise ValueError(
             f"module {type(module).__name__} has batch statistics, and its __call__ does not take"
             " mask, so that padding would enter them; add mask=None to its arguments and call its"
-            " BatchNorm layers with mask=mask[:, None]."
+            " BatchNorm layers with it in as many dimensions as their input: mask=mask[:, None] for"
+            " [batch, features], mask=mask[:, None, None, None] for images."
         )

@@ -77,9 +77,8 @@ def permuted(
     >>> sorted(permuted(jax.random.key(0), jnp.arange(5), 5).tolist())
     [0, 1, 2, 3, 4]
     """
-    if isinstance(size, int) and size == 1:  # XLA:CPU fails to compile the swaps of one element.
-        return jnp.zeros(jnp.shape(index), jnp.int32)
-    size = jnp.asarray(size, jnp.uint32)
+    # XLA:CPU fails to compile the swaps of what it knows to be one element.
+    size = jax.lax.optimization_barrier(jnp.asarray(size, jnp.uint32))
     words = jax.random.bits(key, (num_rounds, 2), jnp.uint32)
     index = jnp.asarray(index).astype(jnp.uint32)
     swapped = functools.partial(_swap_or_not, index, size, words)

@@ -12,13 +12,11 @@ from jax.extend.core import primitives
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# What is evaluated in place, and what is kept with its jaxprs rewritten. Anything else that
-# holds a jaxpr (a kernel, a shard_map) stays as it is.
-_CALLS = {
-    *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
-}
-_CONTROL_FLOW = {"scan", "while", "cond"}
+# What is evaluated in place, and what is kept with its jaxprs rewritten, custom derivatives as they
+# are. Anything else that holds a jaxpr (a kernel, a shard_map) stays as it is.
+_CALLS = {"jit", "closed_call", "remat2"}
+_KEPT = {"scan", "while", "cond", "custom_jvp_call", "custom_vjp_call"}
+# Measured with AVX-512: smaller kernels gain nothing, and more rows overflow the registers.
 _LARGE_KERNEL = 2**13
 _FEW_ROWS = 24
 
@@ -39,8 +37,7 @@ def rewritten(
     rows: XLA fuses it with the update of the kernel, and the gradient is never written to memory.
 
     It descends into what the function calls: `jit`, `custom_jvp`, `custom_vjp`, `remat`,
-    `scan`, `while_loop` and `cond`. Custom derivatives are those of the function by then, and
-    are lost: apply it after `jax.grad` and not before.
+    `scan`, `while_loop` and `cond`. Derivatives are not rewritten: apply it after `jax.grad`.
 
     Args:
       function: A function of pytrees of arrays.
@@ -106,7 +103,8 @@ def _evaluate(
         return atom.val if isinstance(atom, jex_core.Literal) else values[atom]
 
     for eqn in jaxpr.eqns:
-        outputs = _bind(rules, eqn, [read(atom) for atom in eqn.invars])
+        with eqn.ctx.manager:
+            outputs = _bind(rules, eqn, [read(atom) for atom in eqn.invars])
         values |= dict(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -122,7 +120,7 @@ def _bind(rules: Sequence[_Rule], eqn: Any, inputs: list[Any]) -> list[Any]:
             inner if isinstance(inner, jex_core.ClosedJaxpr) else jex_core.ClosedJaxpr(inner, ())
         )
         return _evaluate(rules, closed, inputs)
-    if name in _CONTROL_FLOW and _applies_inside(rules, eqn):
+    if name in _KEPT and _applies_inside(rules, eqn):
         params = {key: _with_rules(rules, value) for key, value in params.items()}
     outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
@@ -175,6 +173,7 @@ def _summed_axes(eqn: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     plain = (
         batch == ((), ())
         and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
+        and eqn.outvars[0].aval.dtype.itemsize > 1  # Formats of 8 bits do not mix with others.
         and (sharding is None or not any(sharding.spec))
     )
     return axes if plain else None
@@ -206,9 +205,9 @@ def _kernel_times_rows(rows: jax.Array, kernel: jax.Array, params: dict[str, Any
 def _is_kernel_gradient(eqn: Any) -> bool:
     if _summed_axes(eqn) != ((0,), (0,)):
         return False
-    num_rows = eqn.invars[0].aval.shape[0]
-    gradient = eqn.outvars[0].aval
-    return gradient.ndim == 2 and gradient.size >= _LARGE_KERNEL and 0 < num_rows <= _FEW_ROWS
+    lhs, rhs = (atom.aval for atom in eqn.invars)
+    large = eqn.outvars[0].aval.size >= _LARGE_KERNEL
+    return lhs.ndim == rhs.ndim == 2 and large and 0 < lhs.shape[0] <= _FEW_ROWS
 
 
 def _sum_of_outer_products(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
@@ -218,6 +217,7 @@ def _sum_of_outer_products(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any
     # Without the barrier, XLA would take the rows from what both operands are computed from.
     lhs, rhs = jax.lax.optimization_barrier((lhs, rhs))
     rows = zip(lhs.astype(wide), rhs.astype(wide), strict=True)
+    # Transposed, as the gradient of a kernel is by autodiff: it transposes the result once more.
     terms = [jnp.outer(y, x) for x, y in rows]
     # Several sums side by side: in a single one, each addition would wait for the one before.
     sums = [functools.reduce(jnp.add, terms[i::4]) for i in range(min(4, len(terms)))]

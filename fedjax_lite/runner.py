@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from fedjax_lite import _validate, random
-from fedjax_lite.base import ClientUpdate, PyTree
+from fedjax_lite.base import ClientResult, ClientUpdate, PyTree
 from fedjax_lite.batches import (
     KEY_DATA,
     KEY_INIT,
@@ -39,6 +39,7 @@ from fedjax_lite.store import check_output, check_store, read, write
 
 ON_NONFINITE = ("drop", "keep")
 MEASURED = ("_before", "_after")
+_REPORTED = {"num_examples", "num_steps", "update_norm", "weight", "nonfinite", "bits_down"}
 _MOST_LANES = 64
 _LARGE = 2**18
 Rewrite = Callable[[Callable[..., PyTree]], Callable[..., PyTree]]
@@ -97,8 +98,8 @@ def run_clients(
       lanes: How many clients a device trains side by side. Changes the speed, and results
         only by the order of additions. By default 1 on CPUs and up to 64 elsewhere.
       mesh: Mesh with the axis `"clients"`; all devices by default. Changes the speed only.
-      rewrite_convolutions: Whether to rewrite the convolutions of what a client computes (see
-        `rewrite.py`). Changes the speed only; by default on CPUs.
+      rewrite_convolutions: Whether to rewrite the convolutions of what a client computes and, on
+        CPUs, its products (see `rewrite.py`). Changes the speed only; by default on CPUs.
 
     Returns:
       The weighted sum, the total weight, the store and the metrics. A client without examples
@@ -202,7 +203,7 @@ def choose_rewrite(rewrite_convolutions: bool | None, mesh: Mesh | None) -> Rewr
     """What is applied to functions that run inside loops."""
     on_cpu = _platform(mesh) == "cpu"
     convolutions = on_cpu if rewrite_convolutions is None else rewrite_convolutions
-    return functools.partial(rewritten, convolutions=convolutions, products=on_cpu)
+    return functools.partial(rewritten, convolutions=convolutions, products=convolutions and on_cpu)
 
 
 def _platform(mesh: Mesh | None) -> str:
@@ -263,14 +264,21 @@ def _lane(
 ) -> _Lane:
     def init(slot: jax.Array, entry: PyTree) -> PyTree:
         key_init = client_key(key, cohort.client_ids[slot], KEY_INIT)
-        return client_update.init(shared, entry, key_init)
+        return _validate.strong(client_update.init(shared, entry, key_init))
 
     def step(step: jax.Array, slot: jax.Array, client_state: PyTree) -> PyTree:
         client_id = cohort.client_ids[slot]
         key_data = client_key(key, client_id, KEY_DATA)
         key_step = jax.random.fold_in(client_key(key, client_id, KEY_STEP), step)
         batch = read_batch(cohort, key_data, slot, step, batching)
-        return client_update.step(shared, client_state, batch, key_step)
+        after = client_update.step(shared, client_state, batch, key_step)
+        _validate.same_form(
+            "what client_update.step returned",
+            after,
+            client_state,
+            "return a client state like that of init.",
+        )
+        return after
 
     def measure(slot: jax.Array, client_state: PyTree) -> dict[str, jax.Array]:
         values = client_update.measure
@@ -299,12 +307,13 @@ def _lane(
 
     def final(slot: jax.Array, client_state: PyTree, measured: PyTree) -> _Sent:
         result = client_update.final(shared, client_state, cohort.num_examples[slot])
+        result = _validate.strong(_check_result(result))
         check_output(result.client_output, store)
         # No gradient: that of a norm is not a number at zero, whatever it is multiplied with.
         norm = jax.lax.stop_gradient(result.norm)
         if norm is None:
             norm = jnp.sqrt(squared_norm(jax.lax.stop_gradient(result.update)))
-        weight = jnp.asarray(result.weight, float)
+        weight = _validate.scalar("the weight of client_update.final", result.weight)
         others = (result.model_state, result.statistics, result.client_output)
         floats = [x for x in jax.tree.leaves(others) if jnp.issubdtype(x.dtype, jnp.inexact)]
         finite = jnp.isfinite(norm + squared_norm(jax.lax.stop_gradient(floats)) + weight)
@@ -333,6 +342,16 @@ def _lane(
         )
 
     return _Lane(init, step, measure, final)
+
+
+def _check_result(result: ClientResult) -> ClientResult:
+    _validate.instance("what client_update.final returned", result, ClientResult)
+    if taken := _REPORTED.intersection(result.metrics):
+        raise ValueError(
+            f"the metrics of client_update.final have {', '.join(map(repr, sorted(taken)))}, which"
+            " every algorithm reports by itself; choose another name."
+        )
+    return result
 
 
 def _repeat(

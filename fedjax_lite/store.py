@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from jax.typing import ArrayLike
 
+from fedjax_lite import _validate
 from fedjax_lite.base import PyTree
 from fedjax_lite.mesh import resolve
 
@@ -33,8 +33,8 @@ def create_store(
         else NamedSharding(mesh, PartitionSpec(), memory_kind=memory_kind)
     )
 
-    def entries(x: ArrayLike) -> jax.Array:
-        shape = (num_clients, *jnp.shape(x))
+    def entries(x: jax.Array) -> jax.Array:
+        shape = (num_clients, *x.shape)
         if traced:
             stacked = jnp.broadcast_to(x, shape)
             on_host = memory_kind == "pinned_host"
@@ -45,7 +45,7 @@ def create_store(
             sharding, np.broadcast_to(np.asarray(x), shape)
         )
 
-    return jax.tree.map(entries, entry)
+    return jax.tree.map(entries, _validate.strong(entry))
 
 
 def check_store(store: PyTree, num_clients: int) -> None:

@@ -74,7 +74,7 @@ def train(
     stop: Sequence[StopRule] = (),
     ema_decay: float | None = None,
     best: str | None = None,
-    best_mode: Literal["max", "min"] = "max",
+    best_mode: Literal["max", "min"] | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> TrainResult:
     r"""Runs rounds of an algorithm, and records what happens.
@@ -112,7 +112,8 @@ def train(
       ema_decay: Decay $d$ of a moving average $a \leftarrow d a + (1 - d) w$ of the params (and
         the model state), which starts at the initial ones. Evaluations are then of the average.
       best: Name of a metric of the evaluations; the state with the best value is returned too.
-      best_mode: Whether larger values of it are better (`"max"`), or smaller ones (`"min"`).
+      best_mode: Whether larger values of it are better (`"max"`), or smaller ones (`"min"`); needed
+        with `best`.
       checkpoints: Where to save the run. If there is a checkpoint already, the run goes on from
         it, to the same bits as if it had never been interrupted; one that had ended returns its
         result.
@@ -144,7 +145,12 @@ def train(
     """
     num_rounds = _validate.integer("num_rounds", num_rounds, minimum=0)
     eval_every = _validate.integer("eval_every", eval_every, minimum=1)
-    _validate.choice("best_mode", best_mode, ("max", "min"))
+    _validate.key("key", key)
+    _validate.instance("sampler", sampler, Sampler, "fl.samplers.uniform(num_clients, 10)")
+    if state is not None:
+        _validate.instance("state", state, ServerState, "algorithm.init(key)")
+    if callable(stop):
+        raise TypeError("stop is a single rule; pass a list of rules, such as [rule].")
     if isinstance(population, FederatedDataset):
         population = population.resident()
     if sampler.num_clients != population.num_clients:
@@ -156,6 +162,8 @@ def train(
         raise ValueError(f"ema_decay is {ema_decay}; choose a number within [0, 1).")
     if best is not None and evaluate is None:
         raise ValueError(f"best is {best!r} without evaluations; pass evaluate=.")
+    if best is not None:
+        _validate.choice("best_mode", best_mode, ("max", "min"))
 
     key_init, *keys = jax.random.split(key, 3)
     if state is None:
@@ -166,7 +174,7 @@ def train(
         step=_build_step(algorithm, sampler, ema_decay),
         keys=put(tuple(keys), state.round.sharding),
         evaluation=evaluate,
-        ledger=Ledger(on_round, on_eval, best, best_mode),
+        ledger=Ledger(on_round, on_eval, best, best_mode or ""),
         done=int(state.round),
     )
     draw = functools.partial(_draw, sampler, population, run.keys)

@@ -400,7 +400,8 @@ def test_a_mesh_without_a_clients_axis_is_refused():
     ("examples", "error", "message"),
     [
         ({"x": jnp.zeros((0, 3)), "y": jnp.zeros(0)}, ValueError, "examples has no rows"),
-        ([1.0], TypeError, r"examples is \[1.0\]; pass a non-empty dict"),
+        ([1.0], TypeError, "examples is of type list; pass a non-empty dict"),
+        ({}, TypeError, "examples is empty; pass a non-empty dict"),
     ],
 )
 def test_evaluate_refuses(examples, error, message):
@@ -414,8 +415,12 @@ def test_wrong_kinds_of_arguments_are_refused(population):
     model = regression_model()
     with pytest.raises(TypeError, match="server_optimizer is of type float; pass a Gradient"):
         fl.fed_sgd(model, 0.1)
-    with pytest.raises(TypeError, match="client_optimizer is of type float"):
+    with pytest.raises(TypeError, match=r"client_optimizer is of type float.*optax.sgd\(0.1\)"):
         fl.fed_avg(model, 0.1)
+    with pytest.raises(TypeError, match=r"client_optimizer is <function sgd .*; call it"):
+        fl.fed_avg(model, optax.sgd)
+    with pytest.raises(TypeError, match=r"model is of type function; .*fl.function_model\(loss\)"):
+        fl.fed_avg(model.loss, optax.sgd(0.1))
     algorithm = fl.fed_sgd(model, optax.sgd(0.1))
     state = algorithm.init(jax.random.key(0))
     with pytest.raises(TypeError, match="cohort is of type ResidentPopulation; pass a Cohort"):
@@ -432,8 +437,32 @@ def test_wrong_kinds_of_arguments_are_refused(population):
 def test_a_weight_function_must_return_a_scalar(population):
     algorithm = fl.fed_sgd(regression_model(), optax.sgd(0.1), weighting=lambda n: n[None])
     cohort = fl.cohort(jax.random.key(0), population, 2)
-    with pytest.raises(ValueError, match=r"weighting returned .*; return a scalar"):
+    with pytest.raises(ValueError, match=r"weighting returned is .*; return a scalar"):
         algorithm.round(jax.random.key(0), algorithm.init(jax.random.key(0)), cohort)
+
+
+@pytest.mark.parametrize(
+    ("loss", "optimizer", "error", "message"),
+    [
+        (
+            lambda w, batch: batch["x"] @ w > batch["y"],
+            optax.sgd(0.1),
+            ValueError,
+            "model.loss returned values of dtype bool",
+        ),
+        (
+            lambda w, batch: batch["x"] @ w,
+            lambda round: 0.1,
+            TypeError,
+            r"what client_optimizer\(round\) returned is of type float",
+        ),
+    ],
+)
+def test_what_functions_return_is_checked(loss, optimizer, error, message, population):
+    algorithm = fl.fed_avg(fl.function_model(loss), optimizer)
+    cohort = fl.cohort(jax.random.key(0), population, 2)
+    with pytest.raises(error, match=message):
+        algorithm.round(jax.random.key(0), algorithm.init(jnp.zeros(3)), cohort)
 
 
 @pytest.mark.parametrize("mu", [-0.1, float("nan"), [1.0]])

@@ -48,7 +48,7 @@ def test_keys_of_other_implementations_become_threefry_keys():
     assert jax.random.bits(key) != jax.random.bits(other)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 64])
+@pytest.mark.parametrize("size", [1, np.int64(1), jnp.int32(1), 2, 3, 4, 8, 64])
 def test_permuted_compiles_for_sizes_known_beforehand(size):
     order = jax.jit(lambda key: fl_random.permuted(key, jnp.arange(size), size))
     np.testing.assert_array_equal(np.sort(order(jax.random.key(0))), np.arange(size))

@@ -211,6 +211,8 @@ def test_gradient_of_a_kernel_becomes_a_sum_of_outer_products(num_rows, dtype):
         ((20, 8), (20, 16), (0, 0)),  # The gradient of a small kernel,
         ((25, 96), (25, 128), (0, 0)),  # that of many rows,
         ((20, 96), (20, 4, 128), (0, 0)),  # that of a kernel with more axes.
+        ((5,), (5, 96, 128), (0, 0)),  # A weighted sum of kernels.
+        ((5, 96, 128), (5,), (0, 0)),
     ],
 )
 def test_leaves_alone_products_that_gain_nothing(lhs, rhs, axes):
@@ -225,8 +227,9 @@ def test_products_of_other_kinds_and_on_demand():
     x, y = jnp.ones((20, 96)), jnp.ones((20, 128))
     assert left_operands(rewritten(function), x, y) == []
     assert left_operands(rewritten(function, products=False), x, y) == [x.shape]
-    whole = x.astype(jnp.int32), y.astype(jnp.int32)
-    assert left_operands(rewritten(function), *whole) == [x.shape]
+    for dtype in (jnp.int32, jnp.float8_e4m3fn):
+        others = x.astype(dtype), y.astype(dtype)
+        assert left_operands(rewritten(function), *others) == [x.shape]
     assert rewritten(lambda x: jax.lax.dot_general(x, x, (((), ()), ((), ()))))(2.0) == 4
 
 
@@ -273,3 +276,89 @@ def test_a_round_is_the_same_with_and_without(lanes):
         assert all(map(is_canonical, found)) == rewrite
         params.append(algorithm.round(jax.random.key(1), state, cohort)[0].params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *params)
+
+
+def convolve(x, kernel):
+    return jax.lax.conv(x, kernel, (1, 1), "SAME")
+
+
+@jax.custom_vjp
+def binary_convolution(x, kernel):
+    """Its derivative is that of the convolution with the signs; that of the signs is zero."""
+    return convolve(x, jnp.sign(kernel))
+
+
+binary_convolution.defvjp(
+    lambda x, kernel: (binary_convolution(x, kernel), (x, jnp.sign(kernel))),
+    lambda operands, gradient: jax.vjp(convolve, *operands)[1](gradient),
+)
+
+
+@pytest.mark.parametrize("rewrite", [True, False])
+def test_custom_derivatives_are_kept(rewrite):
+    clients = {0: {"x": np.random.default_rng(0).normal(size=(6, 1, 4, 4))}}
+    dataset = fl.FederatedDataset.from_clients(clients)
+    loss = lambda kernel, batch: (binary_convolution(batch["x"], kernel) ** 2).mean((1, 2, 3))
+    model = fl.function_model(loss)
+    algorithm = fl.fed_avg(
+        model,
+        optax.sgd(0.1),
+        batch_size=6,
+        differentiable=True,
+        mesh=fl.clients_mesh(1),
+        rewrite_convolutions=rewrite,
+    )
+    cohort = everyone(dataset.resident(fl.clients_mesh(1)))
+
+    def evaluated(kernel):
+        state = algorithm.init(kernel)
+        options = {"batch_size": 4, "mesh": fl.clients_mesh(1), "rewrite_convolutions": rewrite}
+        return fl.evaluate(model, state, dataset.examples, **options)["loss"]
+
+    def trained(kernel):  # At the params before the only step.
+        return algorithm.round(jax.random.key(0), algorithm.init(kernel), cohort)[1].loss
+
+    kernel = jax.random.normal(jax.random.key(0), (2, 1, 3, 3))
+    x = jnp.asarray(dataset.examples["x"], jnp.float32)
+    expected = jax.grad(lambda kernel: loss(kernel, {"x": x}).mean())(kernel)
+    assert jnp.abs(expected).max() > 0.1
+    for function in (evaluated, trained):
+        np.testing.assert_allclose(jax.grad(function)(kernel), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_context_set_is_kept():
+    def function(key, x):
+        return jax.random.bits(key, (3,)), convolve(x, jnp.ones((1, 1, 3, 3)))
+
+    args = jax.random.key(0), jnp.ones((1, 1, 4, 4))
+    with jax.threefry_partitionable(False):
+        traced = jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(function)(*args))
+    np.testing.assert_array_equal(rewritten(traced)(*args)[0], traced(*args)[0])
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_a_round_multiplies_the_same_with_and_without(lanes):
+    model = fl.models.mlp((100,), (100,), 10)
+    rng = np.random.default_rng(0)
+    clients = {
+        i: {"x": rng.normal(size=(n, 100)), "y": rng.integers(0, 10, n)}
+        for i, n in enumerate((3, 5))
+    }
+    cohort = everyone(fl.FederatedDataset.from_clients(clients).resident(fl.clients_mesh(1)))
+    params, num_products = [], []
+    for rewrite in (True, False):
+        algorithm = fl.fed_avg(
+            model,
+            optax.sgd(0.1),
+            batch_size=2,
+            lanes=lanes,
+            mesh=fl.clients_mesh(1),
+            rewrite_convolutions=rewrite,
+        )
+        state = algorithm.init(jax.random.key(0))
+        params.append(algorithm.round(jax.random.key(1), state, cohort)[0].params)
+        products = left_operands(algorithm.round, jax.random.key(1), state, cohort)
+        num_products.append(len(products))
+    # Those of several lanes are batched, and stay products.
+    assert (num_products[0] < num_products[1]) == (lanes == 1 and jax.default_backend() == "cpu")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *params)

@@ -11,7 +11,7 @@ import optax
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from problems import everyone
+from problems import everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
 from fedjax_lite.runner import choose_lanes
@@ -95,3 +95,90 @@ def test_lanes_are_many_where_they_fill_the_chip_and_fit_it(platform, stats, cap
     params = {"w": jnp.zeros((256, 256)), "key": jax.random.key(0)}
     assert choose_lanes(None, params, capacity, mesh) == expected
     assert choose_lanes(3, params, capacity, mesh) == 3
+
+
+def custom(init=None, step=None, final=None, **options):
+    """An algorithm that does nothing, but for what is given."""
+    return fl.federated_algorithm(
+        regression_model(),
+        fl.ClientUpdate(
+            init or (lambda server, entry, key: server.params),
+            step or (lambda server, client, batch, key: client),
+            final or (lambda server, client, num_examples: sent(client)),
+        ),
+        optax.sgd(1.0),
+        mesh=fl.clients_mesh(1),
+        **options,
+    )
+
+
+def sent(update, weight=1.0, metrics=None, model_state=None, **kept):
+    return fl.ClientResult(update, weight, metrics or {}, model_state or {}, **kept)
+
+
+def one_round(algorithm):
+    state = algorithm.init(jax.random.key(0), num_clients=10)
+    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)))
+    return algorithm.round(jax.random.key(1), state, cohort)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_client_states_may_hold_numbers_and_keys(lanes):
+    algorithm = custom(
+        init=lambda server, entry, key: (server.params, 0, key, entry),
+        step=lambda server, client, batch, key: (client[0], client[1] + 1, key, client[3] / 2),
+        final=lambda server, client, num_examples: sent(
+            client[0], 1, {"steps": client[1]}, client_output=client[3]
+        ),
+        client_entry=lambda params: 1.0,
+        batch_size=2,
+        lanes=lanes,
+    )
+    state, info = one_round(algorithm)
+    np.testing.assert_array_equal(info.clients["steps"], info.clients["num_steps"])
+    np.testing.assert_array_equal(state.store, 0.5 ** info.clients["num_steps"])
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        (
+            {"step": lambda server, client, batch, key: client["w"]},
+            ValueError,
+            r"what client_update.step returned is float32\[3\], in place of .*'w'.*; return a cl",
+        ),
+        (
+            {"step": lambda server, client, batch, key: jax.tree.map(lambda x: x[None], client)},
+            ValueError,
+            r"client_update.step returned is .*float32\[1, 3\]",
+        ),
+        (
+            {"final": lambda server, client, num_examples: (client, 1.0, {}, {})},
+            TypeError,
+            "what client_update.final returned is of type tuple; pass a ClientResult",
+        ),
+        (
+            {"final": lambda server, client, num_examples: sent(client, jnp.ones(2))},
+            ValueError,
+            "the weight of client_update.final is .*; return a scalar",
+        ),
+        (
+            {"final": lambda server, client, num_examples: sent(client["w"])},
+            ValueError,
+            r"the update of client_update.final is \[3\], in place of .*; return a difference",
+        ),
+        (
+            {"final": lambda server, client, num_examples: sent(client, model_state={"n": 1.0})},
+            ValueError,
+            r"the model_state of client_update.final is .*, in place of \{\}; return",
+        ),
+        (
+            {"final": lambda server, client, num_examples: sent(client, metrics={"weight": 1.0})},
+            ValueError,
+            "the metrics of client_update.final have 'weight', which every algorithm reports",
+        ),
+    ],
+)
+def test_what_a_client_update_returns_is_checked(parts, error, message):
+    with pytest.raises(error, match=message):
+        one_round(custom(**parts))

@@ -269,11 +269,11 @@ def test_an_interrupt_finishes_the_round_and_saves_it(tmp_path):
 
 
 def damage(folder):
-    """Alters one bit in the middle of the files that hold the arrays."""
+    """Alters single bits all over the files that hold the arrays: parts of them are not in use."""
     sizes = {path: path.stat().st_size for path in folder.rglob("d/*")}
     for path in (path for path, size in sizes.items() if size == max(sizes.values())):
         content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
+        content[::32] = bytes(byte ^ 1 for byte in content[::32])
         path.write_bytes(content)
 
 
@@ -364,14 +364,29 @@ def test_killed_twenty_times_ends_with_the_same_bits(tmp_path):
         ({"eval_every": 0}, "eval_every is 0"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0; choose a number within"),
         ({"best": "loss", "evaluate": None}, "best is 'loss' without evaluations"),
-        ({"best": "speed"}, "metric is 'speed'; evaluations have 'loss'"),
+        ({"best": "speed", "best_mode": "max"}, "metric is 'speed'; evaluations have 'loss'"),
         ({"best": "loss", "best_mode": "least"}, "best_mode is 'least'"),
+        ({"best": "loss"}, "best_mode is None; choose one of 'max', 'min'"),
         ({"sampler": fl.samplers.uniform(9, 2)}, "sampler chooses among 9 clients"),
         ({"stop": [fl.stopping.target("speed", 1)]}, "metric is 'speed'"),
     ],
 )
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
+        fl.train(**setting(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key": 0}, "key is 0, of type int; pass a typed key"),
+        ({"sampler": 4}, "sampler is of type int; pass a Sampler"),
+        ({"state": {"w": 0.0}}, "state is of type dict; pass a ServerState"),
+        ({"stop": fl.stopping.target("loss", 1)}, "stop is a single rule; pass a list"),
+    ],
+)
+def test_refuses_other_kinds_of_arguments(options, message):
+    with pytest.raises(TypeError, match=message):
         fl.train(**setting(**options))
 
 

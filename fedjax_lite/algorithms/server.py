@@ -39,7 +39,7 @@ def resolve_weighting(weighting: Weighting) -> Callable[[jax.Array], jax.Array]:
     """
     if callable(weighting):
         return lambda num_examples: _validate.scalar(
-            "weighting", weighting(num_examples.astype(float))
+            "what weighting returned", weighting(num_examples.astype(float))
         )
     _validate.choice("weighting", weighting, ("examples", "uniform"))
     if weighting == "uniform":
@@ -119,13 +119,14 @@ def federated_algorithm(
         (`"keep"`).
       differentiable: Allow reverse-mode differentiation through rounds. Loops then have the
         length of the longest that could occur, `num_steps` or all examples of the population,
-        and skip what exceeds a client's own; memory grows with the number of local steps.
+        and skip what exceeds a client's own; memory grows with the number of local steps. A
+        client that is left out can still make gradients NaN.
       lanes: Clients trained side by side on a device; changes the speed only. By default 1 on
         CPUs, elsewhere up to 64, as far as the device's memory goes.
       mesh: Mesh with the axis `"clients"`, all devices by default; changes the speed only.
       rewrite_convolutions: Put the convolutions of a local step into the layout that is fast
-        inside loops on a CPU, about thirty times faster; changes the speed only. By default on
-        CPUs.
+        inside loops on a CPU, about thirty times faster, and on CPUs its matrix products into
+        forms that are; changes the speed only. By default on CPUs.
 
     Returns:
       A `FederatedAlgorithm`, whose `round` takes and returns a `ServerState`.
@@ -157,6 +158,8 @@ def federated_algorithm(
     >>> sorted(state.store.tolist()), float(state.params) in (2.0, 4.0)
     ([0, 1], True)
     """
+    _validate.instance("model", model, Model, "fl.function_model(loss)")
+    _validate.instance("client_update", client_update, ClientUpdate)
     _validate.choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
     _validate.choice("memory_kind", memory_kind, MEMORY_KINDS)
     _validate.instance("server_optimizer", server_optimizer, optax.GradientTransformation)
@@ -192,9 +195,7 @@ def federated_algorithm(
             )
         # With a dtype of their own: a weakly typed leaf would have the second round compile
         # again.
-        params, model_state = jax.tree.map(
-            lambda x: jnp.asarray(x, jnp.result_type(x)), (params, model_state)
-        )
+        params, model_state = _validate.strong((params, model_state))
         state = ServerState(
             params=params,
             model_state=model_state,
@@ -238,6 +239,20 @@ def federated_algorithm(
                 key_server, server.pipeline_state, aggregate
             )
             server = dataclasses.replace(server, pipeline_state=pipeline_state)
+        _validate.same_form(
+            "the update of client_update.final",
+            aggregate,
+            server.params,
+            "return a difference of params.",
+            dtypes=False,
+        )
+        _validate.same_form(
+            "the model_state of client_update.final",
+            result.model_state,
+            server.model_state,
+            "return the model state that the client has come to, or that of the server.",
+            dtypes=False,
+        )
         # A mean of float32 sums would leave optimizer state of another dtype than params have.
         aggregate = optax.tree.cast_like(aggregate, server.params)
         updates, opt_state = server_optimizer.update(
@@ -291,7 +306,7 @@ def _round_info(
 
     def mean(values: jax.Array, counts: jax.Array) -> jax.Array:
         total = jnp.where(left_out, 0, counts * values).sum()
-        return total / jnp.maximum(counts.sum(), 1)
+        return jnp.where(counts.sum() > 0, total / jnp.maximum(counts.sum(), 1), jnp.nan)
 
     return RoundInfo(
         loss=mean(clients["loss"], trained) if "loss" in clients else jnp.float32(jnp.nan),

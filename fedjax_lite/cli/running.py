@@ -98,6 +98,7 @@ def run_recorded(
                 stop=stop,
                 ema_decay=ema_decay,
                 best="accuracy",
+                best_mode="max",
                 checkpoints=fl.Checkpoints(out / "checkpoints", every=checkpoint_every),
             )
         except KeyboardInterrupt as interrupt:
