@@ -62,17 +62,9 @@ def check_store(store: PyTree, num_clients: int) -> None:
 
 def check_output(client_output: PyTree, store: PyTree) -> None:
     """Refuses a `client_output` that is not of the store's structure, shapes and dtypes."""
-    expected = jax.tree.map(lambda x: _form(x.shape[1:], x.dtype), store)
-    actual = jax.tree.map(lambda x: _form(jnp.shape(x), jnp.result_type(x)), client_output)
-    if actual != expected:
-        raise ValueError(
-            f"client_output is {actual}, while the store has {expected} for each client; return"
-            " what the client keeps in the form that it is stored in."
-        )
-
-
-def _form(shape: tuple[int, ...], dtype: jnp.dtype) -> str:
-    return f"{dtype}{list(shape)}"
+    entry = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), store)
+    remedy = "return what the client keeps in the form that it is stored in."
+    _validate.same_form("client_output", client_output, entry, remedy)
 
 
 def read(store: PyTree, client_ids: jax.Array) -> PyTree:

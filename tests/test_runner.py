@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,14 @@ def sent(update, weight=1.0, metrics=None, model_state=None, **kept):
     return fl.ClientResult(update, weight, metrics or {}, model_state or {}, **kept)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(eq=False)
+class Own:
+    """A node of a user's own, no two of which are equal."""
+
+    params: Any
+
+
 def one_round(algorithm):
     state = algorithm.init(jax.random.key(0), num_clients=10)
     cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)))
@@ -123,12 +132,17 @@ def one_round(algorithm):
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
-def test_client_states_may_hold_numbers_and_keys(lanes):
+def test_client_states_may_hold_numbers_keys_and_nodes(lanes):
     algorithm = custom(
-        init=lambda server, entry, key: (server.params, 0, key, entry),
-        step=lambda server, client, batch, key: (client[0], client[1] + 1, key, client[3] / 2),
+        init=lambda server, entry, key: (Own(server.params), 0, key, entry),
+        step=lambda server, client, batch, key: (
+            Own(client[0].params),
+            client[1] + 1,
+            key,
+            client[3] / 2,
+        ),
         final=lambda server, client, num_examples: sent(
-            client[0], 1, {"steps": client[1]}, client_output=client[3]
+            client[0].params, 1, {"steps": client[1]}, client_output=client[3]
         ),
         client_entry=lambda params: 1.0,
         batch_size=2,

@@ -158,7 +158,7 @@ def test_what_clients_keep_has_one_form():
     algorithm = diary(forget=True)
     cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)))
     state = algorithm.init(jax.random.key(0), num_clients=10)
-    with pytest.raises(ValueError, match=r"client_output is \{\}, while the store has .*; return"):
+    with pytest.raises(ValueError, match=r"client_output is \{\}, in place of .*; return"):
         algorithm.round(jax.random.key(0), state, cohort)
 
 
