@@ -90,9 +90,8 @@ def test_lanes_and_devices_change_nothing():
 
 
 def test_seeds_under_vmap_and_rounds_under_scan():
-    algorithm = fl.fed_avg(
-        normalised(rate=0.5), optax.sgd(0.05), batch_size=4, mesh=fl.clients_mesh(1)
-    )
+    model = normalised(rate=0.5)
+    algorithm = fl.fed_avg(model, optax.sgd(0.05), batch_size=4, mesh=fl.clients_mesh(1))
     cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)))
 
     def run(seed):
@@ -100,8 +99,10 @@ def test_seeds_under_vmap_and_rounds_under_scan():
         keys = jax.random.split(jax.random.key(seed), 2)
         return jax.lax.scan(lambda state, key: algorithm.round(key, state, cohort), state, keys)[0]
 
-    with jax.checking_leaks():
-        states = jax.jit(jax.vmap(run))(jnp.arange(2))
+    batch = {"x": jnp.ones((4, 3)), "y": jnp.ones(4), "mask": jnp.ones(4, bool)}
+    with jax.checking_leaks():  # Of a whole round, it would take half a minute.
+        jax.make_jaxpr(lambda key: model.loss(*model.init(key), batch, key))(jax.random.key(0))
+    states = jax.jit(jax.vmap(run))(jnp.arange(2))
     state = algorithm.init(jax.random.key(1))
     for key in jax.random.split(jax.random.key(1), 2):
         state, _ = algorithm.round(key, state, cohort)

@@ -56,11 +56,11 @@ def test_a_hundred_ragged_rounds_are_traced_once():
 @pytest.mark.parametrize("build", [halfspace_simulation, digits_simulation])
 def test_loop_scan_and_vmap_over_seeds_agree(build):
     task, seeds, num_rounds = build(mesh=fl.clients_mesh(1)), (0, 1, 2), 15
-    together = jax.jit(jax.vmap(lambda seed: scanned(task, seed, num_rounds)))(jnp.array(seeds))
+    scan = lambda seed: scanned(task, seed, num_rounds)
+    together, alone = jax.jit(jax.vmap(scan))(jnp.array(seeds)), jax.jit(scan)
     for i, seed in enumerate(seeds):
         loop = looped(task, seed, num_rounds)
-        scan = jax.jit(lambda seed: scanned(task, seed, num_rounds))(seed)
-        for other in (scan, jax.tree.map(operator.itemgetter(i), together)):
+        for other in (alone(seed), jax.tree.map(operator.itemgetter(i), together)):
             for actual, expected in zip(jax.tree.leaves(other), jax.tree.leaves(loop), strict=True):
                 np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-4)
 
