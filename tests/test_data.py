@@ -79,7 +79,7 @@ def replaced(**parts):
         (
             lambda: fl.FederatedDataset.from_clients({"a": [1, 2]}),
             TypeError,
-            r"client 'a' is \[1, 2\]; pass a non-empty dict",
+            r"client 'a' is of type list; pass a non-empty dict",
         ),
         (
             lambda: fl.FederatedDataset.from_arrays({"mask": [1]}, [0]),
@@ -162,7 +162,7 @@ def replaced(**parts):
             ValueError,
             "the result of function has features of shapes",
         ),
-        (lambda: small().map(lambda features: None), TypeError, "the result of function is None"),
+        (lambda: small().map(lambda features: None), TypeError, "the result of function is of type NoneType"),
         (
             lambda: fl.FederatedDataset.concatenate([small(), small()]),
             ValueError,
