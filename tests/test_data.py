@@ -162,7 +162,7 @@ def replaced(**parts):
             ValueError,
             "the result of function has features of shapes",
         ),
-        (lambda: small().map(lambda features: None), TypeError, "the result of function is of type NoneType"),
+        (lambda: small().map(lambda features: None), TypeError, "function is of type NoneType"),
         (
             lambda: fl.FederatedDataset.concatenate([small(), small()]),
             ValueError,
