@@ -100,8 +100,19 @@ def test_seeds_under_vmap_and_rounds_under_scan():
         return jax.lax.scan(lambda state, key: algorithm.round(key, state, cohort), state, keys)[0]
 
     batch = {"x": jnp.ones((4, 3)), "y": jnp.ones(4), "mask": jnp.ones(4, bool)}
-    with jax.checking_leaks():  # Of a whole round, it would take half a minute.
-        jax.make_jaxpr(lambda key: model.loss(*model.init(key), batch, key))(jax.random.key(0))
+
+    def gradients(key):
+        def step(carry, key):
+            def loss(params):
+                losses, after = model.loss(params, carry[1], batch, key)
+                return losses.sum(), after
+
+            return jax.grad(loss, has_aux=True)(carry[0]), None
+
+        return jax.lax.scan(step, model.init(key), jax.random.split(key, 2))
+
+    with jax.checking_leaks():  # Of whole rounds, it would take most of a minute.
+        jax.make_jaxpr(jax.vmap(gradients))(jax.random.split(jax.random.key(0), 2))
     states = jax.jit(jax.vmap(run))(jnp.arange(2))
     state = algorithm.init(jax.random.key(1))
     for key in jax.random.split(jax.random.key(1), 2):

@@ -249,32 +249,30 @@ def test_leaves_alone_what_has_nothing_to_rewrite():
     assert rewritten(function)(jnp.ones(3))["y"].shape == (3,)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_a_round_is_the_same_with_and_without(lanes):
-    mesh = fl.clients_mesh(1)
-    rng = np.random.default_rng(0)
+def with_and_without(model, shape, draw_label, lanes):
+    """A round of two clients, rewritten and as it is, each with its arguments."""
+    mesh, rng = fl.clients_mesh(1), np.random.default_rng(0)
     clients = {
-        i: {"x": rng.normal(size=(n, 6, 6, 3)), "y": rng.normal(size=n)}
+        i: {"x": rng.normal(size=(n, *shape)), "y": draw_label(rng, n)}
         for i, n in enumerate((3, 5))
     }
-    population = fl.FederatedDataset.from_clients(clients).resident(mesh)
+    cohort = everyone(fl.FederatedDataset.from_clients(clients).resident(mesh))
+    options = {"batch_size": 2, "lanes": lanes, "mesh": mesh}
+    for rewrite in (True, False):
+        algorithm = fl.fed_avg(model, optax.sgd(0.1), rewrite_convolutions=rewrite, **options)
+        state = algorithm.init(jax.random.key(0))
+        yield algorithm.round, jax.random.key(1), state, cohort
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_a_round_is_the_same_with_and_without(lanes):
     squared = lambda predictions, batch: (predictions[:, 0] - batch["y"]) ** 2
     model = fl.linen_model(ConvNet(), jnp.zeros((1, 6, 6, 3)), squared)
+    both = with_and_without(model, (6, 6, 3), lambda rng, n: rng.normal(size=n), lanes)
     params = []
-    for rewrite in (True, False):
-        algorithm = fl.fed_avg(
-            model,
-            optax.sgd(0.1),
-            batch_size=2,
-            lanes=lanes,
-            mesh=mesh,
-            rewrite_convolutions=rewrite,
-        )
-        state = algorithm.init(jax.random.key(0))
-        cohort = everyone(population)
-        found = convolutions(algorithm.round, jax.random.key(1), state, cohort)
-        assert all(map(is_canonical, found)) == rewrite
-        params.append(algorithm.round(jax.random.key(1), state, cohort)[0].params)
+    for rewrite, (round, *args) in zip((True, False), both, strict=True):
+        assert all(map(is_canonical, convolutions(round, *args))) == rewrite
+        params.append(round(*args)[0].params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *params)
 
 
@@ -339,26 +337,11 @@ def test_what_a_context_set_is_kept():
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_a_round_multiplies_the_same_with_and_without(lanes):
     model = fl.models.mlp((100,), (100,), 10)
-    rng = np.random.default_rng(0)
-    clients = {
-        i: {"x": rng.normal(size=(n, 100)), "y": rng.integers(0, 10, n)}
-        for i, n in enumerate((3, 5))
-    }
-    cohort = everyone(fl.FederatedDataset.from_clients(clients).resident(fl.clients_mesh(1)))
+    both = with_and_without(model, (100,), lambda rng, n: rng.integers(0, 10, n), lanes)
     params, num_products = [], []
-    for rewrite in (True, False):
-        algorithm = fl.fed_avg(
-            model,
-            optax.sgd(0.1),
-            batch_size=2,
-            lanes=lanes,
-            mesh=fl.clients_mesh(1),
-            rewrite_convolutions=rewrite,
-        )
-        state = algorithm.init(jax.random.key(0))
-        params.append(algorithm.round(jax.random.key(1), state, cohort)[0].params)
-        products = left_operands(algorithm.round, jax.random.key(1), state, cohort)
-        num_products.append(len(products))
+    for round, *args in both:
+        params.append(round(*args)[0].params)
+        num_products.append(len(left_operands(round, *args)))
     # Those of several lanes are batched, and stay products.
     assert (num_products[0] < num_products[1]) == (lanes == 1 and jax.default_backend() == "cpu")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *params)
