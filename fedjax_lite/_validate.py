@@ -120,7 +120,7 @@ def features(name: str, tree: Any) -> None:
             f'{name} has a feature named "mask", the name of the padding mask of a batch; rename'
             " the feature."
         )
-    shapes = {key: np.shape(value) for key, value in tree.items()}
+    shapes = {key: _feature_shape(name, key, value) for key, value in tree.items()}
     if (
         any(len(shape) == 0 for shape in shapes.values())
         or len({shape[0] for shape in shapes.values()}) > 1
@@ -129,6 +129,21 @@ def features(name: str, tree: Any) -> None:
             f"{name} has features of shapes {shapes}; give all features the same leading length,"
             " one entry per example."
         )
+
+
+def _feature_shape(name: str, key: Any, value: Any) -> tuple[int, ...]:
+    if isinstance(value, Mapping):
+        inner = next(iter(value), "a")
+        raise TypeError(
+            f"{name}: feature {key!r} is a dict of {list(value)}; give each array a name of its"
+            f" own, such as '{key}_{inner}'."
+        )
+    try:
+        return np.shape(value)
+    except ValueError:
+        raise ValueError(
+            f"{name}: feature {key!r} has rows of different lengths; pad them to one length."
+        ) from None
 
 
 @contextlib.contextmanager

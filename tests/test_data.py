@@ -42,10 +42,43 @@ def replaced(**parts):
     return fl.FederatedDataset(**{**fields, **parts})
 
 
+def test_from_clients_takes_clients_without_names_and_without_rows():
+    dataset = fl.FederatedDataset.from_clients([{"x": []}, {"x": [[1, 2]]}, {}, {"x": [[3, 4]]}])
+    assert dataset.client_ids == (0, 1, 2, 3)
+    assert dataset.num_examples.tolist() == [0, 1, 0, 1]
+    assert dataset.examples["x"].tolist() == [[1, 2], [3, 4]]
+
+
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
         (lambda: fl.FederatedDataset.from_clients({}), ValueError, "clients is empty"),
+        (
+            lambda: fl.FederatedDataset.from_clients({"a": {"x": [[1], [2, 3]]}}),
+            ValueError,
+            "client 'a': feature 'x' has rows of different lengths; pad them",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_clients({"a": {"x": {"left": [1], "right": [2]}}}),
+            TypeError,
+            "client 'a': feature 'x' is a dict of .*; give each array a name .* 'x_left'",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_clients([{}, {"x": []}]),
+            ValueError,
+            "the dataset is empty: 2 clients with 0 examples",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_clients([(np.zeros(2), np.zeros(2))]),
+            TypeError,
+            r"clients\[0\] is of type tuple; pass a dict of features by name",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_clients([1, 2]),
+            TypeError,
+            r"clients\[0\] is of type int; pass a dict",
+        ),
+        (lambda: fl.FederatedDataset.from_clients(3), TypeError, "clients is of type int; pass a"),
         (
             lambda: fl.FederatedDataset.from_clients({0: {"x": []}}),
             ValueError,

@@ -228,8 +228,6 @@ def test_a_broken_tf_example_is_an_error_or_another_example():
         ({"a": [{"x": 1}]}, {"shapes": {"y": ()}}, "client 'a': it has no feature 'y' of shapes"),
         ({"a": [{"x": 1}], "b": [{"y": 1}]}, {}, "client 'b' has features"),
         ({"a": [{"x": np.ones(99)}] * 9}, {"max_client_bytes": 2000}, "exceed max_client_bytes"),
-        ({"a": [{"x": 1}], "": []}, {}, "has examples of client 'a' where client_metadata says ''"),
-        ({"a": [{"x": 1}], "b": []}, {}, "has no examples of client 'b'"),
     ],
 )
 def test_hostile_tff_data_is_refused_by_client(tmp_path, data, options, message):
@@ -244,6 +242,14 @@ def test_tff_counts_are_checked(tmp_path):
         ValueError, match=r"a.sqlite: client 'a': its features have shapes .* for 2 examples"
     ):
         fl.data.read(path)
+    for name, message in (
+        ("", "has examples of client 'a' where client_metadata says ''"),
+        ("b", "has no examples of client 'b'"),
+    ):
+        data = {"a": [{"x": 1}], name: []}
+        counted = write_tff(tmp_path / f"{name}2.sqlite", data, sizes={name: 1})
+        with pytest.raises(ValueError, match=message):
+            fl.data.read(counted)
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE client_metadata SET client_id = 'b'")
     with pytest.raises(ValueError, match="examples of client 'a' where client_metadata says 'b'"):
@@ -517,10 +523,54 @@ def test_csv(tmp_path, monkeypatch):
     assert plain.features["y"].dtype == np.int64
 
 
+def test_columns_make_features_of_any_format(tmp_path):
+    text = "who,x1,y,x0\nb,1.5,1,2\na,3.5,0,4\n"
+    (tmp_path / "a.csv").write_text("\ufeff" + text)
+    arrays = {"x1": [1.5, 3.5], "y": [1, 0], "x0": [2, 4], "who": ["b", "a"]}
+    np.savez(tmp_path / "a.npz", **arrays)
+    for name in ("a.csv", "a.npz"):
+        for x, expected in (
+            (["x0", "x1"], [[4, 3.5], [2, 1.5]]),
+            ("*", [[3.5, 4], [1.5, 2]]),
+            ("x1", [3.5, 1.5]),
+        ):
+            dataset = fl.data.read(
+                tmp_path / name, client_column="who", columns={"x": x, "label": "y"}
+            )
+            assert dataset.client_ids == ("a", "b")
+            assert dataset.examples["x"].tolist() == expected
+            assert dataset.examples["label"].tolist() == [0, 1]
+    columns = {"z": ["y"]}
+    double = lambda features: {"z": 2 * features["z"]}
+    converted = fl.data.convert(
+        tmp_path / "a.csv",
+        tmp_path / "new",
+        columns=columns,
+        transform=double,
+        client_column="who",
+    )
+    assert converted.examples["z"].tolist() == [[0], [2]]
+    again = fl.data.read(tmp_path / "new", columns={"y": "z"})
+    assert again.examples["y"].tolist() == [[0], [2]]
+    for options, error, message in (
+        ({"columns": {"x": "z"}}, ValueError, "client 'a': it has no column 'z'; choose among"),
+        ({"columns": {"x": "*", "z": ["x0", "x1", "y"]}}, ValueError, "no column is left for"),
+        ({"columns": ["x"]}, TypeError, r"columns is \['x'\]; write it as"),
+        ({"columns": {"x": 3}}, TypeError, "columns is {'x': 3}; write it as"),
+    ):
+        with pytest.raises(error, match=message):
+            fl.data.read(tmp_path / "a.csv", client_column="who", **options)
+    with pytest.raises(ValueError, match=r"save\(\), which has no option 'client_column'"):
+        fl.data.read(tmp_path / "new", client_column="who")
+
+
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
         ("", {}, r"its columns are \[\]"),
+        (",client_id,a\n0,1,2\n", {}, "column 1 has no name; .* index=False"),
+        ("client_id,a\n1,2\n ,3\n", {}, "column 'client_id' has ' ' in row 2, which names no"),
+        ("client_id,a\nnan,2\n", {}, "column 'client_id' has 'nan' in row 1, .* or leave the row"),
         ("a,b\n1,2\n", {}, r"its columns are \['a', 'b'\]; name each once, and choose client_c"),
         ("client_id,a,a\n", {}, "name each once"),
         ("client_id,a\n1,2\n1\n", {}, "row 2 has 1 fields for 2 columns"),
@@ -586,6 +636,75 @@ def test_huggingface(tmp_path):
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.filterwarnings("ignore")  # datasets and its dependencies warn of their own affairs.
+def test_tables_of_other_libraries_are_read_or_told_how(tmp_path):
+    import datasets
+    import pandas as pd
+
+    data = clients()
+    features, ids = as_table(data)
+    frame = pd.DataFrame({"x": list(features["x"].reshape(-1, 6)), "y": features["y"], "who": ids})
+    frame.to_parquet(tmp_path / "a.parquet")
+    table = datasets.Dataset.from_pandas(frame)
+    flat = {name: {"x": f["x"].reshape(-1, 6), "y": f["y"]} for name, f in data.items()}
+    for source in (frame, tmp_path / "a.parquet", table):
+        dataset = fl.data.read(source, client_column="who")
+        assert_same_rows(dataset, flat)
+        assert dataset.features["x"].dtype == np.float32
+        told = fl.data.read(source, client_column="who", columns={"label": "y"})
+        assert list(told.features) == ["label"]
+    fl.data.convert(frame, tmp_path / "new", client_column="who")
+    assert_same_rows(fl.data.read(tmp_path / "new"), flat)
+
+    for missing in (None, np.nan, pd.NA):
+        who = ["a", missing, "b", missing, *"abcd"]
+        holed = frame.assign(who=pd.Series(who, dtype=object))
+        with pytest.raises(ValueError, match=r"column 'who' names no client in 2 rows, .* row 1,"):
+            fl.data.read(holed, client_column="who")
+        with pytest.raises(ValueError, match=r"client_ids names no client in 2 rows, .* row 1,"):
+            fl.FederatedDataset.from_arrays({"y": features["y"]}, who)
+    numbers = np.array([1, np.nan, 2])
+    np.savez(tmp_path / "a.npz", client_ids=numbers, x=numbers)
+    holed = pd.DataFrame({"client_id": numbers, "x": numbers})
+    for source in (tmp_path / "a.npz", holed, datasets.Dataset.from_dict(dict(holed))):
+        with pytest.raises(ValueError, match=r"'client_ids?' names no client in 1 rows, .* row 1,"):
+            fl.data.read(source)
+    with pytest.raises(ValueError, match=r"client_ids names no client in 1 rows, .* row 1,"):
+        fl.FederatedDataset.from_arrays({"x": numbers}, numbers)
+
+    ragged = pd.DataFrame({"client_id": [1, 1], "x": [[1], [1, 2]]})
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-50])
+    for source, error, message in (
+        (frame, ValueError, r"columns are \['x', 'y', 'who'\]; .* choose client_column"),
+        (ragged, ValueError, "the DataFrame: client 1: feature 'x' has rows of different lengths"),
+        (frame.rename(columns={"who": "client_id"})[["y", "y", "client_id"]], ValueError, "each"),
+        (tmp_path / "b.parquet", ValueError, "b.parquet cannot be read as parquet: "),
+        (datasets.DatasetDict(train=table), ValueError, r"splits \['train'\]; pass one of them"),
+        (table.to_iterable_dataset(), TypeError, "path is of type IterableDataset; pass the path"),
+        ([1], TypeError, "path is of type list; pass the path"),
+    ):
+        with pytest.raises(error, match=message):
+            fl.data.read(source)
+
+    class TensorDataset(list):
+        __module__ = "torch.utils.data.dataset"
+
+    tensors = TensorDataset([(np.zeros(2, np.float32), i) for i in range(4)])
+    for source, message in (
+        (frame.groupby("who"), r"pass the frame itself: fl.data.read\(frame, client_column='who'"),
+        (frame, r"DataFrame; read it: fl.data.read\(table, client_column=..."),
+        (table, r"Dataset; read it: fl.data.read\(table, client_column=..."),
+        (tensors, r"TensorDataset; .* FederatedDataset.from_rows\("),
+    ):
+        with pytest.raises(TypeError, match=message):
+            fl.FederatedDataset.from_clients(source)
+    # What the message about torch says.
+    x, y = np.stack([x for x, _ in tensors]), np.array([y for _, y in tensors])
+    rows = fl.partition.iid(len(tensors), 2, seed=0)
+    assert fl.FederatedDataset.from_rows({"x": x, "y": y}, rows).num_examples.tolist() == [2, 2]
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.filterwarnings("ignore")  # datasets and its dependencies warn of their own affairs.
 def test_hostile_huggingface_is_refused(tmp_path):
     write_huggingface(tmp_path / "a", clients())
     state = json.loads((tmp_path / "a/state.json").read_text())
@@ -647,8 +766,8 @@ def test_unknown_formats_are_refused(tmp_path):
         fl.data.read(tmp_path / "missing")
     with pytest.raises(ValueError, match="is a folder of no known format"):
         fl.data.read(tmp_path)
-    with pytest.raises(ValueError, match="format is 'parquet'; choose one of"):
-        fl.data.read(tmp_path, "parquet")
+    with pytest.raises(ValueError, match="format is 'xml'; choose one of"):
+        fl.data.read(tmp_path, "xml")
 
 
 def test_read_opens_what_save_wrote(tmp_path):
@@ -695,6 +814,73 @@ def test_a_broken_file_is_refused_or_read(tmp_path, name):
             fl.data.read(tmp_path / name, max_client_bytes=10**6) if name[0] in "abc" else (
                 fl.data.read(tmp_path / name)
             )
+
+
+# Clients without rows.
+
+
+def empty_leaf(path, data):
+    nothing = {"x": [], "y": []}
+    write_leaf(path, {"first": nothing, **data, "late": nothing, "none": nothing})
+    content = json.loads(path.read_text())
+    content["user_data"]["none"] = {}
+    path.write_text(json.dumps(content))
+
+
+def empty_rows(*names):
+    return {name: {"x": np.zeros((0, 2, 3), np.float32), "y": np.zeros(0, int)} for name in names}
+
+
+@pytest.mark.parametrize(
+    ("names", "write"),
+    [
+        (["first", *IDS, "late", "none"], empty_leaf),
+        (
+            [b"first", *(name.encode() for name in IDS), b"none"],
+            lambda path, data: write_fedjax(
+                path,
+                [*fedjax_rows({**empty_rows("first"), **data}), (b"none", fedjax_data({}), 0)],
+            ),
+        ),
+        (
+            ["", *sorted(IDS), "zz"],
+            lambda path, data: write_tff(path, as_rows({**empty_rows("", "zz"), **data})),
+        ),
+        (
+            ["a", *sorted(IDS), "zz"],
+            lambda path, data: write_hdf5(path, {**empty_rows("a", "zz"), **data}),
+        ),
+    ],
+    ids=["leaf", "fedjax_sqlite", "tff_sqlite", "tff_hdf5"],
+)
+def test_clients_without_rows_are_read_and_converted(tmp_path, names, write):
+    path, data = tmp_path / "a", clients()
+    write(path, data)
+    shapes = {"shapes": {"x": (2, 3)}} if "" in names else {}
+    for transform in (None, lambda features: {"z": features["x"].sum((1, 2))}):
+        dataset = fl.data.read(path, transform=transform, **shapes)
+        assert list(dataset.client_ids) == names
+        sizes = [
+            len(data.get(n if isinstance(n, str) else n.decode(), {"y": ""})["y"]) for n in names
+        ]
+        assert dataset.num_examples.tolist() == sizes
+        new = tmp_path / f"new {transform is None}"
+        fl.data.convert(path, new, transform=transform, **shapes)
+        dataset.save(tmp_path / f"saved {transform is None}")
+        assert files_of(new) == files_of(tmp_path / f"saved {transform is None}")
+
+
+def test_a_byte_order_mark_is_no_data(tmp_path):
+    data = clients()
+    path = write_leaf(tmp_path / "a.json", data)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert_holds(fl.data.read(path), data)
+    (tmp_path / "a.csv").write_text("client_id,a\n1,2\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"a.csv is no UTF-8: .*; save it as UTF-8"):
+        fl.data.read(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"b.bin is empty, and has no known format"):
+        fl.data.read((tmp_path / "b.csv").rename(tmp_path / "b.bin"))
 
 
 # Conversion.

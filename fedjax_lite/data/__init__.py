@@ -10,6 +10,7 @@ from fedjax_lite.data.dataset import FederatedDataset as FederatedDataset
 from fedjax_lite.data.digits import digits as digits
 from fedjax_lite.data.formats import convert as convert
 from fedjax_lite.data.formats import read as read
+from fedjax_lite.data.frames import read_pandas as read_pandas
 from fedjax_lite.data.hdf5 import read_tff_hdf5 as read_tff_hdf5
 from fedjax_lite.data.huggingface import read_huggingface as read_huggingface
 from fedjax_lite.data.leaf import read_leaf as read_leaf

@@ -1,7 +1,7 @@
 """What a feature may hold, and what the parts of a data set must agree on."""
 
 import collections
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,12 +43,47 @@ def as_in_jax(name: str, feature: np.ndarray) -> np.ndarray:
     return cast
 
 
+def every_row_named(name: str, client_ids: Sequence[Hashable] | np.ndarray) -> None:
+    """Refuses rows whose client is missing: None, NaN, or what else stands for it."""
+    ids: Any = client_ids
+    if isinstance(ids, np.ndarray) and ids.dtype != object:
+        missing = ids != ids if ids.dtype.kind in "fcmM" else np.zeros(0, bool)
+    elif set(map(type, ids)) <= {int, str, bytes}:
+        return
+    else:
+        missing = np.fromiter(map(_is_missing, ids), bool, len(ids))
+    if missing.any():
+        raise ValueError(
+            f"{name} names no client in {missing.sum()} rows, the first of them row"
+            f" {missing.argmax()}, counted from 0; name a client in each, or leave these rows out."
+        )
+
+
+def _is_missing(value: Any) -> bool:
+    try:
+        return value is None or bool(value != value)
+    except (TypeError, ValueError):  # NA of pandas is neither true nor false.
+        return type(value).__name__ == "NAType"
+
+
+def has_rows(features: Mapping[str, Any]) -> bool:
+    """Whether a client has examples."""
+    return any(np.shape(feature)[:1] != (0,) for feature in features.values())
+
+
 def of_client(
     client_id: Hashable, features: Any, first: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """The features of a client as arrays, checked against those of the first client."""
+    """The features of a client as arrays, checked against those of the first client with rows.
+
+    What has no rows agrees with all: files often tell neither its features nor their types.
+    """
+    if isinstance(features, Mapping) and not features:
+        return {}
     _validate.features(f"client {client_id!r}", features)
     arrays = {name: np.asarray(value) for name, value in features.items()}
+    if not has_rows(arrays):
+        return arrays
     for name, array in arrays.items():
         numeric(f"client {client_id!r}: feature {name!r}", array)
     spec, expected = (

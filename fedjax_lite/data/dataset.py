@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,6 +58,7 @@ class FederatedDataset:
         (('a', 'b'), [1, 3])
         """
         _validate.features("examples", examples)
+        checks.every_row_named("client_ids", client_ids)
         # An array of numbers or strings has one type; asking each of its rows would take longer
         # than the grouping.
         uniform = isinstance(client_ids, np.ndarray) and client_ids.dtype != object
@@ -81,29 +82,38 @@ class FederatedDataset:
     def from_clients(
         cls,
         clients: Mapping[Any, Mapping[str, ArrayLike]]
-        | Iterable[tuple[Any, Mapping[str, ArrayLike]]],
+        | Iterable[tuple[Any, Mapping[str, ArrayLike]]]
+        | Iterable[Mapping[str, ArrayLike]],
     ) -> "FederatedDataset":
         """Concatenates one dict of features per client, in the order given.
 
         Args:
           clients: Features `[rows of the client, ...]` by name, by client id: a dict, or an
-            iterable of pairs. A client may have no rows.
+            iterable of pairs; of features alone, clients are named 0, 1, ... A client may have
+            no rows, of whatever shape and dtype, or an empty dict.
 
         Raises:
           ValueError: There are no clients or no rows, a client comes twice, or its features
-            differ from the first client's in name, shape or dtype.
-          TypeError: A client's value is no dict of features.
+            differ from those of the first client that has rows in name, shape or dtype.
+          TypeError: A client's value is no dict of features, or `clients` is a table; the message
+            says what reads it.
+
+        >>> dataset = FederatedDataset.from_clients([{"x": [1, 2]}, {"x": []}, {"x": [3]}])
+        >>> dataset.num_examples.tolist()
+        [2, 0, 1]
         """
-        pairs = clients.items() if isinstance(clients, Mapping) else clients
         names: list[Hashable] = []
+        sizes: list[int] = []
         parts: list[dict[str, np.ndarray]] = []
-        for client_id, features in pairs:
-            parts.append(checks.of_client(client_id, features, parts[0] if parts else None))
+        for client_id, features in _pairs(clients):
+            arrays = checks.of_client(client_id, features, parts[0] if parts else None)
             names.append(client_id)
+            sizes.append(len(next(iter(arrays.values()))) if arrays else 0)
+            if sizes[-1]:
+                parts.append(arrays)
         if not names:
             raise ValueError("clients is empty; pass the examples of at least one client.")
-        sizes = [next(iter(part.values())).shape[0] for part in parts]
-        stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        stacked = {name: np.concatenate([p[name] for p in parts]) for name in (parts or [{}])[0]}
         return cls._checked(stacked, np.cumsum(np.append(0, sizes)), tuple(names))
 
     @classmethod
@@ -458,3 +468,39 @@ class FederatedDataset:
             row_capacity=device_rows(row_capacity, int(self.num_examples.max()), num_devices),
             mesh=mesh,
         )
+
+
+def _pairs(clients: Any) -> Iterator[tuple[Any, Any]]:
+    """Clients and their features, from what `from_clients` takes."""
+    if (remedy := _reader_of(clients)) is not None:
+        raise TypeError(f"clients is of type {type(clients).__name__}; {remedy}")
+    if not isinstance(clients, Iterable) or isinstance(clients, (str, bytes)):
+        raise TypeError(
+            f"clients is of type {type(clients).__name__}; pass a dict of features by client id."
+        )
+    for i, item in enumerate(clients.items() if isinstance(clients, Mapping) else clients):
+        if isinstance(item, Mapping):
+            yield i, item
+        elif isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], Hashable):
+            yield item[0], item[1]
+        else:
+            raise TypeError(
+                f"clients[{i}] is of type {type(item).__name__}; pass a dict of features by name,"
+                ' such as {"x": ..., "y": ...}, for each client.'
+            )
+
+
+def _reader_of(clients: Any) -> str | None:
+    """What to call with other libraries' tables, told by what they have: none is imported."""
+    if hasattr(clients, "get_group"):
+        column = repr(clients.keys) if isinstance(getattr(clients, "keys", None), str) else "..."
+        return f"pass the frame itself: fl.data.read(frame, client_column={column})."
+    if hasattr(clients, "column_names") or hasattr(clients, "iloc"):
+        return "read it: fl.data.read(table, client_column=...)."
+    if any(kind.__module__.startswith("torch.") for kind in type(clients).__mro__):
+        return (
+            "stack its examples and deal them out: FederatedDataset.from_rows("
+            '{"x": np.stack([x for x, _ in dataset]), "y": np.array([y for _, y in dataset])},'
+            " fl.partition.iid(len(dataset), num_clients, seed=0))."
+        )
+    return None

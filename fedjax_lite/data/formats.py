@@ -7,15 +7,15 @@ import json
 import os
 import shlex
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedjax_lite import _validate
-from fedjax_lite.data import hdf5, huggingface, leaf, sqlite, tables
+from fedjax_lite.data import frames, hdf5, huggingface, leaf, sqlite, tables
 from fedjax_lite.data.checks import Transform
 from fedjax_lite.data.dataset import FederatedDataset
-from fedjax_lite.data.sources import Source, collect, loaded
+from fedjax_lite.data.sources import Columns, Source, chosen, collect, loaded, name_of
 from fedjax_lite.data.writer import Writer
 
 FORMATS: dict[str, Callable[..., contextlib.AbstractContextManager[Source]]] = {
@@ -24,6 +24,7 @@ FORMATS: dict[str, Callable[..., contextlib.AbstractContextManager[Source]]] = {
     "huggingface": huggingface.huggingface,
     "leaf": leaf.leaf,
     "npz": tables.npz,
+    "parquet": frames.pandas,
     "tff_hdf5": hdf5.tff_hdf5,
     "tff_sqlite": sqlite.tff_sqlite,
 }
@@ -34,23 +35,31 @@ _COMPRESSED = {b"\xfd7zXZ": "xz", b"]\0\0": "xz", b"\x1f\x8b": "gzip", b"BZh": "
 
 
 def read(
-    path: str | os.PathLike[str],
+    path: Any,
     format: str | None = None,  # noqa: A002
     *,
+    columns: Columns | None = None,
     transform: Transform | None = None,
     **options: Any,
 ) -> FederatedDataset:
     """Reads a data set of any known format.
 
     Args:
-      path: A file or folder; a folder that `FederatedDataset.save` wrote is opened, not read.
-      format: csv, fedjax_sqlite, huggingface, leaf, npz, tff_hdf5 or tff_sqlite; found out
-        from the content if left out.
-      transform: Applied to the features of each client; see the reader of the format.
-      **options: Those of the reader of the format, such as `split` for `read_tff_sqlite`.
+      path: A file or folder; a folder that `FederatedDataset.save` wrote is opened, not read. Or
+        a `datasets.Dataset`, or a pandas `DataFrame`.
+      format: csv, fedjax_sqlite, huggingface, leaf, npz, parquet, tff_hdf5 or tff_sqlite; found
+        out from the content if left out.
+      columns: Features by name, each one that the file has or, for a vector, several:
+        `{"x": ["x1", "x2"], "y": "label"}`; "*" stands for all that are not named. All as they
+        are if left out.
+      transform: Applied to the features of each client that has rows; see the reader of the
+        format.
+      **options: Those of the reader of the format, such as `client_column` for `read_csv`, or
+        `split` for `read_tff_sqlite`.
 
     Raises:
       ValueError: The format is unknown, or the file is damaged.
+      TypeError: `path` is no path, and no table of a kind that is known.
 
     >>> import tempfile, numpy as np
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +68,9 @@ def read(
     >>> dataset["b"]["x"].tolist()
     [1, 3]
     """
-    if format is None and (Path(path) / "meta.json").exists():
+    transform = chosen(columns, transform)
+    if format is None and _is_path(path) and (Path(path) / "meta.json").exists():
+        _known(path, "of save()", options, ["verify"])
         dataset = FederatedDataset.open(path, **options)
         return dataset if transform is None else dataset.map(transform)
     with _open(path, detect(path, format), options) as source:
@@ -67,10 +78,11 @@ def read(
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: Any,
     destination: str | os.PathLike[str],
     *,
     format: str | None = None,  # noqa: A002
+    columns: Columns | None = None,
     transform: Transform | None = None,
     transform_name: str = "",
     progress: Callable[[int, int | None], None] | None = None,
@@ -85,9 +97,10 @@ def convert(
     `transform`, a conversion goes on only if it has a name, the same in both calls.
 
     Args:
-      source: A file or folder.
+      source: See `read`; what is no path is written anew after each interruption.
       destination: The folder to write, which must not exist.
       format: See `read`.
+      columns: See `read`.
       transform: Applied to the features of each client; see `read`.
       transform_name: What the transform does, its settings included.
       progress: Called after each client with the numbers of clients written and of all clients,
@@ -101,8 +114,9 @@ def convert(
       ValueError: The source cannot be read, or `destination` exists.
     """
     format = detect(source, format)  # noqa: A001
-    named = transform is None or bool(transform_name)
-    what = {**options, "transform": transform_name}
+    named = (transform is None or bool(transform_name)) and _is_path(source)
+    what = {**options, "transform": transform_name, "columns": columns}
+    transform = chosen(columns, transform)
     fingerprint = _fingerprint(Path(source), format, what) if named else ""
     with (
         _open(source, format, options) as (clients, total),
@@ -116,22 +130,38 @@ def convert(
                 if progress is not None:
                     progress(index + 1, total)
         except ValueError as error:
-            raise ValueError(f"{os.fspath(source)}: {error}") from None
+            raise ValueError(f"{name_of(source)}: {error}") from None
     return FederatedDataset.open(destination)
 
 
 def _open(
-    path: str | os.PathLike[str],
+    path: Any,
     format: str,  # noqa: A002
     options: dict[str, Any],
 ) -> contextlib.AbstractContextManager[Source]:
     _, *known = inspect.signature(FORMATS[format]).parameters
+    if format == "npz" and "client_column" in options:  # Its columns are arrays.
+        options = {**options, "client_ids": options["client_column"]}
+        del options["client_column"]
+    _known(path, format, options, known)
+    return FORMATS[format](path, **options)
+
+
+def _known(
+    path: Any,
+    format: str,  # noqa: A002
+    options: Mapping[str, Any],
+    known: Sequence[str],
+) -> None:
     if unknown := set(options) - set(known):
         raise ValueError(
-            f"{os.fspath(path)} is of format {format}, which has no option {min(unknown)!r}; its"
+            f"{name_of(path)} is of format {format}, which has no option {min(unknown)!r}; its"
             f" options are {', '.join(known)}."
         )
-    return FORMATS[format](path, **options)
+
+
+def _is_path(source: Any) -> bool:
+    return isinstance(source, (str, os.PathLike))
 
 
 def _fingerprint(source: Path, format: str, options: dict[str, Any]) -> str:  # noqa: A002
@@ -142,12 +172,15 @@ def _fingerprint(source: Path, format: str, options: dict[str, Any]) -> str:  # 
     return hashlib.sha256(what.encode()).hexdigest()
 
 
-def detect(path: str | os.PathLike[str], format: str | None = None) -> str:  # noqa: A002
+def detect(path: Any, format: str | None = None) -> str:  # noqa: A002
     """The format asked for, or else that of the content.
 
     Raises:
       ValueError: The format is unknown, or the file is compressed.
+      TypeError: `path` is no path, and no table of a kind that is known.
     """
+    if not _is_path(path):
+        return _detect_table(path)
     path = Path(path)
     if format is not None:
         _validate.choice("format", format, FORMATS)
@@ -162,10 +195,10 @@ def detect(path: str | os.PathLike[str], format: str | None = None) -> str:  # n
             return "huggingface"
         if any(path.glob("*.json")):
             return "leaf"
-        raise ValueError(f"{path} is a folder of no known format; pass format=.")
+        raise ValueError(f"{path} is a folder of no known format; pass a file, or format=.")
     try:
         with path.open("rb") as file:
-            start = file.read(64)
+            start = file.read(64).removeprefix(b"\xef\xbb\xbf")  # A byte-order mark.
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}; check the path.") from None
     if start.startswith(b"SQLite format 3\0"):
@@ -174,12 +207,32 @@ def detect(path: str | os.PathLike[str], format: str | None = None) -> str:  # n
         return "tff_hdf5"
     if start.startswith(b"PK\x03\x04"):
         return "npz"
+    if start.startswith(b"PAR1"):
+        return "parquet"
     if start.lstrip().startswith(b"{"):
         return "leaf"
     _refuse_compressed(path, start)
     if path.suffix == ".csv":
         return "csv"
-    raise ValueError(f"{path} has no known format; pass format=, one of {', '.join(FORMATS)}.")
+    empty = "" if start else "is empty, and "
+    raise ValueError(
+        f"{path} {empty}has no known format; pass format=, one of {', '.join(FORMATS)}."
+    )
+
+
+def _detect_table(table: Any) -> str:
+    """The format of an object of another library, told by what it has."""
+    if hasattr(table, "iloc"):
+        return "parquet"
+    if hasattr(table, "column_names"):
+        if isinstance(table, Mapping):
+            raise ValueError(f"the data set holds the splits {list(table)}; pass one of them.")
+        if hasattr(table, "num_rows"):
+            return "huggingface"
+    raise TypeError(
+        f"path is of type {type(table).__name__}; pass the path of a file or folder, a"
+        " datasets.Dataset or a pandas DataFrame, or arrays to FederatedDataset.from_arrays."
+    )
 
 
 def _refuse_compressed(path: Path, start: bytes) -> None:

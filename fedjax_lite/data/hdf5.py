@@ -62,6 +62,8 @@ def tff_hdf5(
             left, features = max_client_bytes, {}
             with _reading(path):
                 group = _child(h5py, groups, client_id, h5py.Group)
+                if not len(group):
+                    raise ValueError("it has no features")
                 for name in group:
                     array = _child(h5py, group, name, h5py.Dataset)
                     features[name] = _read(h5py, name, array, left)

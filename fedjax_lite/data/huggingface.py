@@ -12,21 +12,22 @@ import numpy as np
 from fedjax_lite._extras import require
 from fedjax_lite.data import checks
 from fedjax_lite.data.dataset import FederatedDataset
-from fedjax_lite.data.sources import Source, by_client, collect
+from fedjax_lite.data.sources import Columns, Source, by_client, chosen, collect
 
 
 def read_huggingface(
     dataset: Any,
     *,
     client_column: str = "client_id",
+    columns: Columns | None = None,
     transform: checks.Transform | None = None,
 ) -> FederatedDataset:
     """Reads a `datasets.Dataset`, or a folder that its `save_to_disk` wrote.
 
     Args:
       dataset: The data set or the folder. It is memory-mapped; nothing is downloaded.
-      client_column: The column that names the client of each row, by integers or strings. All
-        other columns are features.
+      client_column: The column that names the client of each row, by integers or strings.
+      columns: Features by name, as in `read_csv`; if left out, all other columns are features.
       transform: Applied to the features of each client, `[rows, ...]` by name; it may change
         the number of rows, and must encode text.
 
@@ -38,9 +39,8 @@ def read_huggingface(
         missing values.
       ImportError: datasets is missing.
     """
-    name = dataset if isinstance(dataset, (str, os.PathLike)) else "the data set"
     with huggingface(dataset, client_column=client_column) as source:
-        return collect(name, source, transform)
+        return collect(dataset, source, chosen(columns, transform))
 
 
 @contextlib.contextmanager
@@ -54,11 +54,13 @@ def huggingface(dataset: Any, *, client_column: str = "client_id") -> Iterator[S
             " choose one of them."
         )
     column = dataset.with_format("arrow")[:][client_column]
-    if column.null_count:
-        raise ValueError(f"column {client_column!r} names no client in {column.null_count} rows.")
     features = dataset.remove_columns(client_column).with_format("numpy")
     yield by_client(
-        column.to_numpy(zero_copy_only=False),
+        client_column,
+        # Integers beside nulls would become floats, and the ids of other rows with them.
+        column.to_numpy(zero_copy_only=False)
+        if not column.null_count
+        else np.array(column.to_pylist(), object),
         lambda rows: {name: np.asarray(feature) for name, feature in features[rows].items()},
     )
 

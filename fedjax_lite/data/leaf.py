@@ -92,7 +92,7 @@ def _load(data: Any, num_samples: int) -> Features:
         raise ValueError(f"its user_data is of type {type(data).__name__}, not an object")
     features = {name: _array(name, values) for name, values in data.items()}
     sizes = {name: len(feature) for name, feature in features.items()}
-    if set(sizes.values()) != {num_samples}:
+    if set(sizes.values()) != {num_samples} and (sizes or num_samples != 0):
         raise ValueError(f"it has {sizes} examples where num_samples says {num_samples}")
     return features
 

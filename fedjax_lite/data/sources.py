@@ -2,11 +2,12 @@
 
 import functools
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedjax_lite.data import checks
 from fedjax_lite.data.checks import Transform
 from fedjax_lite.data.dataset import FederatedDataset
 
@@ -14,6 +15,8 @@ MAX_CLIENT_BYTES = 2**30
 """More than any client of a known data set has; a damaged or hostile file may claim anything."""
 
 Features = dict[str, np.ndarray]
+Columns = Mapping[str, str | Sequence[str]]
+"""Features by name, each one that a file has or, for a vector, several; "*" is all others."""
 
 
 class Source(NamedTuple):
@@ -32,19 +35,57 @@ class Source(NamedTuple):
 def loaded(
     client_id: Hashable, load: Callable[[], Features], transform: Transform | None
 ) -> Features:
-    """Features of one client; errors name it."""
+    """Features of one client; errors name it. What has no rows is not transformed but left out."""
     try:
         features = load()
-        if not features:
-            raise ValueError("it has no features")
+        if not checks.has_rows(features):
+            return {}
         return features if transform is None else dict(transform(features))
     except ValueError as error:
         raise ValueError(f"client {client_id!r}: {error}") from None
 
 
-def collect(
-    path: str | os.PathLike[str], source: Source, transform: Transform | None
-) -> FederatedDataset:
+def chosen(columns: Columns | None, transform: Transform | None) -> Transform | None:
+    """`transform` of the features that columns make up.
+
+    Raises:
+      TypeError: `columns` is no dict of names.
+    """
+    if columns is None:
+        return transform
+    if not isinstance(columns, Mapping) or not all(
+        isinstance(of, (str, list, tuple)) and all(isinstance(part, str) for part in of)
+        for of in columns.values()
+    ):
+        raise TypeError(f'columns is {columns!r}; write it as {{"x": ["a", "b"], "y": "label"}}.')
+    named = {part for of in columns.values() for part in ([of] if isinstance(of, str) else of)}
+
+    def make(features: Features, of: str | Sequence[str]) -> np.ndarray:
+        if isinstance(of, str) and of != "*":
+            return features[of]
+        others = [name for name in features if name not in named]
+        parts = [one for part in of for one in (others if part == "*" else [part])]
+        if not parts:
+            raise ValueError(f"no column is left for {of!r} among {list(features)}")
+        return np.stack([features[part] for part in parts], axis=1)
+
+    def choose(features: Features) -> Mapping[str, np.ndarray]:
+        if unknown := named - set(features) - {"*"}:
+            raise ValueError(f"it has no column {min(unknown)!r}; choose among {list(features)}")
+        made = {name: make(features, of) for name, of in columns.items()}
+        return made if transform is None else transform(made)
+
+    return choose
+
+
+def name_of(source: Any) -> str:
+    """What errors call a source: its path, or else its type."""
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    return f"the {type(source).__name__}"
+
+
+def collect(path: Any, source: Source, transform: Transform | None) -> FederatedDataset:
     """All clients of a source, in memory; errors name the file."""
 
     def clients() -> Iterator[tuple[Hashable, Features]]:
@@ -54,13 +95,14 @@ def collect(
     try:
         return FederatedDataset.from_clients(clients())
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)}: {error}") from None
+        raise ValueError(f"{name_of(path)}: {error}") from None
 
 
-def by_client(ids: np.ndarray, take: Callable[[np.ndarray], Features]) -> Source:
+def by_client(column: str, ids: np.ndarray, take: Callable[[np.ndarray], Features]) -> Source:
     """Groups the rows of a table.
 
     Args:
+      column: What the table calls the ids.
       ids: `[rows]`, the client of each row.
       take: From the indices of some rows to their features.
 
@@ -69,6 +111,7 @@ def by_client(ids: np.ndarray, take: Callable[[np.ndarray], Features]) -> Source
     """
     if len(ids) == 0:
         raise ValueError("the table has no rows; pass one with at least one example.")
+    checks.every_row_named(f"column {column!r}", ids)
     names, owner = np.unique(ids, return_inverse=True)
     rows = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
     clients = zip(names.tolist(), rows, strict=True)

@@ -6,7 +6,7 @@ import itertools
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -14,9 +14,10 @@ import numpy as np
 from fedjax_lite import _validate
 from fedjax_lite.data import checks
 from fedjax_lite.data.dataset import FederatedDataset
-from fedjax_lite.data.sources import Features, Source, by_client, collect
+from fedjax_lite.data.sources import Columns, Features, Source, by_client, chosen, collect
 
 _ROWS_AT_ONCE = 2**16
+_MISSING = ("", "nan", "NaN")
 
 
 def read_npz(
@@ -50,19 +51,21 @@ def read_csv(
     path: str | os.PathLike[str],
     *,
     client_column: str = "client_id",
-    columns: Mapping[str, str | Sequence[str]] | None = None,
+    columns: Columns | None = None,
     transform: checks.Transform | None = None,
 ) -> FederatedDataset:
     """Reads a table of numbers with a header line and a column that names the client.
 
     A column of integers becomes int64, any other float32; `nan` is read as such, and an empty
-    field is an error. The numbers of the whole table are held in memory.
+    field is an error, as is `nan` in the column of clients. The numbers of the whole table are
+    held in memory.
 
     Args:
       path: The file, in UTF-8, with commas; rows in any order.
       client_column: The column that names the client of each row.
       columns: Features by name, each a column or, for a vector, several: `{"x": ["x1", "x2"],
-        "y": "label"}`. Every column is a feature of its own if left out.
+        "y": "label"}`; "*" stands for all columns that are not named. Every column is a feature of
+        its own if left out.
       transform: Applied to the features of each client; it may change the number of rows.
 
     Returns:
@@ -71,8 +74,8 @@ def read_csv(
     Raises:
       ValueError: A column is missing, or a field is no number; the message names the line.
     """
-    with table(path, client_column=client_column, columns=columns) as source:
-        return collect(path, source, transform)
+    with table(path, client_column=client_column) as source:
+        return collect(path, source, chosen(columns, transform))
 
 
 @contextlib.contextmanager
@@ -93,7 +96,7 @@ def npz(
                     raise ValueError(f"{name!r} is no array")
         if client_ids not in arrays:
             raise ValueError(f"it has the arrays {sorted(arrays)} and no {client_ids!r}")
-        source = _by_client(arrays.pop(client_ids), arrays)
+        source = _by_client(client_ids, arrays.pop(client_ids), arrays)
     except (
         *(OSError, ValueError, EOFError, MemoryError, RuntimeError),
         *(zipfile.BadZipFile, zlib.error),
@@ -103,39 +106,34 @@ def npz(
 
 
 @contextlib.contextmanager
-def table(
-    path: str | os.PathLike[str],
-    *,
-    client_column: str = "client_id",
-    columns: Mapping[str, str | Sequence[str]] | None = None,
-) -> Iterator[Source]:
+def table(path: str | os.PathLike[str], *, client_column: str = "client_id") -> Iterator[Source]:
     """The source of `read_csv`."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            ids, values = _parse(file, client_column)
-        examples: Features = {}
-        for name, parts in (columns or {name: name for name in values}).items():
-            if isinstance(parts, str):
-                examples[name] = values[parts]
-            else:
-                examples[name] = np.stack([values[part] for part in parts], axis=1)
-        source = _by_client(ids, examples)
-    except KeyError as error:
-        raise ValueError(f"{os.fspath(path)} has no column {error}; see its first line.") from None
+            ids, examples = _parse(file, client_column)
+        source = _by_client(client_column, ids, examples)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)} is no UTF-8: {error}; save it as UTF-8.") from None
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{os.fspath(path)} cannot be read as CSV: {error}") from None
     yield source
 
 
-def _by_client(ids: np.ndarray, examples: Features) -> Source:
+def _by_client(column: str, ids: np.ndarray, examples: Features) -> Source:
     _validate.features("the table", {**examples, "client ids": ids})
-    return by_client(ids, lambda rows: {name: array[rows] for name, array in examples.items()})
+    take = lambda rows: {name: array[rows] for name, array in examples.items()}  # noqa: E731
+    return by_client(column, ids, take)
 
 
 def _parse(file: TextIO, client_column: str) -> tuple[np.ndarray, Features]:
     """The client of each row, and the numbers of all other columns."""
     reader = csv.reader(file, strict=True)
     header = next(reader, [])
+    if "" in header:
+        raise ValueError(
+            f"column {header.index('') + 1} has no name; name all of {header} (pandas writes such"
+            " a column unless it is told index=False)"
+        )
     if client_column not in header or len(set(header)) != len(header):
         raise ValueError(
             f"its columns are {header}; name each once, and choose client_column"
@@ -149,6 +147,12 @@ def _parse(file: TextIO, client_column: str) -> tuple[np.ndarray, Features]:
                 raise ValueError(f"row {i} has {len(row)} fields for {len(header)} columns")
         for name, fields in zip(header, zip(*rows, strict=True), strict=True):
             if name == client_column:
+                for i, field in enumerate(fields, num_rows + 1):
+                    if field.strip() in _MISSING:
+                        raise ValueError(
+                            f"column {name!r} has {field!r} in row {i}, which names no client;"
+                            " name one there, or leave the row out"
+                        )
                 blocks[name].extend(fields)
             else:
                 blocks[name].append(_numbers(name, fields, num_rows + 1))

@@ -74,6 +74,7 @@ class Writer:
         self._first: dict[str, np.ndarray] | None = None
         self._columns: dict[str, Column] = {}
         self._seen: set[Hashable] = set()
+        self._waiting: list[Hashable] = []  # Clients without rows, before the first with any.
         self._saved = time.monotonic()
 
     def append(self, client_id: Hashable, features: Mapping[str, ArrayLike]) -> None:
@@ -81,14 +82,21 @@ class Writer:
 
         Args:
           client_id: An int, str or bytes, of one type for all clients.
-          features: `[rows of the client, ...]` by name; there may be no rows.
+          features: `[rows of the client, ...]` by name; there may be no rows, of whatever shape
+            and dtype.
 
         Raises:
           ValueError: The client was written before, its id is of another type, or its features
-            differ from the first client's.
+            differ from those of the first client that has rows.
         """
         arrays = checks.of_client(client_id, features, self._first)
-        self.extend((client_id,), np.array([len(next(iter(arrays.values())))]), arrays)
+        if checks.has_rows(arrays):
+            self.extend((client_id,), np.array([len(next(iter(arrays.values())))]), arrays)
+        elif self._first is None:  # What the files are to hold is not known yet.
+            self._waiting.append(client_id)
+            self.num_clients += 1
+        else:
+            self.extend((client_id,), np.zeros(1, np.int64), self._first)
 
     def extend(
         self, client_ids: Sequence[Hashable], sizes: np.ndarray, features: Mapping[str, np.ndarray]
@@ -105,6 +113,10 @@ class Writer:
         """
         if not all(isinstance(name, str) for name in features):
             raise ValueError(f"features are named {list(features)}; name them by strings.")
+        client_ids = (*self._waiting, *client_ids)
+        sizes = np.append(np.zeros(len(self._waiting), np.int64), sizes)
+        self.num_clients -= len(self._waiting)
+        self._waiting = []
         kind, values, id_sizes = _encode_ids(client_ids)
         if kind != (self._kind or kind):
             raise ValueError(
