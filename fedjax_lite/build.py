@@ -18,6 +18,7 @@ from fedjax_lite.base import FederatedAlgorithm, ServerState, UpdateTransform
 from fedjax_lite.cohort import cohort_of
 from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.data.population import Population
+from fedjax_lite.data.sources import parse_columns
 from fedjax_lite.evaluate import ClientEvaluation, evaluate, evaluate_clients
 from fedjax_lite.experiment import Experiment, resolve
 from fedjax_lite.fine_tune import evaluate_fine_tuned
@@ -264,33 +265,49 @@ def _split(settings: Any, datasets: Datasets | None) -> Datasets:
         one, rest = data.digits(1)
         dataset = FederatedDataset.from_clients({0: one[0], 1: rest})
     else:
-        dataset = read_examples("dataset", settings.dataset)
+        dataset = read_examples("dataset", settings.dataset, settings)
     if settings.partition != "natural":
         rows = _deal(settings, dataset.examples["y"], rng_deal)
         dataset = FederatedDataset.from_rows(dataset.examples, rows)
     if test is not None:
         return dataset, test
     if settings.test is not None:
-        return dataset, read_examples("test", settings.test)
+        return dataset, read_examples("test", settings.test, settings)
     return dataset.split_examples(settings.held_out, seed=rng_split)
 
 
-def read_examples(name: str, path: str) -> FederatedDataset:
+def read_examples(name: str, path: str, settings: Any) -> FederatedDataset:
     """A data set of any known format, with the features x and y.
 
     Args:
       name: What it is called in errors.
       path: A file or folder.
+      settings: Those of the run, for `client_column` and `columns`.
 
     Raises:
       ValueError: It cannot be read, or is no data set with classes.
     """
+    options: dict[str, Any] = {}
+    if settings.client_column is not None:
+        options["client_column"] = settings.client_column
+    if settings.columns is not None:
+        options["columns"] = parse_columns(settings.columns)
     try:
-        dataset = data.read(path)
+        dataset = data.read(path, **options)
     except ValueError as error:
         raise ValueError(f"{name} is {path!r}: {error}") from None
+    if settings.columns is not None:
+        dataset = _with_floats(dataset)
     _check_features(name, dataset)
     return dataset
+
+
+def _with_floats(dataset: FederatedDataset) -> FederatedDataset:
+    """Whole numbers that columns make up beside one class per example, as floats: no ids."""
+    x, y = (dataset.features.get(name) for name in ("x", "y"))
+    if x is None or y is None or x.dtype.kind not in "iu" or y.shape:
+        return dataset
+    return dataset.map(lambda features: {**features, "x": features["x"].astype(np.float32)})
 
 
 def _check_features(name: str, dataset: FederatedDataset) -> None:
@@ -298,8 +315,9 @@ def _check_features(name: str, dataset: FederatedDataset) -> None:
     features = dataset.features
     if not {"x", "y"} <= set(features):
         raise ValueError(
-            f"{name} has the features {', '.join(features)}; choose one with x and y, or convert it"
-            " with `fedjax-lite data convert --preprocess`."
+            f"{name} has the features {', '.join(features)}; choose one with x and y, name them by"
+            " columns (x=a,b y=label, or x=* y=label), or convert it with `fedjax-lite data convert"
+            " --preprocess`."
         )
     x, y = features["x"], features["y"]
     if y.dtype.kind not in "iu" or x.dtype.kind not in "fiu":
@@ -311,7 +329,8 @@ def _check_features(name: str, dataset: FederatedDataset) -> None:
     if x.dtype.kind != "f" and not is_text:
         raise ValueError(
             f"{name} has x of dtype {x.dtype} and shape {x.shape}, and y of shape {y.shape}; choose"
-            " one with floating x, or with sequences of ids as x and y."
+            " one with floating x, or with sequences of ids as x and y; named by columns (x=x y=y),"
+            " whole numbers beside a class become floats."
         )
     if (not is_text and y.shape) or dataset.examples["y"].min() < 0:
         raise ValueError(

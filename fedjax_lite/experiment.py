@@ -23,6 +23,11 @@ class Experiment:
         sequences in those of shakespeare-like and stackoverflow-like.
       test: Path of a data set to evaluate on, such as the test split of a file; by default a part
         of the data set is held out.
+      client_column: The column of a table (CSV, parquet, .npz, Hugging Face) that names the client
+        of each row, in dataset and test; client_id by default, client_ids in .npz.
+      columns: The columns of dataset and test that make up x and y: x=a,b y=label, where x=a, is a
+        vector of one, and x=* one of all columns that are not named. Whole numbers become floats,
+        as x of a class. Features are as the file names them by default.
       held_out: Fraction of each client's examples that is evaluated on and never trained on,
         between 0 and 1; 0.2 by default.
       partition: How examples are dealt to clients: natural (as the file has them; its default),
@@ -96,6 +101,8 @@ class Experiment:
 
     dataset: str = "digits"
     test: str | None = None
+    client_column: str | None = None
+    columns: tuple[str, ...] | None = None
     held_out: float | None = None
     partition: (
         Literal["natural", "iid", "dirichlet", "dirichlet-by-client", "shards", "pathological"]
@@ -181,6 +188,8 @@ _ADAPTIVE = ("adam", "yogi", "lamb")
 _BELONGS: dict[str, tuple[str, dict[str, Any]]] = {
     "partition": ("dataset", {"digits": "dirichlet", "file": "natural"}),
     "test": ("dataset", {"file": None}),
+    "client_column": ("dataset", {"file": None}),
+    "columns": ("dataset", {"file": None}),
     "held_out": ("dataset", dict.fromkeys(("digits", *_SYNTHETIC, "file"), 0.2)),
     "num_clients": (
         "split",

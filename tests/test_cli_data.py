@@ -81,6 +81,20 @@ def test_describe_without_classes(tmp_path, capsys):
     )
 
 
+def test_describe_names_the_columns_of_a_table(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("who,a,b,c\nx,1,2,0\ny,3,4,1\n")
+    options = (tmp_path / "a.csv", "--client-column", "who", "--columns", "x=*", "y=c")
+    told = report(capsys, *options)
+    assert told["features"]["x"] == {"shape": [2], "dtype": "int64"}
+    assert (told["clients"], told["labels"]["classes"]) == (2, 2)
+    assert "--columns is 'x'; write each feature once" in refusal(
+        capsys, "describe", tmp_path / "a.csv", "--columns", "x"
+    )
+    main(["data", "convert", str(options[0]), str(tmp_path / "new"), *options[1:]])
+    assert "2 clients with 2 examples" in capsys.readouterr().out
+    assert report(capsys, tmp_path / "new")["features"] == told["features"]
+
+
 def test_describe_as_text(path, capsys):
     main(["data", "describe", str(path)])
     text = capsys.readouterr().out

@@ -64,6 +64,7 @@ def test_says_what_takes_programs_of_its_own(tmp_path, capsys):
         (["--vary", "seed=3,3"], "each once"),
         (["--vary", "speed=1"], "choose one of dataset, test"),
         (["--vary", "seed"], "write a setting and its values"),
+        (["--vary", "hidden=8,16"], "hidden takes several values; run a sweep for each"),
         (["--vary", "seed=1", "--vary", "seed=2"], "--vary is given twice for a setting"),
         ([], "or not at all"),
         (["--vary", "client_lr=-1,1"], "--client-lr is -1.0; choose a positive number"),

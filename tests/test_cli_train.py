@@ -1,11 +1,16 @@
+import dataclasses
 import json
+import platform
 import subprocess
 import sys
 
+import jax
 import pytest
 from processes import interrupted
 
+import fedjax_lite as fl
 from fedjax_lite.cli import main
+from fedjax_lite.experiment import Experiment, resolve
 
 SMALL = ("--dataset=synthetic", "--num-clients=6", "--cohort-size=3", "--num-steps=2")
 
@@ -126,10 +131,82 @@ def test_settings_of_a_file_are_defaults(tmp_path, monkeypatch, name, text):
     assert (first.cohort_size, first.mu, second.server_lr) == (2, None, 0.5)
 
 
+def test_a_file_of_settings_means_what_it_says(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("fedjax_lite.cli.train.train", asked.append)
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "\ufeffseed: 010\nlayerwise: true\ntensorboard: false\ntarget: null\nmu:\ndataset: on\n"
+        "hidden: 8\nclient_lr: 1e-1\ncolumns: {x: [a], y: b, z: [c, d]}\njson: True\n"
+    )
+    main(["train", "--config", str(path)])
+    (found,) = asked
+    assert (found.seed, found.layerwise, found.tensorboard, found.target) == (10, True, False, None)
+    assert (found.mu, found.dataset, found.hidden, found.client_lr) == (None, "on", (8,), 0.1)
+    assert (found.columns, found.json) == (("x=a,", "y=b", "z=c,d,"), True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algorithm": "apfl", "layerwise": True, "partition": "shards", "hidden": ()},
+        {"dataset": "-a.csv", "columns": ("x=*", "y=b"), "test": "b.csv", "num_steps": 2},
+    ],
+)
+def test_the_record_of_a_run_repeats_it(tmp_path, monkeypatch, capsys, settings):
+    asked = {}
+    for command in ("train", "sweep"):
+        keep = lambda options, command=command: asked.update({command: options})
+        monkeypatch.setattr(f"fedjax_lite.cli.{command}.{command}", keep)
+    experiment = resolve(Experiment(**settings))
+    config = tmp_path / "config.json"
+    for more in ({"target": None, "ema_decay": 0.5}, {"target": None, "ema_decay": None}):
+        with fl.Recorder(tmp_path, {**dataclasses.asdict(experiment), **more}):
+            pass
+        main(["train", "--config", str(config), "--rounds=7"])
+        found = asked["train"]
+        assert found.ema_decay == more["ema_decay"]
+        for field in dataclasses.fields(experiment):
+            expected = 7 if field.name == "rounds" else getattr(experiment, field.name)
+            assert getattr(found, field.name) == expected
+        sweep = ["sweep", "--config", str(config), "--vary=seed=0:2"]
+        if found.ema_decay is None:
+            main(sweep)
+            assert asked["sweep"].vary == ("seed=0:2",)
+            assert asked["sweep"].columns == experiment.columns
+        else:
+            assert "config.json: ema_decay is no setting of sweep" in refusal(capsys, *sweep)
+    (tmp_path / "a.yaml").write_text("mu: 0.1\nvary: ['seed=0:3', 'client_lr=0.1,1']")
+    main(["sweep", "--config", str(tmp_path / "a.yaml")])
+    assert (asked["sweep"].mu, asked["sweep"].vary) == (0.1, ("seed=0:3", "client_lr=0.1,1"))
+
+
+def test_the_versions_are_told_in_one_line(capsys):
+    main(["--version"])
+    versions = f"{fl.__version__}, jax {jax.__version__}, Python {platform.python_version()}"
+    assert capsys.readouterr().out == f"fedjax-lite {versions}\n"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.yaml", "bogus: 3", "a.yaml: Unrecognized options: --bogus"),
+        (
+            "a.yaml",
+            "bogus: 3",
+            "a.yaml: bogus is no setting of train; see fedjax-lite train --help",
+        ),
+        ("a.yaml", "num-cliens: 3", "num-cliens is no setting of train; did you mean num_clients?"),
+        ("a.yaml", "config: b.yaml", "a.yaml: config is no setting of train"),
+        ("a.yaml", "algorithm: off", "a.yaml: invalid choice 'off' for argument '--algorithm'"),
+        ("a.json", '{"algorithm": false}', "a.json: invalid choice 'False' for argument '--algo"),
+        ("a.yaml", "seed: 1:30", "a.yaml: Error parsing --seed"),
+        ("a.yaml", "seed: 1\nseed: 2", "a.yaml cannot be read: 'seed' comes twice"),
+        ("a.json", '{"seed": 1, "seed": 2}', "a.json cannot be read: 'seed' comes twice"),
+        ("a.yaml", "rounds: [1, 2]", "a.yaml: rounds is ['1', '2']; give it one value"),
+        ("a.yaml", "tensorboard: 1", "a.yaml: tensorboard is '1'; write true or false"),
+        ("a.json", '{"config": {"rate": 1}}', "a.json: rate is no setting of train"),
+        ("a.json", '{"config": {"baseline": "emnist"}}', "run it by fedjax-lite baseline emnist"),
+        ("a.json", "[" * 10**5, "a.json cannot be read: maximum recursion"),
         ("a.yaml", "rounds: ten", "a.yaml: Error parsing --rounds"),
         ("a.yaml", "rounds: 2.5", "a.yaml: Error parsing --rounds"),
         ("a.yaml", "server: {lr: 1}", "a.yaml: server holds settings of its own"),

@@ -118,6 +118,35 @@ def test_a_split_depends_on_the_seed_of_the_data_alone(path):
     assert not np.array_equal(first.examples["x"], other.examples["x"])
 
 
+def test_columns_of_a_table_become_examples(tmp_path):
+    file, whole = tmp_path / "a.csv", tmp_path / "b.csv"
+    file.write_text(
+        "who,a,note,label,b\n" + "".join(f"{i % 2},{i},-,{i % 3},.5\n" for i in range(6))
+    )
+    whole.write_text("who,a,label,b\n" + "".join(f"{i % 2},{i},{i % 3},5\n" for i in range(6)))
+    settings = {"client_column": "who", "cohort_size": 1, "model": "logistic"}
+    for dataset, columns in (
+        (file, ("x=a,b", "y=label")),
+        (whole, ("x=*", "y=label")),
+    ):
+        built = build(
+            Experiment(dataset=str(dataset), columns=columns, test=str(dataset), **settings)
+        )
+        x = built.population.examples["x"]
+        assert (x.dtype, x.shape, built.population.num_clients) == (jnp.float32, (6, 2), 2)
+        assert x[:, 0].tolist() == [0, 2, 4, 1, 3, 5]
+        assert built.held_out.examples["y"].tolist() == [0, 2, 1, 1, 0, 2]
+    for columns, message in (
+        (("x=c,", "y=label"), "it has no column 'c'"),
+        (("y=label",), r"has the features y; .* name them by columns \(x=a,b y=label"),
+        (("a",), "columns is 'a'; write each feature once, as x=a,b"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(Experiment(dataset=str(file), columns=columns, **settings))
+    with pytest.raises(ValueError, match=r"columns is .* which belongs to file; leave it out"):
+        resolve(Experiment(columns=("x=a",)))
+
+
 def test_what_cannot_be_met_is_refused(path, tmp_path):
     with pytest.raises(ValueError, match=r"cohort_size is 20; choose an integer between 1 and 4"):
         build(Experiment(dataset=path))

@@ -526,6 +526,8 @@ def test_csv(tmp_path, monkeypatch):
 def test_columns_make_features_of_any_format(tmp_path):
     text = "who,x1,y,x0\nb,1.5,1,2\na,3.5,0,4\n"
     (tmp_path / "a.csv").write_text("\ufeff" + text)
+    (tmp_path / "b.csv").write_text("client_id,text,y\nb,one,3\n")
+    assert fl.data.read_csv(tmp_path / "b.csv", columns={"z": "y"})["b"]["z"].tolist() == [3]
     arrays = {"x1": [1.5, 3.5], "y": [1, 0], "x0": [2, 4], "who": ["b", "a"]}
     np.savez(tmp_path / "a.npz", **arrays)
     for name in ("a.csv", "a.npz"):
@@ -553,7 +555,7 @@ def test_columns_make_features_of_any_format(tmp_path):
     again = fl.data.read(tmp_path / "new", columns={"y": "z"})
     assert again.examples["y"].tolist() == [[0], [2]]
     for options, error, message in (
-        ({"columns": {"x": "z"}}, ValueError, "client 'a': it has no column 'z'; choose among"),
+        ({"columns": {"x": "z"}}, ValueError, "it has no column 'z'; choose among"),
         ({"columns": {"x": "*", "z": ["x0", "x1", "y"]}}, ValueError, "no column is left for"),
         ({"columns": ["x"]}, TypeError, r"columns is \['x'\]; write it as"),
         ({"columns": {"x": 3}}, TypeError, "columns is {'x': 3}; write it as"),

@@ -4,10 +4,14 @@ import contextlib
 import io
 import itertools
 import os
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union
 
+import jax
+
+import fedjax_lite
 from fedjax_lite._extras import require
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 
@@ -18,6 +22,11 @@ def main(args: Sequence[str] | None = None) -> None:
     Exit codes: 0, done; 2, a wrong option, a folder that cannot be written or a missing
     package, told in one line on stderr; 130, interrupted.
     """
+    args = list(sys.argv[1:] if args is None else args)
+    if args == ["--version"]:
+        versions = f"jax {jax.__version__}, Python {platform.python_version()}"
+        print(f"fedjax-lite {fedjax_lite.__version__}, {versions}")
+        return
     try:
         for module in ("tyro", "rich", "matplotlib"):
             require(module, "run")
@@ -39,12 +48,12 @@ def main(args: Sequence[str] | None = None) -> None:
             "baseline": Baseline,
             "data": Data,
         }
-        args = list(sys.argv[1:] if args is None else args)
         defaults = {}
-        if args[:1] == ["train"] and (given := settings_from_file(args)) is not None:
+        given = settings_from_file(args, {"train": Train, "sweep": Sweep})
+        if given is not None:
             path, arguments = given
             try:
-                defaults["train"] = _parse(["train", *arguments], commands)
+                defaults[args[0]] = _parse([args[0], *arguments], commands)
             except UsageError as error:
                 raise UsageError(f"{path}: {error}") from None
         match _parse(args, commands, defaults):
@@ -97,7 +106,8 @@ def _parse(
             return tyro.cli(
                 union,
                 prog="fedjax-lite",
-                description="Federated-learning simulation as pure JAX functions.",
+                description="Federated-learning simulation as pure JAX functions; --version tells"
+                " which versions.",
                 args=args,
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
             )

@@ -48,12 +48,18 @@ def evaluate(options: Eval) -> None:
     run = read_run(options.run)
     fl.configure_cpu()
     names = {field.name for field in dataclasses.fields(Experiment)}
-    settings = {name: value for name, value in run.settings.items() if name in names}
-    if settings.get("hidden") is not None:
-        settings["hidden"] = tuple(settings["hidden"])
+    settings: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in run.settings.items()
+        if name in names
+    }
     try:
         built = build(Experiment(**{**settings, "seed": run.seed or 0}))
-        held_out = read_examples("dataset", options.dataset) if options.dataset else built.held_out
+        held_out = (
+            read_examples("dataset", options.dataset, built.experiment)
+            if options.dataset
+            else built.held_out
+        )
         round, state = _restore(options, built, ema="ema_decay" in _set(run.settings))
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -46,6 +46,8 @@ class Sweep(Experiment):
     model, not of models that clients have for themselves.
 
     Attributes:
+      config: File of settings, .yaml or .json, as for train; also the config.json of a run. Those
+        on the command line go before.
       vary: A setting and its values: client_lr=0.01,0.03,0.1 or, for whole numbers, seed=0:8, which
         leaves 8 out. Can be given several times, for all combinations.
       out: Folder for the runs, one folder for each, for sweep.json and for pictures; it must not
@@ -53,6 +55,7 @@ class Sweep(Experiment):
       json: Print one JSON object, and nothing else, on stdout.
     """
 
+    config: Path | None = None
     vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _VARY] = ()
     out: Path | None = None
     json: bool = False
@@ -144,6 +147,10 @@ def _values(text: str) -> tuple[str, tuple[Any, ...]]:
     if name not in hints:
         raise UsageError(f"--vary is {text!r}; choose one of {', '.join(hints)}")
     kinds = {hints[name], *typing.get_args(hints[name])}
+    if any(typing.get_origin(kind) is tuple for kind in kinds):
+        raise UsageError(
+            f"--vary is {text!r}, and {name} takes several values; run a sweep for each"
+        )
     convert = next((kind for kind in (int, float) if kind in kinds), str)
     try:
         if convert is int and ":" in listed:

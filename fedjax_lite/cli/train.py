@@ -36,8 +36,8 @@ class Train(Experiment):
     accuracy of 0.95 and more on the digits within 100 rounds.
 
     Attributes:
-      config: File of settings, .yaml or .json, with the names that follow; those on the command
-        line go before.
+      config: File of settings, .yaml or .json, with the names that follow; also the config.json
+        of a run, which repeats it. Those on the command line go before.
       out: Folder for metrics.jsonl, config.json, checkpoints and pictures; it must not hold a
         run. A new one under runs/ by default.
       resume: Folder of a run to go on with, by the settings that it has; more rounds, other

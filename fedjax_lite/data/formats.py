@@ -73,7 +73,7 @@ def read(
         _known(path, "of save()", options, ["verify"])
         dataset = FederatedDataset.open(path, **options)
         return dataset if transform is None else dataset.map(transform)
-    with _open(path, detect(path, format), options) as source:
+    with _open(path, detect(path, format), columns, options) as source:
         return collect(path, source, transform)
 
 
@@ -119,7 +119,7 @@ def convert(
     transform = chosen(columns, transform)
     fingerprint = _fingerprint(Path(source), format, what) if named else ""
     with (
-        _open(source, format, options) as (clients, total),
+        _open(source, format, columns, options) as (clients, total),
         Writer(destination, fingerprint=fingerprint) as writer,
     ):
         written = writer.num_clients
@@ -137,6 +137,7 @@ def convert(
 def _open(
     path: Any,
     format: str,  # noqa: A002
+    columns: Columns | None,
     options: dict[str, Any],
 ) -> contextlib.AbstractContextManager[Source]:
     _, *known = inspect.signature(FORMATS[format]).parameters
@@ -144,6 +145,8 @@ def _open(
         options = {**options, "client_ids": options["client_column"]}
         del options["client_column"]
     _known(path, format, options, known)
+    if "columns" in known:
+        options = {**options, "columns": columns}
     return FORMATS[format](path, **options)
 
 

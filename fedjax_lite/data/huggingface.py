@@ -12,7 +12,7 @@ import numpy as np
 from fedjax_lite._extras import require
 from fedjax_lite.data import checks
 from fedjax_lite.data.dataset import FederatedDataset
-from fedjax_lite.data.sources import Columns, Source, by_client, chosen, collect
+from fedjax_lite.data.sources import Columns, Source, by_client, chosen, collect, needed
 
 
 def read_huggingface(
@@ -39,13 +39,16 @@ def read_huggingface(
         missing values.
       ImportError: datasets is missing.
     """
-    with huggingface(dataset, client_column=client_column) as source:
-        return collect(dataset, source, chosen(columns, transform))
+    transform = chosen(columns, transform)
+    with huggingface(dataset, client_column=client_column, columns=columns) as source:
+        return collect(dataset, source, transform)
 
 
 @contextlib.contextmanager
-def huggingface(dataset: Any, *, client_column: str = "client_id") -> Iterator[Source]:
-    """The source of `read_huggingface`."""
+def huggingface(
+    dataset: Any, *, client_column: str = "client_id", columns: Columns | None = None
+) -> Iterator[Source]:
+    """The source of `read_huggingface`: the columns that are needed, each a feature."""
     if isinstance(dataset, (str, os.PathLike)):
         dataset = _open(Path(dataset))
     if client_column not in dataset.column_names:
@@ -54,7 +57,8 @@ def huggingface(dataset: Any, *, client_column: str = "client_id") -> Iterator[S
             " choose one of them."
         )
     column = dataset.with_format("arrow")[:][client_column]
-    features = dataset.remove_columns(client_column).with_format("numpy")
+    others = [name for name in dataset.column_names if name != client_column]
+    features = dataset.select_columns(needed(columns, others)).with_format("numpy")
     yield by_client(
         client_column,
         # Integers beside nulls would become floats, and the ids of other rows with them.

@@ -58,7 +58,7 @@ def chosen(columns: Columns | None, transform: Transform | None) -> Transform | 
         for of in columns.values()
     ):
         raise TypeError(f'columns is {columns!r}; write it as {{"x": ["a", "b"], "y": "label"}}.')
-    named = {part for of in columns.values() for part in ([of] if isinstance(of, str) else of)}
+    named = _named(columns)
 
     def make(features: Features, of: str | Sequence[str]) -> np.ndarray:
         if isinstance(of, str) and of != "*":
@@ -70,12 +70,45 @@ def chosen(columns: Columns | None, transform: Transform | None) -> Transform | 
         return np.stack([features[part] for part in parts], axis=1)
 
     def choose(features: Features) -> Mapping[str, np.ndarray]:
-        if unknown := named - set(features) - {"*"}:
-            raise ValueError(f"it has no column {min(unknown)!r}; choose among {list(features)}")
+        needed(columns, list(features))
         made = {name: make(features, of) for name, of in columns.items()}
         return made if transform is None else transform(made)
 
     return choose
+
+
+def _named(columns: Columns) -> set[str]:
+    return {part for of in columns.values() for part in ([of] if isinstance(of, str) else of)}
+
+
+def needed(columns: Columns | None, names: Sequence[str]) -> list[str]:
+    """Which columns of a table are to be read: not all may be numbers.
+
+    Raises:
+      ValueError: One is not there.
+    """
+    if columns is None:
+        return list(names)
+    named = _named(columns)
+    if unknown := named - {"*", *names}:
+        raise ValueError(f"it has no column {min(unknown)!r}; choose among {list(names)}")
+    return [name for name in names if "*" in named or name in named]
+
+
+def parse_columns(texts: Iterable[str]) -> Columns:
+    """Columns from `x=a,b`, `y=label` and so on; `x=a,` is a vector of one.
+
+    Raises:
+      ValueError: A text is none of these.
+    """
+    columns: dict[str, str | Sequence[str]] = {}
+    for text in texts:
+        name, _, listed = text.partition("=")
+        parts = [part for part in listed.split(",") if part]
+        if not name or not parts or name in columns:
+            raise ValueError(f"columns is {text!r}; write each feature once, as x=a,b or y=label.")
+        columns[name] = parts if "," in listed else listed
+    return columns
 
 
 def name_of(source: Any) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from fedjax_lite import _validate
 from fedjax_lite.data import checks
 from fedjax_lite.data.dataset import FederatedDataset
-from fedjax_lite.data.sources import Columns, Features, Source, by_client, chosen, collect
+from fedjax_lite.data.sources import Columns, Features, Source, by_client, chosen, collect, needed
 
 _ROWS_AT_ONCE = 2**16
 _MISSING = ("", "nan", "NaN")
@@ -74,8 +74,9 @@ def read_csv(
     Raises:
       ValueError: A column is missing, or a field is no number; the message names the line.
     """
-    with table(path, client_column=client_column) as source:
-        return collect(path, source, chosen(columns, transform))
+    transform = chosen(columns, transform)
+    with table(path, client_column=client_column, columns=columns) as source:
+        return collect(path, source, transform)
 
 
 @contextlib.contextmanager
@@ -106,11 +107,16 @@ def npz(
 
 
 @contextlib.contextmanager
-def table(path: str | os.PathLike[str], *, client_column: str = "client_id") -> Iterator[Source]:
-    """The source of `read_csv`."""
+def table(
+    path: str | os.PathLike[str],
+    *,
+    client_column: str = "client_id",
+    columns: Columns | None = None,
+) -> Iterator[Source]:
+    """The source of `read_csv`: the columns that are needed, each a feature."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            ids, examples = _parse(file, client_column)
+            ids, examples = _parse(file, client_column, columns)
         source = _by_client(client_column, ids, examples)
     except UnicodeDecodeError as error:
         raise ValueError(f"{os.fspath(path)} is no UTF-8: {error}; save it as UTF-8.") from None
@@ -125,8 +131,10 @@ def _by_client(column: str, ids: np.ndarray, examples: Features) -> Source:
     return by_client(column, ids, take)
 
 
-def _parse(file: TextIO, client_column: str) -> tuple[np.ndarray, Features]:
-    """The client of each row, and the numbers of all other columns."""
+def _parse(
+    file: TextIO, client_column: str, columns: Columns | None
+) -> tuple[np.ndarray, Features]:
+    """The client of each row, and the numbers of all other columns that are needed."""
     reader = csv.reader(file, strict=True)
     header = next(reader, [])
     if "" in header:
@@ -139,7 +147,9 @@ def _parse(file: TextIO, client_column: str) -> tuple[np.ndarray, Features]:
             f"its columns are {header}; name each once, and choose client_column"
             f" ({client_column!r}) among them"
         )
-    blocks: dict[str, list[Any]] = {name: [] for name in header}
+    others = [name for name in header if name != client_column]
+    blocks: dict[str, list[Any]] = {name: [] for name in needed(columns, others)}
+    ids: list[str] = []
     num_rows = 0
     while rows := list(itertools.islice(reader, _ROWS_AT_ONCE)):
         for i, row in enumerate(rows, num_rows + 1):
@@ -153,15 +163,14 @@ def _parse(file: TextIO, client_column: str) -> tuple[np.ndarray, Features]:
                             f"column {name!r} has {field!r} in row {i}, which names no client;"
                             " name one there, or leave the row out"
                         )
-                blocks[name].extend(fields)
-            else:
+                ids.extend(fields)
+            elif name in blocks:
                 blocks[name].append(_numbers(name, fields, num_rows + 1))
         num_rows += len(rows)
-    ids = np.array(blocks.pop(client_column), object)
-    columns = {name: np.concatenate(parts) for name, parts in blocks.items() if parts}
-    return ids, {
+    numbers = {name: np.concatenate(parts) for name, parts in blocks.items() if parts}
+    return np.array(ids, object), {
         name: column if column.dtype == np.int64 else column.astype(np.float32)
-        for name, column in columns.items()
+        for name, column in numbers.items()
     }
 
 
