@@ -111,8 +111,9 @@ def scalar(name: str, value: Any) -> jax.Array:
 def features(name: str, tree: Any) -> None:
     """Refuses what is not a non-empty mapping of names to arrays of one leading length."""
     if not isinstance(tree, Mapping) or not tree:
+        is_dict = isinstance(tree, Mapping)
         raise TypeError(
-            f"{name} is {'empty' if tree == {} else 'of type ' + type(tree).__name__};"
+            f"{name} is {'empty' if is_dict else 'of type ' + type(tree).__name__};"
             ' pass a non-empty dict of arrays by feature name, such as {"x": ..., "y": ...}.'
         )
     if "mask" in tree:

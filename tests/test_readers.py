@@ -487,6 +487,9 @@ def test_hostile_npz_is_refused(tmp_path, monkeypatch):
     np.savez(path, x=[1, 2])
     with pytest.raises(ValueError, match=r"it has the arrays .* and no 'client_ids'"):
         fl.data.read(path)
+    np.savez(path, x=[1, 2], client_ids=[[1], [2]])
+    with pytest.raises(ValueError, match=r"column 'client_ids' has shape \(2, 1\); name one"):
+        fl.data.read(path)
     np.savez(path, x=[1, 2], client_ids=[1])
     with pytest.raises(ValueError, match="the table has features of shapes"):
         fl.data.read(path)
@@ -521,6 +524,9 @@ def test_csv(tmp_path, monkeypatch):
     plain = fl.data.read_csv(tmp_path / "a.csv")
     assert set(plain.features) == {"y", *columns["x"]}
     assert plain.features["y"].dtype == np.int64
+    with (tmp_path / "a.csv").open("a") as file:
+        file.write("\n")
+    assert fl.data.read_csv(tmp_path / "a.csv").offsets[-1] == 8
 
 
 def test_columns_make_features_of_any_format(tmp_path):
@@ -571,6 +577,8 @@ def test_columns_make_features_of_any_format(tmp_path):
     [
         ("", {}, r"its columns are \[\]"),
         (",client_id,a\n0,1,2\n", {}, "column 1 has no name; .* index=False"),
+        ("client_id;a\n1;2\n", {}, "begins with 'client_id;a'; separate the columns by commas"),
+        ("client_id\n1\n", {}, "client '1': it has no features"),
         ("client_id,a\n1,2\n ,3\n", {}, "column 'client_id' has ' ' in row 2, which names no"),
         ("client_id,a\nnan,2\n", {}, "column 'client_id' has 'nan' in row 1, .* or leave the row"),
         ("a,b\n1,2\n", {}, r"its columns are \['a', 'b'\]; name each once, and choose client_c"),
@@ -681,8 +689,9 @@ def test_tables_of_other_libraries_are_read_or_told_how(tmp_path):
         (frame.rename(columns={"who": "client_id"})[["y", "y", "client_id"]], ValueError, "each"),
         (tmp_path / "b.parquet", ValueError, "b.parquet cannot be read as parquet: "),
         (datasets.DatasetDict(train=table), ValueError, r"splits \['train'\]; pass one of them"),
-        (table.to_iterable_dataset(), TypeError, "path is of type IterableDataset; pass the path"),
+        (table.to_iterable_dataset(), TypeError, "IterableDataset, a stream; pass datasets.Data"),
         ([1], TypeError, "path is of type list; pass the path"),
+        (table.data.table, TypeError, r"path is of type Table; pass its to_pandas\(\)"),
     ):
         with pytest.raises(error, match=message):
             fl.data.read(source)
@@ -699,6 +708,12 @@ def test_tables_of_other_libraries_are_read_or_told_how(tmp_path):
     ):
         with pytest.raises(TypeError, match=message):
             fl.FederatedDataset.from_clients(source)
+    with pytest.raises(TypeError, match=r"examples is of type DataFrame; read it: fl.data.read"):
+        fl.FederatedDataset.from_arrays(frame, ids)
+    with pytest.raises(TypeError, match=r"client 'a' is of type DataFrame; pass a non-empty dict"):
+        fl.FederatedDataset.from_clients({"a": frame})
+    with pytest.raises(TypeError, match=r"client_ids is of type int; pass one client id per row"):
+        fl.FederatedDataset.from_arrays({"x": [1]}, 3)
     # What the message about torch says.
     x, y = np.stack([x for x, _ in tensors]), np.array([y for _, y in tensors])
     rows = fl.partition.iid(len(tensors), 2, seed=0)
@@ -768,6 +783,15 @@ def test_unknown_formats_are_refused(tmp_path):
         fl.data.read(tmp_path / "missing")
     with pytest.raises(ValueError, match="is a folder of no known format"):
         fl.data.read(tmp_path)
+    (tmp_path / "cut.h5").write_bytes(write_hdf5(tmp_path / "a.h5", clients()).read_bytes()[:-600])
+    with pytest.raises(ValueError, match=r"cut.h5 cannot be read as HDF5: .+; fetch the file anew"):
+        fl.data.read(tmp_path / "cut.h5")
+    for kind in set(fl.data.formats.FORMATS) - {"huggingface"}:
+        with pytest.raises(ValueError, match="missing does not exist; check the path"):
+            fl.data.read(tmp_path / "missing", kind)
+        if kind != "leaf":
+            with pytest.raises(ValueError, match="is a folder; pass a file"):
+                fl.data.read(tmp_path, kind)
     with pytest.raises(ValueError, match="format is 'xml'; choose one of"):
         fl.data.read(tmp_path, "xml")
 

@@ -57,7 +57,12 @@ class FederatedDataset:
         >>> dataset.client_ids, dataset["b"]["x"].tolist()
         (('a', 'b'), [1, 3])
         """
+        _refuse_table("examples", examples)
         _validate.features("examples", examples)
+        if not isinstance(client_ids, Iterable):
+            raise TypeError(
+                f"client_ids is of type {type(client_ids).__name__}; pass one client id per row."
+            )
         checks.every_row_named("client_ids", client_ids)
         # An array of numbers or strings has one type; asking each of its rows would take longer
         # than the grouping.
@@ -135,6 +140,7 @@ class FederatedDataset:
           ValueError: There are no rows, the lengths differ, or an index is out of range.
           TypeError: `examples` is no dict of features.
         """
+        _refuse_table("examples", examples)
         _validate.features("examples", examples)
         arrays = {name: np.asarray(value) for name, value in examples.items()}
         parts = [np.asarray(part) for part in rows]
@@ -472,8 +478,7 @@ class FederatedDataset:
 
 def _pairs(clients: Any) -> Iterator[tuple[Any, Any]]:
     """Clients and their features, from what `from_clients` takes."""
-    if (remedy := _reader_of(clients)) is not None:
-        raise TypeError(f"clients is of type {type(clients).__name__}; {remedy}")
+    _refuse_table("clients", clients)
     if not isinstance(clients, Iterable) or isinstance(clients, (str, bytes)):
         raise TypeError(
             f"clients is of type {type(clients).__name__}; pass a dict of features by client id."
@@ -490,17 +495,19 @@ def _pairs(clients: Any) -> Iterator[tuple[Any, Any]]:
             )
 
 
-def _reader_of(clients: Any) -> str | None:
-    """What to call with other libraries' tables, told by what they have: none is imported."""
-    if hasattr(clients, "get_group"):
-        column = repr(clients.keys) if isinstance(getattr(clients, "keys", None), str) else "..."
-        return f"pass the frame itself: fl.data.read(frame, client_column={column})."
-    if hasattr(clients, "column_names") or hasattr(clients, "iloc"):
-        return "read it: fl.data.read(table, client_column=...)."
-    if any(kind.__module__.startswith("torch.") for kind in type(clients).__mro__):
-        return (
+def _refuse_table(name: str, table: Any) -> None:
+    """Says what to call with other libraries' tables, told by what they have: none is imported."""
+    if hasattr(table, "get_group"):
+        column = repr(table.keys) if isinstance(getattr(table, "keys", None), str) else "..."
+        remedy = f"pass the frame itself: fl.data.read(frame, client_column={column})."
+    elif hasattr(table, "column_names") or hasattr(table, "iloc"):
+        remedy = "read it: fl.data.read(table, client_column=...)."
+    elif any(kind.__module__.startswith("torch.utils.data") for kind in type(table).__mro__):
+        remedy = (
             "stack its examples and deal them out: FederatedDataset.from_rows("
             '{"x": np.stack([x for x, _ in dataset]), "y": np.array([y for _, y in dataset])},'
             " fl.partition.iid(len(dataset), num_clients, seed=0))."
         )
-    return None
+    else:
+        return
+    raise TypeError(f"{name} is of type {type(table).__name__}; {remedy}")

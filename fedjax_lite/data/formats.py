@@ -227,11 +227,17 @@ def _detect_table(table: Any) -> str:
     """The format of an object of another library, told by what it has."""
     if hasattr(table, "iloc"):
         return "parquet"
-    if hasattr(table, "column_names"):
+    if hasattr(table, "with_format") and hasattr(table, "column_names"):
         if isinstance(table, Mapping):
             raise ValueError(f"the data set holds the splits {list(table)}; pass one of them.")
-        if hasattr(table, "num_rows"):
-            return "huggingface"
+        if not hasattr(table, "num_rows"):
+            raise TypeError(
+                f"path is of type {type(table).__name__}, a stream; pass datasets.Dataset.from_list("
+                "list(stream))."
+            )
+        return "huggingface"
+    if hasattr(table, "to_pandas"):
+        raise TypeError(f"path is of type {type(table).__name__}; pass its to_pandas().")
     raise TypeError(
         f"path is of type {type(table).__name__}; pass the path of a file or folder, a"
         " datasets.Dataset or a pandas DataFrame, or arrays to FederatedDataset.from_arrays."

@@ -10,7 +10,15 @@ import numpy as np
 from fedjax_lite._extras import require
 from fedjax_lite.data import checks
 from fedjax_lite.data.dataset import FederatedDataset
-from fedjax_lite.data.sources import Columns, Features, Source, by_client, chosen, collect
+from fedjax_lite.data.sources import (
+    Columns,
+    Features,
+    Source,
+    by_client,
+    check_file,
+    chosen,
+    collect,
+)
 
 
 def read_pandas(
@@ -64,6 +72,7 @@ def pandas(frame: Any, *, client_column: str = "client_id") -> Iterator[Source]:
 
 
 def _parquet(path: str | os.PathLike[str]) -> Any:
+    check_file(path)
     require("pyarrow", "data")
     library: Any = require("pandas", "data")
     try:

@@ -11,7 +11,7 @@ import numpy as np
 from fedjax_lite._extras import require
 from fedjax_lite.data import checks
 from fedjax_lite.data.dataset import FederatedDataset
-from fedjax_lite.data.sources import MAX_CLIENT_BYTES, Features, Source, collect
+from fedjax_lite.data.sources import MAX_CLIENT_BYTES, Features, Source, check_file, collect
 
 _STRINGS_AT_ONCE = 256
 
@@ -50,6 +50,7 @@ def tff_hdf5(
     path: str | os.PathLike[str], *, max_client_bytes: int = MAX_CLIENT_BYTES
 ) -> Iterator[Source]:
     """The source of `read_tff_hdf5`."""
+    check_file(path)
     h5py = require("h5py", "data")
     with _reading(path):
         file = h5py.File(path, "r")
@@ -79,8 +80,9 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{os.fspath(path)} cannot be read as HDF5: {error}; fetch the file anew."
+            f"{os.fspath(path)} cannot be read as HDF5: {reason}; fetch the file anew."
         ) from None
 
 

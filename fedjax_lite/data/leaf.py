@@ -12,7 +12,7 @@ import numpy as np
 
 from fedjax_lite.data import checks
 from fedjax_lite.data.dataset import FederatedDataset
-from fedjax_lite.data.sources import Features, Source, collect
+from fedjax_lite.data.sources import Features, Source, check_file, collect
 
 
 def read_leaf(
@@ -45,6 +45,8 @@ def read_leaf(
 @contextlib.contextmanager
 def leaf(path: str | os.PathLike[str], *, max_file_bytes: int = 2**31) -> Iterator[Source]:
     """The source of `read_leaf`."""
+    if not Path(path).is_dir():
+        check_file(path)
     files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)]
     if not files:
         raise ValueError(f"{os.fspath(path)} holds no .json file; pass a folder of LEAF's.")

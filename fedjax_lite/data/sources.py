@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,6 +119,15 @@ def name_of(source: Any) -> str:
     return f"the {type(source).__name__}"
 
 
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Refuses what is no file, before a library says so in its own words."""
+    if not Path(path).is_file():
+        what = (
+            "is a folder; pass a file" if Path(path).is_dir() else "does not exist; check the path"
+        )
+        raise ValueError(f"{os.fspath(path)} {what}.")
+
+
 def collect(path: Any, source: Source, transform: Transform | None) -> FederatedDataset:
     """All clients of a source, in memory; errors name the file."""
 
@@ -144,8 +154,16 @@ def by_client(column: str, ids: np.ndarray, take: Callable[[np.ndarray], Feature
     """
     if len(ids) == 0:
         raise ValueError("the table has no rows; pass one with at least one example.")
+    if ids.ndim != 1:
+        raise ValueError(f"column {column!r} has shape {ids.shape}; name one client for each row.")
     checks.every_row_named(f"column {column!r}", ids)
     names, owner = np.unique(ids, return_inverse=True)
     rows = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
     clients = zip(names.tolist(), rows, strict=True)
-    return Source(((name, functools.partial(take, part)) for name, part in clients), len(names))
+
+    def load(part: np.ndarray) -> Features:
+        if not (features := take(part)):
+            raise ValueError("it has no features")
+        return features
+
+    return Source(((name, functools.partial(load, part)) for name, part in clients), len(names))

@@ -16,7 +16,7 @@ import numpy as np
 from fedjax_lite._extras import require
 from fedjax_lite.data import checks, fedjax_format, tf_example
 from fedjax_lite.data.dataset import FederatedDataset
-from fedjax_lite.data.sources import MAX_CLIENT_BYTES, Features, Source, collect
+from fedjax_lite.data.sources import MAX_CLIENT_BYTES, Features, Source, check_file, collect
 
 
 def read_fedjax_sqlite(
@@ -150,6 +150,7 @@ def _connect(
     path: str | os.PathLike[str], max_client_bytes: int, tables: tuple[str, ...]
 ) -> Iterator[sqlite3.Connection]:
     """A read-only connection to a file that has the tables."""
+    check_file(path)
     uri = f"{Path(path).resolve().as_uri()}?mode=ro"
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:

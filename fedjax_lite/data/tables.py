@@ -14,7 +14,16 @@ import numpy as np
 from fedjax_lite import _validate
 from fedjax_lite.data import checks
 from fedjax_lite.data.dataset import FederatedDataset
-from fedjax_lite.data.sources import Columns, Features, Source, by_client, chosen, collect, needed
+from fedjax_lite.data.sources import (
+    Columns,
+    Features,
+    Source,
+    by_client,
+    check_file,
+    chosen,
+    collect,
+    needed,
+)
 
 _ROWS_AT_ONCE = 2**16
 _MISSING = ("", "nan", "NaN")
@@ -84,6 +93,7 @@ def npz(
     path: str | os.PathLike[str], *, client_ids: str = "client_ids", max_bytes: int = 2**35
 ) -> Iterator[Source]:
     """The source of `read_npz`."""
+    check_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
@@ -98,10 +108,11 @@ def npz(
         if client_ids not in arrays:
             raise ValueError(f"it has the arrays {sorted(arrays)} and no {client_ids!r}")
         source = _by_client(client_ids, arrays.pop(client_ids), arrays)
-    except (
-        *(OSError, ValueError, EOFError, MemoryError, RuntimeError),
-        *(zipfile.BadZipFile, zlib.error),
-    ) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{os.fspath(path)} cannot be read as .npz: {error}; fetch or write the file anew."
+        ) from None
+    except (ValueError, MemoryError, RuntimeError) as error:
         raise ValueError(f"{os.fspath(path)} cannot be read as .npz: {error}") from None
     yield source
 
@@ -114,6 +125,7 @@ def table(
     columns: Columns | None = None,
 ) -> Iterator[Source]:
     """The source of `read_csv`: the columns that are needed, each a feature."""
+    check_file(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             ids, examples = _parse(file, client_column, columns)
@@ -135,8 +147,10 @@ def _parse(
     file: TextIO, client_column: str, columns: Columns | None
 ) -> tuple[np.ndarray, Features]:
     """The client of each row, and the numbers of all other columns that are needed."""
-    reader = csv.reader(file, strict=True)
+    reader = filter(None, csv.reader(file, strict=True))  # Of blank lines, there are no fields.
     header = next(reader, [])
+    if len(header) == 1 and set(header[0]) & set(";\t|"):
+        raise ValueError(f"it begins with {header[0]!r}; separate the columns by commas")
     if "" in header:
         raise ValueError(
             f"column {header.index('') + 1} has no name; name all of {header} (pandas writes such"
