@@ -689,7 +689,7 @@ def test_tables_of_other_libraries_are_read_or_told_how(tmp_path):
         (frame.rename(columns={"who": "client_id"})[["y", "y", "client_id"]], ValueError, "each"),
         (tmp_path / "b.parquet", ValueError, "b.parquet cannot be read as parquet: "),
         (datasets.DatasetDict(train=table), ValueError, r"splits \['train'\]; pass one of them"),
-        (table.to_iterable_dataset(), TypeError, "IterableDataset, a stream; pass datasets.Data"),
+        (table.to_iterable_dataset(), TypeError, "IterableDataset, a stream; pass a datasets.Da"),
         ([1], TypeError, "path is of type list; pass the path"),
         (table.data.table, TypeError, r"path is of type Table; pass its to_pandas\(\)"),
     ):

@@ -232,8 +232,8 @@ def _detect_table(table: Any) -> str:
             raise ValueError(f"the data set holds the splits {list(table)}; pass one of them.")
         if not hasattr(table, "num_rows"):
             raise TypeError(
-                f"path is of type {type(table).__name__}, a stream; pass datasets.Dataset.from_list("
-                "list(stream))."
+                f"path is of type {type(table).__name__}, a stream; pass a datasets.Dataset, such"
+                " as Dataset.from_list(list(stream))."
             )
         return "huggingface"
     if hasattr(table, "to_pandas"):
