@@ -201,6 +201,7 @@ def _numbers(name: str, fields: Sequence[str], first_row: int) -> np.ndarray:
             numbers[i] = float(field)
         except ValueError:
             raise ValueError(
-                f"column {name!r} has {field[:40]!r} in row {first_row + i}; encode it as a number"
+                f"column {name!r} has {field[:40]!r} in row {first_row + i}; encode it as a number,"
+                " or choose columns without it"
             ) from None
     return numbers
