@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate, random
+from fedjax_lite._repr import record
 from fedjax_lite.data import checks, streaming
 from fedjax_lite.data.population import GeneratedPopulation, Population, ResidentPopulation
 from fedjax_lite.samplers._select import random_clients
@@ -47,6 +48,9 @@ class Cohort:
     sample: Callable[[jax.Array, jax.Array], dict[str, jax.Array]] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
+
+    def __repr__(self) -> str:
+        return record(self, {**vars(self), "sample": None})
 
     @property
     def capacity(self) -> int:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
+from fedjax_lite._repr import record
 from fedjax_lite.base import Batch, ClientResult, ClientUpdate, PyTree, ServerState
 from fedjax_lite.batches import DEFAULT_BATCH_SIZE, Batching, adapt_batch_size, read_batch
 from fedjax_lite.cohort import Cohort
@@ -38,6 +39,9 @@ class ClientEvaluation(NamedTuple):
     clients: dict[str, jax.Array]
     num_examples: jax.Array
     pooled: dict[str, jax.Array]
+
+    def __repr__(self) -> str:
+        return record(self, self._asdict())
 
 
 def evaluate(

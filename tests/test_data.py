@@ -1,3 +1,4 @@
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -23,6 +24,32 @@ def test_from_clients_keeps_order_and_empty_clients():
     )
     assert dataset.client_ids == ("z", "a", "m")
     assert dataset.offsets.tolist() == [0, 1, 1, 3]
+
+
+def test_what_is_printed_has_shapes_and_counts():
+    features = {"x": np.ones((3, 2), np.float32), "y": np.arange(3)}
+    dataset = fl.FederatedDataset.from_clients({"a": features, "b": {}})
+    resident, streamed = dataset.resident(), dataset.streamed(2, row_capacity=3)
+    examples = "2 clients, 3 examples, x: float32[2], y: int"
+    assert repr(dataset) == f"FederatedDataset({examples}64)"
+    assert repr(resident) == f"ResidentPopulation({examples}32)"
+    assert repr(streamed).startswith(f"StreamedPopulation({examples}64, cohort_capacity=2, row_")
+    generated = fl.data.GeneratedPopulation(num_clients=9, num_examples=len, sample=dict)
+    assert repr(generated) == "GeneratedPopulation(9 clients)"
+    ids = np.arange(4)
+    assert repr(fl.cohort_of(resident, ids % 2)) == (
+        "Cohort(client_ids=int32[4], num_examples=int32[4], offsets=int32[4],"
+        " examples={x: float32[3, 2], y: int32[3]}, num_clients=2)"
+    )
+    assert repr(fl.samplers.Selection(ids, ids / 4, np.int32(0))) == (
+        "Selection(client_ids=int64[4], probabilities=float64[4], num_dropped=int32)"
+    )
+    assert repr(fl.ClientEvaluation({"loss": ids}, ids, {"loss": 1.5})) == (
+        "ClientEvaluation(clients={loss: int64[4]}, num_examples=int64[4], pooled={loss: 1.5})"
+    )
+    # JAX prints trees that have anything in the place of arrays.
+    without = jax.tree.map(lambda leaf: 0, resident)
+    assert repr(without) == "ResidentPopulation(examples={x: 0, y: 0}, offsets=0)"
 
 
 def test_resident_population_holds_the_same_rows():

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite.data import checks, storage
-from fedjax_lite.data.population import ResidentPopulation
+from fedjax_lite.data.population import ResidentPopulation, told
 from fedjax_lite.data.streaming import StreamedPopulation, device_rows, typical_rows
 from fedjax_lite.data.writer import Writer
 from fedjax_lite.mesh import replicate, resolve
@@ -32,6 +32,9 @@ class FederatedDataset:
       offsets: `[num_clients + 1]`, int64; client i owns rows
         `offsets[i]:offsets[i + 1]`.
       client_ids: Name of each client, in order.
+
+    >>> FederatedDataset.from_clients({"a": {"x": [[1.0, 2.0]], "y": [0]}, "b": {}})
+    FederatedDataset(2 clients, 1 examples, x: float64[2], y: int64)
     """
 
     examples: dict[str, np.ndarray]
@@ -269,6 +272,9 @@ class FederatedDataset:
             name: jax.ShapeDtypeStruct(feature.shape[1:], feature.dtype)
             for name, feature in self.examples.items()
         }
+
+    def __repr__(self) -> str:
+        return told(self)
 
     @functools.cached_property
     def _index(self) -> dict[Hashable, int]:

@@ -7,6 +7,21 @@ from typing import Any
 import jax
 
 from fedjax_lite import _validate
+from fedjax_lite._repr import record, shapes
+
+
+def told(data: Any, *more: str) -> str:
+    """The numbers of clients and of examples, and the features of one, in place of arrays."""
+    leaves = [data.offsets, *jax.tree.leaves(data.examples)]
+    # JAX puts what it likes into the place of arrays.
+    is_whole = isinstance(data.examples, dict) and all(getattr(x, "ndim", 0) for x in leaves)
+    if not is_whole or len(leaves) == 1:
+        return record(data, {"examples": data.examples, "offsets": data.offsets})
+    parts = [f"{leaves[0].shape[0] - 1} clients", f"{leaves[1].shape[0]} examples"]
+    for name, feature in data.examples.items():
+        one = jax.ShapeDtypeStruct(feature.shape[1:], feature.dtype)
+        parts.append(f"{name}: {shapes(one)}")
+    return f"{type(data).__name__}({', '.join([*parts, *more])})"
 
 
 @jax.tree_util.register_dataclass
@@ -22,6 +37,9 @@ class ResidentPopulation:
 
     examples: dict[str, jax.Array]
     offsets: jax.Array
+
+    def __repr__(self) -> str:
+        return told(self)
 
     @property
     def num_clients(self) -> int:
@@ -52,6 +70,9 @@ class GeneratedPopulation:
     num_clients: int
     num_examples: Callable[[jax.Array, jax.Array], Any]
     sample: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
+
+    def __repr__(self) -> str:
+        return f"GeneratedPopulation({self.num_clients} clients)"
 
     def __post_init__(self) -> None:
         _validate.integer("num_clients", self.num_clients, minimum=1, maximum=2**31 - 1)

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from fedjax_lite import _validate
 from fedjax_lite.cohort import Cohort
 from fedjax_lite.data import checks
+from fedjax_lite.data.population import told
 from fedjax_lite.mesh import AXIS, deal, local_positions
 
 T = TypeVar("T")
@@ -39,6 +40,12 @@ class StreamedPopulation:
     cohort_capacity: int
     row_capacity: int
     mesh: Mesh | None = None
+
+    def __repr__(self) -> str:
+        capacities = (
+            f"{name}={getattr(self, name)}" for name in ("cohort_capacity", "row_capacity")
+        )
+        return told(self, *capacities)
 
     @property
     def num_clients(self) -> int:

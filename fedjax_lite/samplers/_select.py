@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate, random
+from fedjax_lite._repr import record
 
 MAX_CLIENTS = 2**31 - 1
 
@@ -31,6 +32,9 @@ class Selection(NamedTuple):
     client_ids: jax.Array
     probabilities: jax.Array
     num_dropped: jax.Array
+
+    def __repr__(self) -> str:
+        return record(self, self._asdict())
 
 
 class Sampler(NamedTuple):
