@@ -201,7 +201,7 @@ def test_the_versions_are_told_in_one_line(capsys):
         ("a.json", '{"algorithm": false}', "a.json: invalid choice 'False' for argument '--algo"),
         ("a.yaml", "seed: 1:30", "a.yaml: Error parsing --seed"),
         ("a.yaml", "seed: 1\nseed: 2", "a.yaml cannot be read: 'seed' comes twice"),
-        ("a.json", '{"seed": 1, "seed": 2}', "a.json cannot be read: 'seed' comes twice"),
+        ("a.json", '{"data-seed": 1, "data_seed": 2}', "a.json cannot be read: 'data_seed' comes"),
         ("a.yaml", "rounds: [1, 2]", "a.yaml: rounds is ['1', '2']; give it one value"),
         ("a.yaml", "tensorboard: 1", "a.yaml: tensorboard is '1'; write true or false"),
         ("a.json", '{"config": {"rate": 1}}', "a.json: rate is no setting of train"),

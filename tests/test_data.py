@@ -105,6 +105,16 @@ def test_from_clients_takes_clients_without_names_and_without_rows():
             TypeError,
             r"clients\[0\] is of type int; pass a dict",
         ),
+        (
+            lambda: fl.FederatedDataset.from_clients({"a": {"x": [1]}, None: {"x": [2]}}),
+            ValueError,
+            "client_ids names no client in 1 rows, the first of them row 1, counted from 0; name",
+        ),
+        (
+            lambda: fl.FederatedDataset.from_clients({np.nan: {"x": [1]}}),
+            ValueError,
+            "client_ids names no client in 1 rows",
+        ),
         (lambda: fl.FederatedDataset.from_clients(3), TypeError, "clients is of type int; pass a"),
         (
             lambda: fl.FederatedDataset.from_clients({0: {"x": []}}),

@@ -91,7 +91,7 @@ def _yaml(text: str) -> Any:
         loader.yaml_implicit_resolvers = _SCALARS
         node = loader.get_single_node()
         if isinstance(node, yaml.MappingNode):
-            _distinct([(key.value, value) for key, value in node.value])
+            _distinct([(str(key.value), value) for key, value in node.value])
         return {} if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
@@ -99,10 +99,10 @@ def _yaml(text: str) -> Any:
 
 def _distinct(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     """An object of settings; of two equal names, the first would be lost."""
-    names = [str(name) for name, _ in pairs]
+    names = [str(name).replace("-", "_") for name, _ in pairs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{twice[0]!r} comes twice; write each name once")
-    return dict(zip(names, (value for _, value in pairs), strict=True))
+    return dict(pairs)
 
 
 def _arguments(path: Path, settings: dict[Any, Any], command: str, options: type) -> list[str]:

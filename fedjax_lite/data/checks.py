@@ -141,6 +141,7 @@ def structure(
             f"offsets falls at client {client_ids[sizes.argmin()]!r}, which would have"
             f" {sizes.min()} examples; let it rise from client to client."
         )
+    every_row_named("client_ids", client_ids)
     if len(set(client_ids)) != num_clients:
         ((twice, count),) = collections.Counter(client_ids).most_common(1)
         raise ValueError(f"client_ids names client {twice!r} {count} times; make the ids distinct.")
