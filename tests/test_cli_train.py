@@ -249,6 +249,8 @@ def test_help_tells_the_defaults_in_words(capsys):
         main(["train", "--help"])
     text = capsys.readouterr().out
     assert "None" not in text
+    assert "--hidden INT ..." in text
+    assert "--columns STR ..." in text
     assert "0.001 with adam" in " ".join(text.replace("│", "").split())
 
 

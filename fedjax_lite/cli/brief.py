@@ -22,8 +22,10 @@ def _brief(hint: Any) -> Any:
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     if typing.get_origin(kinds[0]) is typing.Literal:
         metavar = f"{{{','.join(typing.get_args(kinds[0]))}}}"
+    elif typing.get_origin(kinds[0]) is tuple:
+        metavar = f"{typing.get_args(kinds[0])[0].__name__.upper()} ..."
     else:
-        metavar = "INT ..." if typing.get_origin(kinds[0]) is tuple else kinds[0].__name__.upper()
+        metavar = kinds[0].__name__.upper()
     return Annotated[hint, tyro.conf.arg(metavar=metavar, help_behavior_hint=_told)]
 
 
