@@ -19,6 +19,7 @@ from fedjax_lite.fusion import apart
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _TAG = "ufry"
 _PARITY = 0x1BD11BDA  # Salmon et al. (2011), the constant of the key schedule.
+_GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: multiples of it differ in all bits (Knuth).
 
 
 def fast(key: jax.Array) -> jax.Array:
@@ -54,20 +55,26 @@ def is_key(x: object) -> bool:
 
 
 def permuted(
-    key: jax.Array, index: jax.Array, size: int | jax.Array, *, num_rounds: int = 24
+    key: jax.Array,
+    index: jax.Array,
+    size: int | jax.Array,
+    *,
+    which: int | jax.Array = 0,
+    num_rounds: int = 24,
 ) -> jax.Array:
     """Where a random permutation of `0 ... size - 1` sends `index`.
 
     The permutation is never stored: each entry is computed by itself, whatever the size. This
     is the swap-or-not shuffle of Hoang, Morris and Rogaway (2012), "An Enciphering Scheme Based
     on a Card Shuffle": in each round an element and its mirror image about a random point
-    change places, or do not, on a random bit that both of them know. The bit is a hash of 32
-    bits, good for statistics and not for cryptography.
+    change places, or do not, on a random bit that both of them know. The points and the bits are
+    hashes of 32 bits, good for statistics and not for cryptography.
 
     Args:
-      key: Typed key; it determines the permutation.
+      key: Typed key; it determines the permutations.
       index: Integers in `[0, size)`, of any shape.
       size: Number of elements, from 1 to 2**31.
+      which: Which of the key's permutations, an integer that is not negative.
       num_rounds: Rounds of the shuffle. 24 pass a chi-square test over all permutations.
 
     Returns:
@@ -77,20 +84,28 @@ def permuted(
     >>> sorted(permuted(jax.random.key(0), jnp.arange(5), 5).tolist())
     [0, 1, 2, 3, 4]
     """
+    key_pivot, key_swap = jax.random.key_data(fast(key))
     # XLA:CPU fails to compile the swaps of what it knows to be one element.
     size = jax.lax.optimization_barrier(jnp.asarray(size, jnp.uint32))
-    words = jax.random.bits(key, (num_rounds, 2), jnp.uint32)
-    index = jnp.asarray(index).astype(jnp.uint32)
-    swapped = functools.partial(_swap_or_not, index, size, words)
-    return apart(swapped, words[0, 0])
+    first = jnp.asarray(which).astype(jnp.uint32) * jnp.uint32(num_rounds)
 
-
-@jax.jit  # Traced once, not once for each use.
-def _swap_or_not(x: jax.Array, size: jax.Array, words: jax.Array) -> jax.Array:
-    # Unrolled, all rounds are one fused loop over the indices.
-    for pivot, word in zip(words[:, 0] % size, words[:, 1], strict=True):
+    def swap_or_not(i: jax.Array, x: jax.Array) -> jax.Array:
+        number = (first + i.astype(jnp.uint32)) * jnp.uint32(_GOLDEN)
+        pivot = jax.lax.rem(_mix(key_pivot + number), size)
         mirror = jnp.where(pivot >= x, pivot - x, pivot + size - x)
-        x = jnp.where(_mix(jnp.maximum(x, mirror) ^ word) & 1, mirror, x)
+        swap = _mix(jnp.maximum(x, mirror) ^ _mix(key_swap + number)) & 1
+        return jnp.where(swap != 0, mirror, x)
+
+    def rounds(x: jax.Array, *, unroll: bool) -> jax.Array:
+        return jax.lax.fori_loop(0, num_rounds, swap_or_not, x, unroll=unroll)
+
+    # A CPU runs a loop over few numbers as fast as its rounds one by one, which take long to
+    # compile; elsewhere each turn would be a kernel or more.
+    x = jax.lax.platform_dependent(
+        jnp.asarray(index).astype(jnp.uint32),
+        cpu=functools.partial(rounds, unroll=False),
+        default=functools.partial(rounds, unroll=True),
+    )
     return x.astype(jnp.int32)
 
 
