@@ -4,13 +4,14 @@
 
 Of each case, in fresh processes and in turn: seconds to import (`import_s`), to draw params and
 make the server's state (`init_s`), to draw a cohort (`cohort_s`), to trace, lower and compile a
-round of FedAvg, and to run it once (`first_round_s`); `total_s` is their sum, and `bare` has the same
-of a compiled loop of SGD steps on the same model, without clients. `price` is `trace_s + lower_s +
-compile_s` over that of the bare loop. No compilation is read from a cache.
+round of FedAvg, and to run it once (`first_round_s`); `total_s` is their sum, and `bare` has the
+same of a compiled loop of SGD steps on the same model, without clients. `price` is `trace_s +
+lower_s + compile_s` over that of the bare loop. No compilation is read from a cache.
 """
 
 import argparse
 import json
+import operator
 import os
 import statistics
 import subprocess
@@ -166,7 +167,7 @@ def measure(case: str, package: str, repeats: int) -> dict[str, Any]:
 
     def stages(name: str) -> dict[str, float]:
         return {
-            **{stage: median(name, lambda run, stage=stage: run[stage]) for stage in STAGES},
+            **{stage: median(name, operator.itemgetter(stage)) for stage in STAGES},
             "total_s": median(name, lambda run: sum(run[stage] for stage in STAGES)),
             "compilation_s": median(name, lambda run: sum(run[stage] for stage in COMPILATION)),
         }

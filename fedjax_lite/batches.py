@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,28 @@ KEY_INIT, KEY_DATA, KEY_STEP, KEY_SERVER = range(4)
 DEFAULT_BATCH_SIZE = 32
 
 
-def client_key(key: jax.Array, client_id: ArrayLike, purpose: int) -> jax.Array:
-    """The key of one client in one round, for one of the purposes above."""
-    return jax.random.fold_in(jax.random.fold_in(key, purpose), client_id)
+def client_key(key: jax.Array, client_id: ArrayLike, purpose: ArrayLike) -> jax.Array:
+    """The key of one client in one round, for one of the purposes above; or an array of them."""
+    return random.fold_in_pair(key, purpose, client_id)
+
+
+class Client(NamedTuple):
+    """One client, as its slot in a cohort has it, or several of them.
+
+    Attributes:
+      id: Its position in the population, int32; negative in an empty slot.
+      num_examples: How many examples it has, int32.
+      offset: Its first row in the examples of the cohort, int32.
+    """
+
+    id: jax.Array
+    num_examples: jax.Array
+    offset: jax.Array
+
+    @classmethod
+    def of(cls, cohort: Cohort, slot: ArrayLike) -> "Client":
+        """The client of a slot."""
+        return cls(cohort.client_ids[slot], cohort.num_examples[slot], cohort.offsets[slot])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,11 +85,15 @@ def adapt_batch_size(cohort: Cohort, batching: Batching, requested: int | None) 
 
 def steps_per_epoch(num_examples: jax.Array, batching: Batching) -> jax.Array:
     """Batches that it takes to see each example once."""
-    return -(-num_examples // batching.batch_size)
+    # In terms of `lax`, whose integer divisions are one operation: those of NumPy round down.
+    size = jnp.asarray(batching.batch_size, num_examples.dtype)
+    return jnp.where(num_examples > 0, jax.lax.div(num_examples - 1, size) + 1, 0)
 
 
 def count_processed(num_examples: jax.Array, batching: Batching) -> jax.Array:
     """Examples in all local steps of clients with so many, those of each epoch counted."""
+    if batching.num_steps is None:
+        return batching.num_epochs * num_examples
     per_epoch = jnp.maximum(steps_per_epoch(num_examples, batching), 1)
     epochs, rest = jnp.divmod(count_steps(num_examples, batching), per_epoch)
     return epochs * num_examples + jnp.minimum(rest * batching.batch_size, num_examples)
@@ -100,14 +124,14 @@ def bound_steps(cohort: Cohort, batching: Batching) -> int:
 
 
 def read_batch(
-    cohort: Cohort, key: jax.Array, slot: ArrayLike, step: ArrayLike, batching: Batching
+    cohort: Cohort, key: jax.Array, client: Client, step: ArrayLike, batching: Batching
 ) -> Batch:
     """The batch of one local step of one client.
 
     Args:
       cohort: The cohort.
       key: The client's key for data.
-      slot: Which client, int32 scalar.
+      client: The client.
       step: Which of its steps, int32 scalar.
       batching: What the client runs through.
 
@@ -115,22 +139,23 @@ def read_batch(
       Features `[batch, ...]` and `"mask"`. What is masked of a resident client's batch is
       filled with rows of its own, so that a stranger's NaN never enters.
     """
-    num_examples, batch_size = cohort.num_examples[slot], batching.batch_size
-    epoch, batch_in_epoch = jnp.divmod(
-        step, jnp.maximum(steps_per_epoch(num_examples, batching), 1)
-    )
-    position = batch_in_epoch * batch_size + jnp.arange(batch_size)
+    num_examples, step = client.num_examples, jnp.asarray(step, jnp.int32)
+    epoch, batch_in_epoch = jnp.int32(0), step
+    if batching.num_epochs > 1 or batching.num_steps is not None:
+        per_epoch = jnp.maximum(steps_per_epoch(num_examples, batching), 1)
+        epoch = jax.lax.div(step, per_epoch)
+        batch_in_epoch = step - epoch * per_epoch
+    first = batch_in_epoch * batching.batch_size
+    position = first + jnp.arange(batching.batch_size, dtype=jnp.int32)
     if cohort.sample is not None:
-        batch = cohort.sample(jax.random.fold_in(key, step), cohort.client_ids[slot])
+        batch = cohort.sample(jax.random.fold_in(key, step), client.id)
         return _fill_padding(batch, position < num_examples)
     if batching.shuffle:
         own = jnp.minimum(position, num_examples - 1)
-        rows = cohort.offsets[slot] + random.permuted(
-            jax.random.fold_in(key, epoch), own, num_examples
-        )
+        rows = client.offset + random.permuted(key, own, num_examples, which=epoch)
         batch = {name: feature[rows] for name, feature in cohort.examples.items()}
         return {**batch, "mask": position < num_examples}
-    return _read_in_order(cohort, slot, position[0], batch_size)
+    return _read_in_order(cohort.examples, client, first, batching.batch_size)
 
 
 def _fill_padding(batch: dict[str, jax.Array], mask: jax.Array) -> Batch:
@@ -163,15 +188,17 @@ def _unless_full(
     return jax.lax.platform_dependent(batch, cpu=ask_first, default=mend)
 
 
-def _read_in_order(cohort: Cohort, slot: ArrayLike, first: jax.Array, batch_size: int) -> Batch:
+def _read_in_order(
+    examples: dict[str, jax.Array], client: Client, first: jax.Array, batch_size: int
+) -> Batch:
     """The client's rows from its `first` on, as one slice."""
-    begin = cohort.offsets[slot] + first
-    end = cohort.offsets[slot] + cohort.num_examples[slot]
-    num_rows = next(iter(cohort.examples.values())).shape[0]
+    begin = client.offset + first
+    end = client.offset + client.num_examples
+    num_rows = next(iter(examples.values())).shape[0]
     length = min(batch_size, num_rows)
     # Near the end of the table the slice starts early: the mask is in terms of rows.
     start = jnp.clip(begin, 0, num_rows - length)
-    rows = start + jnp.arange(length)
+    rows = start + jnp.arange(length, dtype=jnp.int32)
     mask = (rows >= begin) & (rows < end)
 
     def own_row_in_padding(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -180,14 +207,14 @@ def _read_in_order(cohort: Cohort, slot: ArrayLike, first: jax.Array, batch_size
             name: jnp.where(
                 _over(mask, values),
                 values,
-                jax.lax.dynamic_index_in_dim(cohort.examples[name], own),
+                jax.lax.dynamic_index_in_dim(examples[name], own),
             )
             for name, values in batch.items()
         }
 
     batch = {
         name: jax.lax.dynamic_slice_in_dim(feature, start, length)
-        for name, feature in cohort.examples.items()
+        for name, feature in examples.items()
     }
     is_full = (begin == start) & (begin + length <= end)
     return {**_unless_full(is_full, own_row_in_padding, batch), "mask": mask}

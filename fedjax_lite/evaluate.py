@@ -14,7 +14,13 @@ from jax.typing import ArrayLike
 from fedjax_lite import _validate
 from fedjax_lite._repr import record
 from fedjax_lite.base import Batch, ClientResult, ClientUpdate, PyTree, ServerState
-from fedjax_lite.batches import DEFAULT_BATCH_SIZE, Batching, adapt_batch_size, read_batch
+from fedjax_lite.batches import (
+    DEFAULT_BATCH_SIZE,
+    Batching,
+    Client,
+    adapt_batch_size,
+    read_batch,
+)
 from fedjax_lite.cohort import Cohort
 from fedjax_lite.cpu import Paced
 from fedjax_lite.mesh import AXIS, resolve, sum_over_devices
@@ -402,7 +408,7 @@ def _evaluate_clients(
     def init(shared: ServerState, entry: PyTree, key: jax.Array) -> _Measured:
         own = () if client_params is None else client_params(shared, entry)
         # Its form alone: the rows outside of the runner are those of all devices.
-        batch = jax.eval_shape(lambda: read_batch(cohort, key, 0, 0, batching))
+        batch = jax.eval_shape(lambda: read_batch(cohort, key, Client.of(cohort, 0), 0, batching))
         return _Measured(own, measure.zeros(shared.params, shared.model_state, batch))
 
     def step(shared: ServerState, measured: _Measured, batch: Batch, key: jax.Array) -> _Measured:

@@ -16,6 +16,7 @@ from fedjax_lite.batches import (
     DEFAULT_BATCH_SIZE,
     KEY_DATA,
     Batching,
+    Client,
     adapt_batch_size,
     client_key,
     read_batch,
@@ -181,17 +182,18 @@ def _evaluate_fine_tuned(
     ) -> ClientResult:
         state, held_out, key = shared
         slot, trained = client_state
-        key_data = client_key(key, held_out.client_ids[slot], KEY_DATA)
+        client = Client.of(held_out, slot)
+        key_data = client_key(key, client.id, KEY_DATA)
 
         def add(i: jax.Array, sums: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            batch = read_batch(held_out, key_data, slot, i, reading)
+            batch = read_batch(held_out, key_data, client, i, reading)
             both = tuple(measure.sums(x.params, x.model_state, batch) for x in (state, trained))
             return jax.tree.map(jnp.add, sums, both)
 
         zeros = measure.zeros(
-            state.params, state.model_state, read_batch(held_out, key_data, slot, 0, reading)
+            state.params, state.model_state, read_batch(held_out, key_data, client, 0, reading)
         )
-        num_batches = steps_per_epoch(held_out.num_examples[slot], reading)
+        num_batches = steps_per_epoch(client.num_examples, reading)
         sums = jax.lax.fori_loop(0, num_batches, add, (zeros, zeros))
         return report_sums(shared, sums, num_examples)
 

@@ -1,15 +1,14 @@
 """The devices that a round runs on."""
 
-import collections
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from fedjax_lite import _validate, random
+from fedjax_lite.packing import pack, unpack
 
 AXIS = "clients"
 T = TypeVar("T")
@@ -59,14 +58,12 @@ def sum_over_devices(tree: T) -> T:
     are summed as one.
     """
     leaves, structure = jax.tree.flatten(tree)
-    groups = collections.defaultdict(list)
-    for i, x in enumerate(leaves):
-        groups[x.dtype, i if x.size > _SMALL else None].append(i)
-    for members in groups.values():
-        flat, split = ravel_pytree([leaves[i] for i in members])
-        for i, x in zip(members, split(jax.lax.psum(flat, AXIS)), strict=True):
-            leaves[i] = x
-    return jax.tree.unflatten(structure, leaves)
+    small = [x for x in leaves if x.size <= _SMALL]
+    summed = iter(unpack(jax.lax.psum(pack(small), AXIS), small))
+    return jax.tree.unflatten(
+        structure,
+        [next(summed) if x.size <= _SMALL else jax.lax.psum(x, AXIS) for x in leaves],
+    )
 
 
 def replicate(tree: T, mesh: Mesh | None = None) -> T:

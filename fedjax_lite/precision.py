@@ -1,9 +1,15 @@
 """Sums of many terms: dtypes that can hold them, and loops that a CPU runs fast."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from fedjax_lite.base import PyTree
+from fedjax_lite.packing import pack
+
+_NUM_SLABS = 8  # As many as a core adds up at once: more are no faster.
+_SMALL = 2**14  # Entries, of which a copy costs less than a loop of their own.
 
 
 def widen(tree: PyTree) -> PyTree:
@@ -13,22 +19,31 @@ def widen(tree: PyTree) -> PyTree:
 
 def squared_norm(tree: PyTree) -> jax.Array:
     """The sum of the squares of all entries, at least in float32."""
-    return jnp.asarray(sum(_sum_of_squares(x) for x in jax.tree.leaves(widen(tree))))
+    leaves = jax.tree.leaves(widen(tree))
+    # The small ones as one: each sum takes a while to compile, however short.
+    large = [x.reshape(-1) for x in leaves if x.size > _SMALL]
+    small = pack([x for x in leaves if x.size <= _SMALL])
+    return jnp.asarray(sum(_sum_of_squares(x) for x in (*large, *small)))
 
 
-def _sum_of_squares(x: jax.Array, num_slabs: int = 8) -> jax.Array:
-    def plain(x: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.real(x * jnp.conj(x)))
-
-    width = x.size // num_slabs
+@jax.jit  # Traced once for each size, not once for each use.
+def _sum_of_squares(x: jax.Array) -> jax.Array:
+    """Of the entries of a vector."""
+    width = x.size // _NUM_SLABS
     if width < 512:
-        return plain(x)
+        return _squares(x).sum()
     # A CPU adds one entry after the other to a sum, but slabs side by side as vectors: the time
     # falls to that of reading the array once.
-    flat = x.reshape(-1)
-    slabs = flat[: width * num_slabs].reshape(num_slabs, width)
-    column = sum(jnp.real(slab * jnp.conj(slab)) for slab in slabs)
+    ends = range(width, x.size + 1, width)
+    slabs = [_squares(jax.lax.slice(x, (end - width,), (end,))) for end in ends[:_NUM_SLABS]]
+    column = functools.reduce(jnp.add, slabs)
     # The select changes nothing. Without it, XLA:CPU would leave the squares to YNNPACK together
     # with their sum, and copy the slabs for it.
-    column = jnp.where(jnp.isnan(column), jnp.nan, column)
-    return jnp.sum(column) + plain(flat[width * num_slabs :])
+    total = jnp.where(jnp.isnan(column), jnp.nan, column).sum()
+    if rest := x.size % _NUM_SLABS:
+        total += _squares(jax.lax.slice(x, (x.size - rest,), (x.size,))).sum()
+    return total
+
+
+def _squares(x: jax.Array) -> jax.Array:
+    return jnp.square(x) if jnp.isrealobj(x) else jnp.square(x.real) + jnp.square(x.imag)

@@ -13,6 +13,7 @@ import math
 import jax
 import jax.extend.random as jex_random
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from fedjax_lite.fusion import apart
 
@@ -47,6 +48,22 @@ def fast(key: jax.Array) -> jax.Array:
     if implementation != "threefry2x32":
         key = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
     return jax.random.wrap_key_data(jax.random.key_data(key), impl=_UNROLLED)
+
+
+def fold_in_pair(key: jax.Array, first: ArrayLike, second: ArrayLike) -> jax.Array:
+    """The key that two integers of 32 bits make of a key, as `fold_in` does of one.
+
+    Args:
+      key: Typed key, scalar.
+      first: Integers.
+      second: Integers, of a shape that broadcasts against that of `first`.
+
+    Returns:
+      A fast key for each pair.
+    """
+    pair = (jnp.asarray(x).astype(jnp.uint32) for x in (first, second))
+    words = _threefry2x32(jax.random.key_data(fast(key)), *jnp.broadcast_arrays(*pair))
+    return jax.random.wrap_key_data(jnp.stack(words, -1), impl=_UNROLLED)
 
 
 def is_key(x: object) -> bool:
@@ -84,16 +101,16 @@ def permuted(
     >>> sorted(permuted(jax.random.key(0), jnp.arange(5), 5).tolist())
     [0, 1, 2, 3, 4]
     """
-    key_pivot, key_swap = jax.random.key_data(fast(key))
+    words = jax.random.key_data(fast(key))
     # XLA:CPU fails to compile the swaps of what it knows to be one element.
     size = jax.lax.optimization_barrier(jnp.asarray(size, jnp.uint32))
     first = jnp.asarray(which).astype(jnp.uint32) * jnp.uint32(num_rounds)
 
     def swap_or_not(i: jax.Array, x: jax.Array) -> jax.Array:
         number = (first + i.astype(jnp.uint32)) * jnp.uint32(_GOLDEN)
-        pivot = jax.lax.rem(_mix(key_pivot + number), size)
+        pivot = jax.lax.rem(_mix(words[0] + number), size)
         mirror = jnp.where(pivot >= x, pivot - x, pivot + size - x)
-        swap = _mix(jnp.maximum(x, mirror) ^ _mix(key_swap + number)) & 1
+        swap = _mix(jnp.maximum(x, mirror) ^ _mix(words[1] + number)) & 1
         return jnp.where(swap != 0, mirror, x)
 
     def rounds(x: jax.Array, *, unroll: bool) -> jax.Array:
@@ -117,10 +134,10 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 @jax.jit  # Traced once, not once for each use.
-def _threefry2x32(key_data: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32-20 of the counters `(0, x1)`."""
+def _threefry2x32(key_data: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32-20 of the counters `(x0, x1)`."""
     keys = (key_data[0], key_data[1], key_data[0] ^ key_data[1] ^ jnp.uint32(_PARITY))
-    x0, x1 = keys[0], x1 + keys[1]
+    x0, x1 = x0 + keys[0], x1 + keys[1]
     for i in range(5):
         for rotation in _ROTATIONS[i % 2]:
             x0 = x0 + x1
@@ -145,7 +162,7 @@ def _random_bits(key_data: jax.Array, bit_width: int, shape: tuple[int, ...]) ->
         for axis in range(len(shape)):
             stride = jnp.uint32(math.prod(shape[axis + 1 :]))
             counter += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-        x0, x1 = _threefry2x32(key_data, counter)
+        x0, x1 = _threefry2x32(key_data, jnp.uint32(0), counter)
         return x0 ^ x1
 
     return apart(draw, key_data[0])
@@ -156,7 +173,9 @@ _UNROLLED = jex_random.define_prng_impl(
     seed=lambda seed: jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
     split=lambda key_data, shape: jax.random.key_data(jax.random.split(_standard(key_data), shape)),
     random_bits=_random_bits,
-    fold_in=lambda key_data, data: jnp.stack(_threefry2x32(key_data, jnp.uint32(data))),
+    fold_in=lambda key_data, data: jnp.stack(
+        _threefry2x32(key_data, jnp.uint32(0), jnp.uint32(data))
+    ),
     name="unrolled_threefry2x32",
     tag=_TAG,
 )

@@ -39,6 +39,8 @@ def rewritten(
     It descends into what the function calls: `jit`, `custom_jvp`, `custom_vjp`, `remat`,
     `scan`, `while_loop` and `cond`. Derivatives are not rewritten: apply it after `jax.grad`.
 
+    The result is jitted, so that it is traced once, however often it is called.
+
     Args:
       function: A function of pytrees of arrays.
       convolutions: Whether to rewrite convolutions.
@@ -57,12 +59,10 @@ def rewritten(
 
     def after(*args: P.args, **kwargs: P.kwargs) -> T:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
-        if not _applies(rules, closed.jaxpr):
-            return function(*args, **kwargs)
         outputs = _evaluate(rules, closed, jax.tree.leaves((args, kwargs)))
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
-    return after if rules else function
+    return jax.jit(after if rules else function)
 
 
 class _Rule(NamedTuple):

@@ -24,6 +24,7 @@ from fedjax_lite.batches import (
     KEY_INIT,
     KEY_STEP,
     Batching,
+    Client,
     bound_steps,
     client_key,
     count_processed,
@@ -33,6 +34,7 @@ from fedjax_lite.batches import (
 )
 from fedjax_lite.cohort import Cohort
 from fedjax_lite.mesh import AXIS, deal, resolve, sum_over_devices
+from fedjax_lite.packing import pack, unpack
 from fedjax_lite.precision import squared_norm
 from fedjax_lite.rewrite import rewritten
 from fedjax_lite.store import check_output, check_store, read, write
@@ -41,7 +43,6 @@ ON_NONFINITE = ("drop", "keep")
 MEASURED = ("_before", "_after")
 _REPORTED = {"num_examples", "num_steps", "update_norm", "weight", "nonfinite", "bits_down"}
 _MOST_LANES = 64
-_LARGE = 2**18
 Rewrite = Callable[[Callable[..., PyTree]], Callable[..., PyTree]]
 
 
@@ -130,18 +131,24 @@ def run_clients(
         cohort = dataclasses.replace(cohort, examples=examples)
         bound = bound_steps(cohort, batching) if differentiable else None
         kept_store = store if keep_output else ()
-        lane = _lane(
-            client_update, shared, cohort, key, kept_store, batching, rewrite, on_nonfinite
-        )
-        run_wave = functools.partial(_run_wave, lane, rewrite, bound)
-        result, kept = _sum_waves(
-            run_wave, table, num_steps, cohort, store, keep_output, bound is not None
+        lane = _lane(client_update, shared, cohort, kept_store, batching, rewrite, on_nonfinite)
+        waves = _schedule(cohort, num_steps, table)
+        result = _sum_waves(
+            lane,
+            rewrite,
+            waves,
+            table,
+            key,
+            store,
+            cohort.capacity,
+            keep_output=keep_output,
+            bound=bound,
         )
         if mesh is None:
             return result
         store = result.store
         if num_devices > 1:
-            store = _exchange(store, table, kept, cohort)
+            store = _exchange(store, table, result.clients["weight"], cohort)
         return sum_over_devices(result._replace(store=()))._replace(store=store)
 
     without_examples = dataclasses.replace(cohort, examples={})
@@ -235,7 +242,6 @@ class _Sent(NamedTuple):
     statistics: PyTree
     metrics: dict[str, jax.Array]
     output: PyTree
-    kept: jax.Array
 
     @property
     def summed(self) -> tuple[PyTree, jax.Array, PyTree, PyTree]:
@@ -243,34 +249,64 @@ class _Sent(NamedTuple):
         return self.update, self.weight, self.model_state, self.statistics
 
 
-class _Lane(NamedTuple):
-    """One client's work, from its slot in the cohort."""
+class _Trainee(NamedTuple):
+    """A client whose turn it is, or those of a wave.
 
-    init: Callable[[jax.Array, PyTree], PyTree]
-    step: Callable[[jax.Array, jax.Array, PyTree], PyTree]
-    measure: Callable[[jax.Array, PyTree], dict[str, jax.Array]]
-    final: Callable[[jax.Array, PyTree, PyTree], _Sent]
+    Attributes:
+      client: Who it is.
+      num_steps: How many local steps it takes, int32.
+      keys: Its keys of this round `[3]`, by purpose.
+    """
+
+    client: Client
+    num_steps: jax.Array
+    keys: jax.Array
+
+
+def _schedule(cohort: Cohort, num_steps: jax.Array, table: jax.Array) -> jax.Array:
+    """What is to be known of the clients in a table of slots, int32 `[waves, lanes, 4]`.
+
+    Id, number of examples, offset and number of steps: one array, of which a wave reads one row,
+    and not four.
+    """
+    fields = jnp.stack([cohort.client_ids, cohort.num_examples, cohort.offsets, num_steps], 1)
+    fields = fields[jnp.minimum(table, cohort.capacity - 1)]
+    # A slot that is none takes no step.
+    return fields * (table < cohort.capacity)[..., None]
+
+
+def _trainee(row: jax.Array, key: jax.Array) -> _Trainee:
+    """The client of a row `[4]`, or of rows `[lanes, 4]`, in a round with this key."""
+    client_id, num_examples, offset, num_steps = jnp.moveaxis(row, -1, 0)
+    purposes = jnp.array([KEY_INIT, KEY_DATA, KEY_STEP])
+    keys = client_key(key, client_id[..., None], purposes)
+    return _Trainee(Client(client_id, num_examples, offset), num_steps, keys)
+
+
+class _Lane(NamedTuple):
+    """One client's work."""
+
+    init: Callable[[_Trainee, PyTree], PyTree]
+    step: Callable[[jax.Array, _Trainee, PyTree], PyTree]
+    measure: Callable[[_Trainee, PyTree], dict[str, jax.Array]]
+    final: Callable[[_Trainee, PyTree, PyTree], _Sent]
 
 
 def _lane(
     client_update: ClientUpdate,
     shared: PyTree,
     cohort: Cohort,
-    key: jax.Array,
     store: PyTree,
     batching: Batching,
     rewrite: Rewrite,
     on_nonfinite: str,
 ) -> _Lane:
-    def init(slot: jax.Array, entry: PyTree) -> PyTree:
-        key_init = client_key(key, cohort.client_ids[slot], KEY_INIT)
-        return _validate.strong(client_update.init(shared, entry, key_init))
+    def init(trainee: _Trainee, entry: PyTree) -> PyTree:
+        return _validate.strong(client_update.init(shared, entry, trainee.keys[KEY_INIT]))
 
-    def step(step: jax.Array, slot: jax.Array, client_state: PyTree) -> PyTree:
-        client_id = cohort.client_ids[slot]
-        key_data = client_key(key, client_id, KEY_DATA)
-        key_step = jax.random.fold_in(client_key(key, client_id, KEY_STEP), step)
-        batch = read_batch(cohort, key_data, slot, step, batching)
+    def step(step: jax.Array, trainee: _Trainee, client_state: PyTree) -> PyTree:
+        batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.client, step, batching)
+        key_step = jax.random.fold_in(trainee.keys[KEY_STEP], step)
         after = client_update.step(shared, client_state, batch, key_step)
         _validate.same_form(
             "what client_update.step returned",
@@ -280,24 +316,23 @@ def _lane(
         )
         return after
 
-    def measure(slot: jax.Array, client_state: PyTree) -> dict[str, jax.Array]:
+    def measure(trainee: _Trainee, client_state: PyTree) -> dict[str, jax.Array]:
         values = client_update.measure
         if values is None:
             return {}
         # The order of the examples does not matter here, and no gradient passes.
         in_order = dataclasses.replace(batching, shuffle=False)
         shared_, state = jax.lax.stop_gradient((shared, client_state))
-        key_data = client_key(key, cohort.client_ids[slot], KEY_DATA)
 
         def sums(i: jax.Array) -> dict[str, jax.Array]:
-            batch = read_batch(cohort, key_data, slot, i, in_order)
+            batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.client, i, in_order)
             with _validate.reading(batch):
                 measured = values(shared_, state, batch)
             for name, value in measured.items():
                 _validate.per_example(f"metric {name!r}", value.shape, batch["mask"].shape[0])
             return {name: jnp.where(batch["mask"], x, 0).sum() for name, x in measured.items()}
 
-        num_examples = cohort.num_examples[slot]
+        num_examples = trainee.client.num_examples
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, jnp.int32(0))
         )
@@ -305,8 +340,8 @@ def _lane(
         total = jax.lax.fori_loop(0, steps_per_epoch(num_examples, batching), add, zeros)
         return jax.tree.map(lambda x: x / jnp.maximum(num_examples, 1), total)
 
-    def final(slot: jax.Array, client_state: PyTree, measured: PyTree) -> _Sent:
-        result = client_update.final(shared, client_state, cohort.num_examples[slot])
+    def final(trainee: _Trainee, client_state: PyTree, measured: PyTree) -> _Sent:
+        result = client_update.final(shared, client_state, trainee.client.num_examples)
         result = _validate.strong(_check_result(result))
         check_output(result.client_output, store)
         # No gradient: that of a norm is not a number at zero, whatever it is multiplied with.
@@ -319,7 +354,7 @@ def _lane(
         finite = jnp.isfinite(norm + squared_norm(jax.lax.stop_gradient(floats)) + weight)
         left_out = ~finite if on_nonfinite == "drop" else jnp.bool_(False)
         weight = jnp.where(left_out, 0, weight)
-        counts = ~left_out & (weight != 0)
+        counts = weight != 0
 
         def weighted(tree: PyTree) -> PyTree:
             return jax.tree.map(lambda x: jnp.where(left_out, 0, weight * x), tree)
@@ -338,7 +373,6 @@ def _lane(
             statistics=jax.tree.map(lambda x: jnp.where(counts, x, 0), result.statistics),
             metrics=metrics,
             output=result.client_output,
-            kept=counts,
         )
 
     return _Lane(init, step, measure, final)
@@ -355,67 +389,75 @@ def _check_result(result: ClientResult) -> ClientResult:
 
 
 def _repeat(
-    begin: int,
     end: jax.Array,
     body: Callable[[jax.Array, PyTree], PyTree],
     state: PyTree,
     bound: int | None,
 ) -> PyTree:
-    """`fori_loop(begin, end, body, state)`, or the same as a scan up to a static bound."""
+    """`fori_loop(0, end, body, state)`, or the same as a scan up to a static bound."""
     if bound is None:
-        return jax.lax.fori_loop(begin, end, body, state)
+        return jax.lax.fori_loop(0, end, body, state)
 
     def masked(state: PyTree, i: jax.Array) -> tuple[PyTree, None]:
         return jax.lax.cond(i < end, body, lambda i, state: state, i, state), None
 
-    return jax.lax.scan(masked, state, jnp.arange(begin, bound, dtype=end.dtype))[0]
+    return jax.lax.scan(masked, state, jnp.arange(bound, dtype=end.dtype))[0]
 
 
-def _run_wave(
-    lane: _Lane,
-    rewrite: Rewrite,
-    bound: int | None,
-    slots: jax.Array,
-    num_steps: jax.Array,
-    entries: PyTree,
-) -> _Sent:
-    """A wave of clients `[lanes]`, or of one alone: sums, and per client what is its own.
+class _Wave(NamedTuple):
+    """The work of a wave of clients `[lanes]`, or of one alone.
 
     One client alone goes without an axis of lanes, which would make its matrix products batched
     ones and cost copies of its params.
     """
-    if slots.ndim == 0:
-        lift, only_active = (lambda function: function), (lambda active, new, old: new)
-    else:
-        lift, only_active = jax.vmap, _where
 
-    def step(i: jax.Array, states: PyTree) -> PyTree:
-        after = lift(functools.partial(lane.step, i))(slots, states)
-        return only_active(i < num_steps, after, states)
+    init: Callable[[_Trainee, PyTree], PyTree]
+    step: Callable[[jax.Array, _Trainee, PyTree], PyTree]
+    measure: Callable[[_Trainee, PyTree], dict[str, jax.Array]]
+    final: Callable[[_Trainee, PyTree, PyTree], _Sent]
 
-    def measure(when: str, states: PyTree) -> dict[str, jax.Array]:
-        measured = lift(lane.measure)(slots, states)
-        return {name + when: values for name, values in measured.items()}
 
-    before, after = MEASURED
-    states = rewrite(lift(lane.init))(slots, entries)
-    measured = measure(before, states)
-    first = 0
-    if slots.ndim == 0 and bound is None and _num_bytes(states) > _LARGE:
-        # A wave that runs has a step to take. On its own, it reads what the server broadcasts
-        # where it is; the loop would begin with a copy of it. For a small one, that is not worth
-        # compiling the step twice.
-        states, first = rewrite(step)(jnp.int32(0), states), 1
-    states = _repeat(first, num_steps.max(), rewrite(step), states, bound)
-    measured |= measure(after, states)
-    sent = rewrite(lift(lane.final))(slots, states, measured)
-    if slots.ndim == 0:
-        return sent
-    sent = only_active(num_steps > 0, sent, jax.tree.map(jnp.zeros_like, sent))
-    update, weight, model_state, statistics = jax.tree.map(lambda x: x.sum(0), sent.summed)
-    return sent._replace(
-        update=update, weight=weight, model_state=model_state, statistics=statistics
+def _wave(lane: _Lane, rewrite: Rewrite, *, alone: bool) -> _Wave:
+    """A wave of lanes, ready to run: its `final` sums, but for what is each client's own."""
+    if alone:
+        return _Wave(rewrite(lane.init), rewrite(lane.step), lane.measure, rewrite(lane.final))
+
+    def step(i: jax.Array, trainees: _Trainee, states: PyTree) -> PyTree:
+        after = jax.vmap(lane.step, (None, 0, 0))(i, trainees, states)
+        return _where(i < trainees.num_steps, after, states)
+
+    def final(trainees: _Trainee, states: PyTree, measured: PyTree) -> _Sent:
+        sent = jax.vmap(lane.final)(trainees, states, measured)
+        sent = _where(trainees.num_steps > 0, sent, jax.tree.map(jnp.zeros_like, sent))
+        update, weight, model_state, statistics = jax.tree.map(lambda x: x.sum(0), sent.summed)
+        return sent._replace(
+            update=update, weight=weight, model_state=model_state, statistics=statistics
+        )
+
+    init, measure = jax.vmap(lane.init), jax.vmap(lane.measure)
+    return _Wave(rewrite(init), rewrite(step), measure, rewrite(final))
+
+
+def _run_wave(wave: _Wave, bound: int | None, trainees: _Trainee, entries: PyTree) -> _Sent:
+    """A wave from beginning to end."""
+    states = wave.init(trainees, entries)
+    before = wave.measure(trainees, states)
+    states = _repeat(
+        trainees.num_steps.max(),
+        lambda i, states: wave.step(i, trainees, states),
+        states,
+        bound,
     )
+    return wave.final(trainees, states, _measured(before, wave.measure(trainees, states)))
+
+
+def _measured(before: dict[str, jax.Array], after: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What was measured before and after, by the names that it is reported under."""
+    return {
+        name + when: x
+        for when, measured in zip(MEASURED, (before, after), strict=True)
+        for name, x in measured.items()
+    }
 
 
 def _where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
@@ -428,71 +470,89 @@ def _where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 
 
 def _sum_waves(
-    run_wave: Callable[[jax.Array, jax.Array, PyTree], _Sent],
+    lane: _Lane,
+    rewrite: Rewrite,
+    waves: jax.Array,
     table: jax.Array,
-    num_steps: jax.Array,
-    cohort: Cohort,
+    key: jax.Array,
     store: PyTree,
+    capacity: int,
+    *,
     keep_output: bool,
-    differentiable: bool,
-) -> tuple[CohortResult, jax.Array]:
-    """Runs one device's waves `[waves, lanes]` and sums what their clients send.
+    bound: int | None,
+) -> CohortResult:
+    """Runs one device's waves and sums what their clients send.
 
-    Returns:
-      The sums, with the store if it is kept up to date, and `[waves, lanes]`: whose entry in it
-      is a new one.
+    Args:
+      lane: One client's work.
+      rewrite: What is applied to functions that run inside loops.
+      waves: The clients `[waves, lanes, 4]`; see `_schedule`.
+      table: Their slots `[waves, lanes]`; the capacity means none.
+      key: Key of the round.
+      store: What clients keep.
+      capacity: Number of slots of the cohort.
+      keep_output: Whether the store is kept up to date.
+      bound: Length of the loops if they are to be differentiated.
     """
-    capacity = num_steps.shape[0]
-    if table.shape[1] == 1:
-        table = table[:, 0]
-    slots = jnp.minimum(table, capacity - 1)
-    steps = jnp.where(table < capacity, num_steps[slots], 0)
+    if alone := table.shape[1] == 1:
+        table, waves = table[:, 0], waves[:, 0]
+    work, num_axes = _wave(lane, rewrite, alone=alone), table.ndim - 1
+
+    def trainees_of(wave: jax.Array) -> _Trainee:
+        return _trainee(jax.lax.dynamic_index_in_dim(waves, wave, keepdims=False), key)
+
+    def form() -> tuple[PyTree, dict[str, jax.Array]]:
+        """What a wave sends, its steps left out, which change no shape."""
+        trainees = trainees_of(jnp.int32(0))
+        states = work.init(trainees, read(store, trainees.client.id))
+        measured = work.measure(trainees, states)
+        sent = work.final(trainees, states, _measured(measured, measured))
+        return sent.summed, sent.metrics
 
     def add_wave(wave: jax.Array, carry: tuple[PyTree, PyTree, PyTree]) -> PyTree:
         total, per_client, kept_store = carry
-        client_ids = cohort.client_ids[slots[wave]]
+        trainees = trainees_of(wave)
         current = kept_store if keep_output else store
-        sent = run_wave(slots[wave], steps[wave], read(current, client_ids))
+        sent = _run_wave(work, bound, trainees, read(current, trainees.client.id))
         total = jax.tree.map(jnp.add, total, sent.summed)
-        per_client = jax.tree.map(
-            lambda all_, x: all_.at[wave].set(x), per_client, (sent.metrics, sent.kept)
-        )
+        per_client = [
+            jax.lax.dynamic_update_index_in_dim(all_, x, wave, 0)
+            for all_, x in zip(per_client, pack(sent.metrics, num_axes), strict=True)
+        ]
         if keep_output:
-            kept_store = write(kept_store, client_ids, sent.kept, sent.output)
+            kept = sent.metrics["weight"] != 0
+            kept_store = write(kept_store, trainees.client.id, kept, sent.output)
         return total, per_client, kept_store
 
-    one = jax.eval_shape(
-        lambda: run_wave(slots[0], steps[0], read(store, cohort.client_ids[slots[0]]))
-    )
-    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one.summed)
-    per_client = jax.tree.map(
-        lambda x: jnp.zeros((table.shape[0], *x.shape), x.dtype), (one.metrics, one.kept)
-    )
+    summed, metrics = jax.eval_shape(form)
+    packed = jax.eval_shape(functools.partial(pack, num_axes=num_axes), metrics)
     # Sorted by length, the waves without a step are the last ones: they need not run.
-    num_waves = (steps.reshape(table.shape[0], -1).max(1) > 0).sum()
-    total, (metrics, kept), kept_store = _repeat(
-        0,
-        num_waves,
+    longest = waves[..., 3].reshape(table.shape[0], -1).max(1)
+    (update, weight, model_state, statistics), per_client, kept_store = _repeat(
+        (longest > 0).sum(dtype=jnp.int32),
         add_wave,
-        (total, per_client, store if keep_output else ()),
-        table.shape[0] if differentiable else None,
+        (
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), summed),
+            [jnp.zeros((table.shape[0], *x.shape), x.dtype) for x in packed],
+            store if keep_output else (),
+        ),
+        None if bound is None else table.shape[0],
     )
 
     def in_cohort_order(x: jax.Array) -> jax.Array:
-        zeros = jnp.zeros((capacity, *x.shape[table.ndim :]), x.dtype)
-        return zeros.at[table].set(x, mode="drop")
+        return jnp.zeros((capacity, x.shape[-1]), x.dtype).at[table].set(x, mode="drop")
 
-    update, weight, model_state, statistics = total
-    clients = jax.tree.map(in_cohort_order, metrics)
-    return CohortResult(update, weight, model_state, statistics, kept_store, clients), kept
+    clients = unpack([in_cohort_order(x) for x in per_client], metrics, num_axes)
+    return CohortResult(update, weight, model_state, statistics, kept_store, clients)
 
 
-def _exchange(store: PyTree, table: jax.Array, kept: jax.Array, cohort: Cohort) -> PyTree:
+def _exchange(store: PyTree, table: jax.Array, weights: jax.Array, cohort: Cohort) -> PyTree:
     """The store with what the clients of all devices keep, from the copies of each device."""
     if not jax.tree.leaves(store):
         return store
-    client_ids = cohort.client_ids[jnp.minimum(table, cohort.capacity - 1)]
-    kept = kept.reshape(table.shape)
+    slots = jnp.minimum(table, cohort.capacity - 1)
+    client_ids = cohort.client_ids[slots]
+    kept = (table < cohort.capacity) & (weights[slots] != 0)
 
     # A wave at a time, so that memory does not grow with the cohort.
     def one_wave(wave: jax.Array, store: PyTree) -> PyTree:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fedjax_lite import random as fl_random
-from fedjax_lite.batches import KEY_DATA, client_key, count_steps, read_batch
+from fedjax_lite.batches import KEY_DATA, Client, client_key, count_steps, read_batch
 
 
 @functools.partial(jax.jit, static_argnames=("max_steps", "batching"))
@@ -17,7 +17,7 @@ def cohort_batches(cohort, key, *, max_steps, batching):
 
     def client(slot):
         key_data = client_key(fl_random.fast(key), cohort.client_ids[slot], KEY_DATA)
-        read = lambda step: read_batch(cohort, key_data, slot, step, batching)
+        read = lambda step: read_batch(cohort, key_data, Client.of(cohort, slot), step, batching)
         return jax.vmap(read)(jnp.arange(max_steps))
 
     return jax.vmap(client)(jnp.arange(cohort.capacity))

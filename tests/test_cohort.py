@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from problems import everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
-from fedjax_lite.batches import Batching, count_steps, read_batch
+from fedjax_lite.batches import Batching, Client, count_steps, read_batch
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,11 @@ def test_every_example_is_read_exactly_once_per_epoch(sizes, batch_size, shuffle
     cohort = everyone(dataset.resident(fl.clients_mesh(1)))
     batching = Batching(batch_size=batch_size, num_epochs=2, shuffle=shuffle)
     num_steps = np.asarray(count_steps(cohort.num_examples, batching))
-    read = jax.jit(lambda slot, step: read_batch(cohort, jax.random.key(0), slot, step, batching))
+    read = jax.jit(
+        lambda slot, step: read_batch(
+            cohort, jax.random.key(0), Client.of(cohort, slot), step, batching
+        )
+    )
     for slot, part in enumerate(parts):
         assert num_steps[slot] == 2 * -(-len(part) // batch_size)
         seen = []
@@ -83,7 +87,12 @@ def test_epochs_and_keys_are_shuffled_differently():
     cohort = everyone(dataset.resident(fl.clients_mesh(1)))
     batching = Batching(batch_size=20, num_epochs=2, shuffle=True)
     orders = {
-        tuple((np.asarray(read_batch(cohort, key, 0, epoch, batching)["row"]) % 20).tolist())
+        tuple(
+            (
+                np.asarray(read_batch(cohort, key, Client.of(cohort, 0), epoch, batching)["row"])
+                % 20
+            ).tolist()
+        )
         for key in jax.random.split(jax.random.key(0), 2)
         for epoch in (0, 1)
     }
@@ -137,7 +146,7 @@ def test_generated_batches_differ_between_rounds_clients_and_steps():
     cohort = fl.cohort(jax.random.key(0), fl.data.halfspace(batch_size=4), 3)
     keys = [jax.random.key(0), jax.random.key(1)]
     batches = [
-        read_batch(cohort, key, 0, step, Batching(batch_size=4))["x"]
+        read_batch(cohort, key, Client.of(cohort, 0), step, Batching(batch_size=4))["x"]
         for key in keys
         for step in (0, 1)
     ]
@@ -153,7 +162,9 @@ def test_generated_batches_are_masked_beyond_the_number_of_examples():
     cohort = fl.cohort(jax.random.key(0), population, 2)
     for slot in range(2):
         masks = [
-            read_batch(cohort, jax.random.key(0), slot, step, Batching(batch_size=4))["mask"]
+            read_batch(
+                cohort, jax.random.key(0), Client.of(cohort, slot), step, Batching(batch_size=4)
+            )["mask"]
             for step in (0, 1)
         ]
         assert np.sum(masks) == 5 + cohort.client_ids[slot]

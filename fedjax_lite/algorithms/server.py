@@ -23,6 +23,7 @@ from fedjax_lite.cohort import Cohort
 from fedjax_lite.cpu import Paced
 from fedjax_lite.mesh import replicate
 from fedjax_lite.model import Model
+from fedjax_lite.precision import squared_norm
 from fedjax_lite.runner import MEASURED, ON_NONFINITE, CohortResult, run_clients
 from fedjax_lite.store import MEMORY_KINDS, create_store
 from fedjax_lite.updates.pipeline import send_through
@@ -310,7 +311,7 @@ def _round_info(
 
     return RoundInfo(
         loss=mean(clients["loss"], trained) if "loss" in clients else jnp.float32(jnp.nan),
-        update_norm=jnp.where(skip, 0, optax.tree.norm(jax.lax.stop_gradient(aggregate))),
+        update_norm=jnp.where(skip, 0, jnp.sqrt(squared_norm(jax.lax.stop_gradient(aggregate)))),
         num_clients=(cohort.client_ids >= 0).sum(),
         num_examples=clients["num_examples"].sum(),
         num_empty=((cohort.client_ids >= 0) & (cohort.num_examples == 0)).sum(),
