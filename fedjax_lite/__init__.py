@@ -1,51 +1,89 @@
 """Federated-learning simulation as pure JAX functions: a round is one compiled step."""
 
-from fedjax_lite import data as data
-from fedjax_lite import metrics as metrics
-from fedjax_lite import models as models
-from fedjax_lite import partition as partition
-from fedjax_lite import samplers as samplers
-from fedjax_lite import stopping as stopping
-from fedjax_lite.algorithms.apfl import apfl as apfl
-from fedjax_lite.algorithms.fed_avg import fed_avg as fed_avg
-from fedjax_lite.algorithms.fed_avg import fed_prox as fed_prox
-from fedjax_lite.algorithms.fed_nova import fed_nova as fed_nova
-from fedjax_lite.algorithms.fed_sgd import fed_sgd as fed_sgd
-from fedjax_lite.algorithms.scaffold import scaffold as scaffold
-from fedjax_lite.algorithms.server import federated_algorithm as federated_algorithm
-from fedjax_lite.base import ClientResult as ClientResult
-from fedjax_lite.base import ClientUpdate as ClientUpdate
-from fedjax_lite.base import FederatedAlgorithm as FederatedAlgorithm
-from fedjax_lite.base import RoundInfo as RoundInfo
-from fedjax_lite.base import ServerState as ServerState
-from fedjax_lite.base import UpdateTransform as UpdateTransform
-from fedjax_lite.checkpoint import Checkpoints as Checkpoints
-from fedjax_lite.cohort import Cohort as Cohort
-from fedjax_lite.cohort import cohort as cohort
-from fedjax_lite.cohort import cohort_of as cohort_of
-from fedjax_lite.cpu import configure_cpu as configure_cpu
-from fedjax_lite.data.dataset import FederatedDataset as FederatedDataset
-from fedjax_lite.evaluate import ClientEvaluation as ClientEvaluation
-from fedjax_lite.evaluate import evaluate as evaluate
-from fedjax_lite.evaluate import evaluate_clients as evaluate_clients
-from fedjax_lite.evaluate import summarize_clients as summarize_clients
-from fedjax_lite.fine_tune import evaluate_fine_tuned as evaluate_fine_tuned
-from fedjax_lite.mesh import clients_mesh as clients_mesh
-from fedjax_lite.mesh import replicate as replicate
-from fedjax_lite.model import Model as Model
-from fedjax_lite.model import function_model as function_model
-from fedjax_lite.model import linen_model as linen_model
-from fedjax_lite.model import nnx_model as nnx_model
-from fedjax_lite.records import Recorder as Recorder
-from fedjax_lite.stopping import History as History
-from fedjax_lite.sweep import SweepResult as SweepResult
-from fedjax_lite.sweep import sweep as sweep
-from fedjax_lite.train import TrainResult as TrainResult
-from fedjax_lite.train import train as train
-from fedjax_lite.tune import TunedLanes as TunedLanes
-from fedjax_lite.tune import tune_lanes as tune_lanes
-from fedjax_lite.updates.clipping import clip_by_norm as clip_by_norm
-from fedjax_lite.updates.pipeline import chain as chain
-from fedjax_lite.updates.quantization import quantize_uniform as quantize_uniform
+from fedjax_lite import data, metrics, models, partition, samplers, stopping
+from fedjax_lite.algorithms.apfl import apfl
+from fedjax_lite.algorithms.fed_avg import fed_avg, fed_prox
+from fedjax_lite.algorithms.fed_nova import fed_nova
+from fedjax_lite.algorithms.fed_sgd import fed_sgd
+from fedjax_lite.algorithms.scaffold import scaffold
+from fedjax_lite.algorithms.server import federated_algorithm
+from fedjax_lite.base import (
+    ClientResult,
+    ClientUpdate,
+    FederatedAlgorithm,
+    RoundInfo,
+    ServerState,
+    UpdateTransform,
+)
+from fedjax_lite.checkpoint import Checkpoints
+from fedjax_lite.cohort import Cohort, cohort, cohort_of
+from fedjax_lite.cpu import configure_cpu
+from fedjax_lite.data.dataset import FederatedDataset
+from fedjax_lite.evaluate import ClientEvaluation, evaluate, evaluate_clients, summarize_clients
+from fedjax_lite.fine_tune import evaluate_fine_tuned
+from fedjax_lite.mesh import clients_mesh, replicate
+from fedjax_lite.model import Model, function_model, linen_model, nnx_model
+from fedjax_lite.records import Recorder
+from fedjax_lite.stopping import History
+from fedjax_lite.sweep import SweepResult, sweep
+from fedjax_lite.train import TrainResult, train
+from fedjax_lite.tune import TunedLanes, tune_lanes
+from fedjax_lite.updates.clipping import clip_by_norm
+from fedjax_lite.updates.pipeline import chain
+from fedjax_lite.updates.quantization import quantize_uniform
+
+__all__ = [
+    "Checkpoints",
+    "ClientEvaluation",
+    "ClientResult",
+    "ClientUpdate",
+    "Cohort",
+    "FederatedAlgorithm",
+    "FederatedDataset",
+    "History",
+    "Model",
+    "Recorder",
+    "RoundInfo",
+    "ServerState",
+    "SweepResult",
+    "TrainResult",
+    "TunedLanes",
+    "UpdateTransform",
+    "apfl",
+    "chain",
+    "clients_mesh",
+    "clip_by_norm",
+    "cohort",
+    "cohort_of",
+    "configure_cpu",
+    "data",
+    "evaluate",
+    "evaluate_clients",
+    "evaluate_fine_tuned",
+    "fed_avg",
+    "fed_nova",
+    "fed_prox",
+    "fed_sgd",
+    "federated_algorithm",
+    "function_model",
+    "linen_model",
+    "metrics",
+    "models",
+    "nnx_model",
+    "partition",
+    "quantize_uniform",
+    "replicate",
+    "samplers",
+    "scaffold",
+    "stopping",
+    "summarize_clients",
+    "sweep",
+    "train",
+    "tune_lanes",
+]
 
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    return __all__

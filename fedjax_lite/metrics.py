@@ -16,6 +16,28 @@ import optax
 from fedjax_lite import _validate, precision
 from fedjax_lite.base import Batch, PyTree
 
+__all__ = [
+    "Metric",
+    "accuracy",
+    "auc",
+    "by_domain",
+    "confusion_matrix",
+    "cross_entropy",
+    "label_rate",
+    "mean",
+    "mean_absolute_error",
+    "mean_squared_error",
+    "perplexity",
+    "r_squared",
+    "root_mean_squared_error",
+    "top_k",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 P = ParamSpec("P")
 
 

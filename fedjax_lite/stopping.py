@@ -6,6 +6,21 @@ from typing import Any, Literal, NamedTuple
 
 from fedjax_lite import _validate
 
+__all__ = [
+    "History",
+    "Row",
+    "StopRule",
+    "best_row",
+    "patience",
+    "target",
+    "wall_clock",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Row = dict[str, Any]
 
 

@@ -169,6 +169,8 @@ METRICS = {
     "top_k": ["k", "label", "ignore", "barred"],
 }
 MODULES = {"data", "metrics", "models", "partition", "samplers", "stopping"}
+# `Row` is a `dict`, `StopRule` a `Callable`, `Population` a union.
+OWN = {"fedjax_lite", "builtins", "collections", "typing"}
 DATA = {
     "cifar10": ["folder"],
     "cifar100": ["path", "split", "crop", "destination", "check_sizes"],
@@ -223,22 +225,40 @@ DATASET = {
 
 
 def test_public_names_and_parameters():
-    public = {name for name in vars(fl) if not name.startswith("_")}
-    submodules = {name for name in public if inspect.ismodule(getattr(fl, name))}
-    assert public - submodules == set(NAMES)
-    assert submodules >= MODULES
+    assert set(dir(fl)) == set(NAMES) | MODULES
     for name, parameters in NAMES.items():
         assert list(inspect.signature(getattr(fl, name)).parameters) == parameters, name
+
+
+@pytest.mark.parametrize(
+    "module", [fl, *(getattr(fl, name) for name in sorted(MODULES)), fl.data.preprocess]
+)
+def test_public_modules_offer_public_names_and_no_others(module):
+    offered = dir(module)
+    assert offered == sorted(set(module.__all__))
+    assert not [name for name in offered if name.startswith("_")]
+    modules = {name for name in offered if inspect.ismodule(getattr(module, name))}
+    assert modules == {"fedjax_lite": MODULES, "fedjax_lite.data": {"preprocess"}}.get(
+        module.__name__, set()
+    )
+    own = [value for value in (getattr(module, name) for name in offered) if callable(value)]
+    assert not [value for value in own if value.__module__.partition(".")[0] not in OWN]
+    defined = {
+        name
+        for name, value in vars(module).items()
+        if (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    }
+    assert defined <= set(offered)
 
 
 def functions(module):
     """The public functions and tuples that a module of this package defines or gathers."""
     return {
         name: value
-        for name, value in vars(module).items()
-        if callable(value)
-        and not name.startswith("_")
-        and getattr(value, "__module__", "").startswith("fedjax_lite.")
+        for name in dir(module)
+        if callable(value := getattr(module, name)) and value.__module__.startswith("fedjax_lite.")
     }
 
 
@@ -260,7 +280,7 @@ def test_functions_of_a_module_and_their_parameters(module, expected):
 
 
 def test_names_and_parameters_of_data():
-    functions = {name for name, value in vars(fl.data).items() if inspect.isfunction(value)}
+    functions = {name for name in dir(fl.data) if inspect.isfunction(getattr(fl.data, name))}
     assert functions == set(DATA)
     methods = {
         name

@@ -1,31 +1,54 @@
 """Data sets, populations and their sources."""
 
-from fedjax_lite.data import preprocess as preprocess
-from fedjax_lite.data.benchmarks import cifar10 as cifar10
-from fedjax_lite.data.benchmarks import cifar100 as cifar100
-from fedjax_lite.data.benchmarks import emnist as emnist
-from fedjax_lite.data.benchmarks import shakespeare as shakespeare
-from fedjax_lite.data.benchmarks import stackoverflow as stackoverflow
-from fedjax_lite.data.dataset import FederatedDataset as FederatedDataset
-from fedjax_lite.data.digits import digits as digits
-from fedjax_lite.data.formats import convert as convert
-from fedjax_lite.data.formats import read as read
-from fedjax_lite.data.frames import read_pandas as read_pandas
-from fedjax_lite.data.hdf5 import read_tff_hdf5 as read_tff_hdf5
-from fedjax_lite.data.huggingface import read_huggingface as read_huggingface
-from fedjax_lite.data.leaf import read_leaf as read_leaf
-from fedjax_lite.data.population import GeneratedPopulation as GeneratedPopulation
-from fedjax_lite.data.population import Population as Population
-from fedjax_lite.data.population import ResidentPopulation as ResidentPopulation
-from fedjax_lite.data.sequences import noisy_successors as noisy_successors
-from fedjax_lite.data.sqlite import read_fedjax_sqlite as read_fedjax_sqlite
-from fedjax_lite.data.sqlite import read_tff_sqlite as read_tff_sqlite
-from fedjax_lite.data.streaming import StreamedPopulation as StreamedPopulation
-from fedjax_lite.data.streaming import prefetch as prefetch
-from fedjax_lite.data.synthetic import gaussian_images as gaussian_images
-from fedjax_lite.data.synthetic import halfspace as halfspace
-from fedjax_lite.data.synthetic import halfspace_batch as halfspace_batch
-from fedjax_lite.data.synthetic import synthetic as synthetic
-from fedjax_lite.data.tables import read_csv as read_csv
-from fedjax_lite.data.tables import read_npz as read_npz
-from fedjax_lite.data.writer import Writer as Writer
+from fedjax_lite.data import preprocess
+from fedjax_lite.data.benchmarks import cifar10, cifar100, emnist, shakespeare, stackoverflow
+from fedjax_lite.data.dataset import FederatedDataset
+from fedjax_lite.data.digits import digits
+from fedjax_lite.data.formats import convert, read
+from fedjax_lite.data.frames import read_pandas
+from fedjax_lite.data.hdf5 import read_tff_hdf5
+from fedjax_lite.data.huggingface import read_huggingface
+from fedjax_lite.data.leaf import read_leaf
+from fedjax_lite.data.population import GeneratedPopulation, Population, ResidentPopulation
+from fedjax_lite.data.sequences import noisy_successors
+from fedjax_lite.data.sqlite import read_fedjax_sqlite, read_tff_sqlite
+from fedjax_lite.data.streaming import StreamedPopulation, prefetch
+from fedjax_lite.data.synthetic import gaussian_images, halfspace, halfspace_batch, synthetic
+from fedjax_lite.data.tables import read_csv, read_npz
+from fedjax_lite.data.writer import Writer
+
+__all__ = [
+    "FederatedDataset",
+    "GeneratedPopulation",
+    "Population",
+    "ResidentPopulation",
+    "StreamedPopulation",
+    "Writer",
+    "cifar10",
+    "cifar100",
+    "convert",
+    "digits",
+    "emnist",
+    "gaussian_images",
+    "halfspace",
+    "halfspace_batch",
+    "noisy_successors",
+    "prefetch",
+    "preprocess",
+    "read",
+    "read_csv",
+    "read_fedjax_sqlite",
+    "read_huggingface",
+    "read_leaf",
+    "read_npz",
+    "read_pandas",
+    "read_tff_hdf5",
+    "read_tff_sqlite",
+    "shakespeare",
+    "stackoverflow",
+    "synthetic",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

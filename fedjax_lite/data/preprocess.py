@@ -12,6 +12,28 @@ import numpy as np
 
 from fedjax_lite import _validate
 
+__all__ = [
+    "BOS",
+    "EOS",
+    "NUM_SPECIAL",
+    "PAD",
+    "SHAKESPEARE_VOCABULARY_SIZE",
+    "Features",
+    "cifar",
+    "emnist",
+    "emnist_domain",
+    "random_crop",
+    "read_vocabulary",
+    "shakespeare",
+    "stackoverflow",
+    "standardize",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Features = dict[str, np.ndarray]
 
 PAD, BOS, EOS, NUM_SPECIAL = 0, 1, 2, 3

@@ -36,14 +36,25 @@ The last one is FedJAX's: padding, begin, end and unknown are never predicted, s
 symbol counts as an error.
 """
 
-from fedjax_lite.models.convolutional import cifar_cnn as cifar_cnn
-from fedjax_lite.models.convolutional import emnist_cnn as emnist_cnn
-from fedjax_lite.models.convolutional import lenet as lenet
-from fedjax_lite.models.convolutional import resnet18 as resnet18
-from fedjax_lite.models.dense import emnist_dense as emnist_dense
-from fedjax_lite.models.dense import halfspace_classifier as halfspace_classifier
-from fedjax_lite.models.dense import logistic as logistic
-from fedjax_lite.models.dense import mlp as mlp
-from fedjax_lite.models.recurrent import shakespeare_lstm as shakespeare_lstm
-from fedjax_lite.models.recurrent import stackoverflow_lstm as stackoverflow_lstm
-from fedjax_lite.models.transformer import stackoverflow_transformer as stackoverflow_transformer
+from fedjax_lite.models.convolutional import cifar_cnn, emnist_cnn, lenet, resnet18
+from fedjax_lite.models.dense import emnist_dense, halfspace_classifier, logistic, mlp
+from fedjax_lite.models.recurrent import shakespeare_lstm, stackoverflow_lstm
+from fedjax_lite.models.transformer import stackoverflow_transformer
+
+__all__ = [
+    "cifar_cnn",
+    "emnist_cnn",
+    "emnist_dense",
+    "halfspace_classifier",
+    "lenet",
+    "logistic",
+    "mlp",
+    "resnet18",
+    "shakespeare_lstm",
+    "stackoverflow_lstm",
+    "stackoverflow_transformer",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

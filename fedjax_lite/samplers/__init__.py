@@ -20,14 +20,25 @@ same keys in both and sends the same update twice: each draw counts, as in an av
 independent draws. Where clients keep something between rounds, draw without replacement.
 """
 
-from fedjax_lite.samplers._select import Sampler as Sampler
-from fedjax_lite.samplers._select import Selection as Selection
-from fedjax_lite.samplers.by_chance import poisson as poisson
-from fedjax_lite.samplers.by_chance import uniform as uniform
-from fedjax_lite.samplers.by_turn import cyclic as cyclic
-from fedjax_lite.samplers.by_turn import everyone as everyone
-from fedjax_lite.samplers.by_turn import minimise_reuse as minimise_reuse
-from fedjax_lite.samplers.by_turn import round_robin as round_robin
-from fedjax_lite.samplers.by_turn import sequential as sequential
-from fedjax_lite.samplers.by_weight import importance as importance
-from fedjax_lite.samplers.by_weight import weighted as weighted
+from fedjax_lite.samplers._select import Sampler, Selection
+from fedjax_lite.samplers.by_chance import poisson, uniform
+from fedjax_lite.samplers.by_turn import cyclic, everyone, minimise_reuse, round_robin, sequential
+from fedjax_lite.samplers.by_weight import importance, weighted
+
+__all__ = [
+    "Sampler",
+    "Selection",
+    "cyclic",
+    "everyone",
+    "importance",
+    "minimise_reuse",
+    "poisson",
+    "round_robin",
+    "sequential",
+    "uniform",
+    "weighted",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
