@@ -1,15 +1,22 @@
 """The public names and their parameters: what users' code relies on."""
 
 import inspect
+import re
+import subprocess
+import sys
 
+import optax
 import pytest
 
 import fedjax_lite as fl
 
+UPDATE = ("batch_size", "pipeline", "on_nonfinite")
+STEPS = ("num_epochs", "num_steps", "shuffle", "differentiable")
+SPEED = ("lanes", "mesh", "rewrite_convolutions")
 NAMES = {
     "apfl": [
         *("model", "client_optimizer", "server_optimizer", "alpha", "layerwise", "weighting"),
-        "options",
+        *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
     "chain": ["transforms"],
     "clip_by_norm": ["max_norm"],
@@ -30,32 +37,31 @@ NAMES = {
         "rewrite_convolutions",
     ],
     "fed_avg": [
-        *("model", "client_optimizer", "server_optimizer", "batch_size", "num_epochs"),
-        *("num_steps", "shuffle", "weighting", "measure_clients", "pipeline", "on_nonfinite"),
-        *("differentiable", "lanes", "mesh", "rewrite_convolutions"),
+        *("model", "client_optimizer", "server_optimizer", "weighting", "measure_clients"),
+        *(*UPDATE, *STEPS, *SPEED),
     ],
     "fed_nova": [
-        *("model", "client_optimizer", "server_optimizer", "mu", "weighting", "options"),
+        *("model", "client_optimizer", "server_optimizer", "mu", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED),
     ],
     "fed_prox": [
         *("model", "client_optimizer", "server_optimizer", "mu", "weighting", "measure_clients"),
-        "options",
+        *(*UPDATE, *STEPS, *SPEED),
     ],
     "fed_sgd": [
-        *("model", "server_optimizer", "reduction", "weighting", "batch_size", "pipeline"),
-        *("on_nonfinite", "lanes", "mesh", "rewrite_convolutions"),
+        *("model", "server_optimizer", "reduction", "weighting", *UPDATE, *SPEED),
     ],
     "federated_algorithm": [
-        *("model", "client_update", "server_optimizer", "average", "batch_size", "num_epochs"),
-        *("num_steps", "shuffle", "client_entry", "client_params", "pipeline", "broadcast"),
-        *("memory_kind", "on_nonfinite", "differentiable", "lanes", "mesh", "rewrite_convolutions"),
+        *("model", "client_update", "server_optimizer", "average", "client_entry"),
+        *("client_params", "broadcast", *UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
     "function_model": ["loss", "init", "metrics", "predict"],
     "linen_model": ["module", "example", "loss", "metrics", "inputs"],
     "nnx_model": ["create", "loss", "metrics", "inputs"],
     "quantize_uniform": ["num_levels"],
     "scaffold": [
-        *("model", "client_optimizer", "server_optimizer", "option", "weighting", "options"),
+        *("model", "client_optimizer", "server_optimizer", "option", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
     "summarize_clients": ["values", "num_examples"],
     "replicate": ["tree", "mesh"],
@@ -301,3 +307,78 @@ def test_every_public_function_is_documented():
         for name, value in functions(getattr(fl, module)).items():
             if inspect.isfunction(value):
                 assert "Args:" in (inspect.getdoc(value) or ""), name
+
+
+FACTORIES = {
+    "fed_sgd": lambda **options: fl.fed_sgd(MODEL, SGD, **options),
+    "fed_avg": lambda **options: fl.fed_avg(MODEL, SGD, **options),
+    "fed_prox": lambda **options: fl.fed_prox(MODEL, SGD, mu=0.1, **options),
+    "scaffold": lambda **options: fl.scaffold(MODEL, SGD, **options),
+    "fed_nova": lambda **options: fl.fed_nova(MODEL, SGD, **options),
+    "apfl": lambda **options: fl.apfl(MODEL, SGD, **options),
+    "federated_algorithm": lambda **options: fl.federated_algorithm(
+        MODEL, fl.ClientUpdate(*[lambda *args: None] * 3), SGD, **options
+    ),
+}
+MODEL, SGD = fl.function_model(lambda params, batch: params), optax.sgd(0.1)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_options_are_shown_with_defaults_and_wrong_ones_are_named(name):
+    factory = getattr(fl, name)
+    parameters = inspect.signature(factory).parameters
+    described = inspect.getdoc(factory).partition("Args:\n")[2].partition("\n\n")[0]
+    assert re.findall(r"^  (\w+):", described, re.MULTILINE) == list(parameters)
+    assert max(map(len, factory.__doc__.splitlines())) <= 100
+    shared = {p: parameters[p].default for p in (*UPDATE, *STEPS, *SPEED) if p in parameters}
+    expected = {"on_nonfinite": "drop", "num_epochs": 1, "shuffle": True, "differentiable": False}
+    assert shared == {p: expected.get(p) for p in shared}
+    FACTORIES[name](**shared)
+    for wrong, remedy in (
+        ("batchsize", "did you mean batch_size?"),
+        ("banana", "choose one of .*, on_nonfinite, .*rewrite_convolutions"),
+    ):
+        with pytest.raises(TypeError, match=f"^{wrong} is no option of {name}; {remedy}"):
+            FACTORIES[name](**{wrong: 3})
+
+
+PROGRAM = """
+import optax
+import fedjax_lite as fl
+
+model = fl.models.logistic((2,), 3)
+sgd = optax.sgd(0.1)
+fl.fed_sgd(model, sgd, batch_size=8, lanes=2)
+fl.fed_avg(model, sgd, num_epochs=2, weighting="uniform", shuffle=False)
+fl.fed_prox(model, sgd, mu=0.1, num_steps=3, on_nonfinite="keep")
+fl.fed_nova(model, sgd, pipeline=fl.clip_by_norm(1.0))
+fl.scaffold(model, sgd, memory_kind="pinned_host")
+fl.apfl(model, sgd, alpha=0.5, differentiable=True, rewrite_convolutions=False)
+
+fl.fed_sgd(model, sgd, num_epochs=2)  # type: ignore[call-arg]
+fl.fed_avg(model, sgd, num_epoch=2)  # type: ignore[call-arg]
+fl.fed_prox(model, sgd, mu=0.1, on_nonfinite="ignore")  # type: ignore[arg-type]
+fl.fed_nova(model, sgd, num_steps=1.5)  # type: ignore[arg-type]
+fl.scaffold(model, sgd, memory_kind="hbm")  # type: ignore[arg-type]
+fl.apfl(model, sgd, lane=3)  # type: ignore[call-arg]
+fl.metrics.optax  # type: ignore[attr-defined]
+"""
+
+
+def test_the_options_of_a_users_program_are_type_checked(tmp_path):
+    pytest.importorskip("mypy", reason="mypy comes with the extra `dev`")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    # Strict, so that a comment that expects an error is one where there is none. Of other packages
+    # than this one, mypy needs to know nothing: it takes three seconds and not fifteen.
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nstrict = true\nfollow_imports = silent\n"
+        "[mypy-jax.*,jaxlib.*,flax.*,numpy.*,chex.*]\nfollow_imports = skip\n"
+        "[mypy-optax.*]\nignore_missing_imports = true\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "program.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,6 +1,6 @@
 """APFL: each client mixes a model of its own with the server's."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
+from fedjax_lite.algorithms.options import StoreOptions, complete, documented
 from fedjax_lite.algorithms.server import (
     Weighting,
     federated_algorithm,
@@ -56,6 +57,7 @@ class _ClientState(NamedTuple):
     alpha_state: PyTree
 
 
+@documented
 def apfl(
     model: Model,
     client_optimizer: ClientOptimizer,
@@ -64,7 +66,7 @@ def apfl(
     alpha: ArrayLike = 0.5,
     layerwise: bool = False,
     weighting: Weighting = "examples",
-    **options: Any,
+    **options: Unpack[StoreOptions],
 ) -> FederatedAlgorithm:
     r"""APFL: clients learn models of their own, and how far to trust them.
 
@@ -91,8 +93,7 @@ def apfl(
       alpha: The share $\alpha_i$ that clients begin with, in [0, 1].
       layerwise: One $\alpha_i$ for each array of the params, as in FedJAX.
       weighting: The weight of a client, as in `fed_avg`.
-      **options: Those of `federated_algorithm`: `batch_size`, `num_epochs`, `memory_kind` and so
-        on.
+      **options: Those of `StoreOptions`.
 
     Returns:
       A `FederatedAlgorithm`, whose `init` needs `num_clients`. `state.store` holds a `Personal` for
@@ -101,7 +102,8 @@ def apfl(
       clients is their share, or the mean of their shares.
 
     Raises:
-      ValueError: `alpha` is outside of [0, 1]; another option is unknown or out of range.
+      ValueError: `alpha` is outside of [0, 1]; another option is out of range.
+      TypeError: An option is unknown.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
     >>> model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2 / 2)
@@ -116,6 +118,7 @@ def apfl(
     >>> bool((found.clients["loss"] < 0.5).all())
     True
     """
+    options = complete(apfl, options)
     alpha = _validate.number("alpha", alpha, maximum=1.0)
     client_weight = resolve_weighting(weighting)
     optimizer = resolve_optimizer(client_optimizer)

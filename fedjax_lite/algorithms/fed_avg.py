@@ -1,13 +1,13 @@
 """Federated averaging: clients train, the server averages what changed."""
 
-from typing import Any, Literal
+from typing import Unpack
 
 import jax
 import optax
-from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
+from fedjax_lite.algorithms.options import LocalOptions, complete, documented
 from fedjax_lite.algorithms.server import (
     Weighting,
     federated_algorithm,
@@ -21,7 +21,6 @@ from fedjax_lite.base import (
     FederatedAlgorithm,
     PyTree,
     ServerState,
-    UpdateTransform,
 )
 from fedjax_lite.local import (
     ClientOptimizer,
@@ -36,23 +35,15 @@ from fedjax_lite.local import (
 from fedjax_lite.model import Model
 
 
+@documented
 def fed_avg(
     model: Model,
     client_optimizer: ClientOptimizer,
     server_optimizer: optax.GradientTransformation | None = None,
     *,
-    batch_size: int | None = None,
-    num_epochs: int = 1,
-    num_steps: int | None = None,
-    shuffle: bool = True,
     weighting: Weighting = "examples",
     measure_clients: bool = False,
-    pipeline: UpdateTransform | None = None,
-    on_nonfinite: Literal["drop", "keep"] = "drop",
-    differentiable: bool = False,
-    lanes: int | None = None,
-    mesh: Mesh | None = None,
-    rewrite_convolutions: bool | None = None,
+    **options: Unpack[LocalOptions],
 ) -> FederatedAlgorithm:
     r"""FedAvg: clients train from the server's params, the server steps along the mean delta.
 
@@ -75,31 +66,13 @@ def fed_avg(
         `lambda round: optax.sgd(schedule(round))`, for learning rates that change between
         rounds. Chain `optax.clip_by_global_norm` before it to clip local gradients.
       server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
-      batch_size: Examples in a local batch. By default 32, and for generated populations the
-        size that they draw. The last batch of an epoch may be short: it is masked, never
-        filled up.
-      num_epochs: How often a client runs through its examples.
-      num_steps: Number of local steps, whatever the client's size; replaces `num_epochs`.
-      shuffle: A new order of a client's examples in each epoch, from the key of the round.
       weighting: The weight of a client: `"examples"`, `"uniform"`, or a function
         `num_examples -> weight`, float scalar to non-negative scalar.
       measure_clients: Evaluate the model's metrics on the examples of each client, at the
         server's params and at those that it ends with: `info.clients` and, as means over all
         examples, `info.metrics` then have `{name}_before` and `{name}_after`. The time of two
         more epochs without gradients.
-      pipeline: What happens to the deltas between clients and server, such as
-        `fl.chain(fl.clip_by_norm(1.0), fl.quantize_uniform(256))`.
-      on_nonfinite: A client whose delta has a norm that is not finite is left out and
-        counted (`"drop"`), or let through (`"keep"`).
-      differentiable: Allow reverse-mode differentiation through rounds. Loops then have the
-        length of the longest that could occur, `num_steps` or all examples of the population,
-        and skip what exceeds a client's own; memory grows with the number of local steps.
-      lanes: Clients trained side by side on a device; changes the speed only. By default 1 on
-        CPUs, elsewhere up to 64, as far as the device's memory goes.
-      mesh: Mesh with the axis `"clients"`, all devices by default; changes the speed only.
-      rewrite_convolutions: Put the convolutions of a local step into the layout that is fast
-        inside loops on a CPU, about thirty times faster; changes the speed only. By default on
-        CPUs.
+      **options: Those of `LocalOptions`.
 
     Returns:
       A `FederatedAlgorithm`. Its `init(key_or_params, model_state=None)` returns a
@@ -110,8 +83,9 @@ def fed_avg(
       clients'.
 
     Raises:
-      ValueError: An option is unknown or out of range, at once; the loss does not return one
-        value per example, when the round is first run.
+      ValueError: An option is out of range, at once; the loss does not return one value per
+        example, when the round is first run.
+      TypeError: An option is unknown.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
     >>> model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2 / 2)
@@ -123,23 +97,16 @@ def fed_avg(
     >>> float(state.params)  # Two steps of 1/2 take each client 3/4 of its way: to 3 and to 6.
     4.5
     """
+    options = complete(fed_avg, options)
     return federated_algorithm(
         model,
         local_training(model, client_optimizer, weighting, measure_clients=measure_clients),
         resolve_server_optimizer(server_optimizer),
-        batch_size=batch_size,
-        num_epochs=num_epochs,
-        num_steps=num_steps,
-        shuffle=shuffle,
-        pipeline=pipeline,
-        on_nonfinite=on_nonfinite,
-        differentiable=differentiable,
-        lanes=lanes,
-        mesh=mesh,
-        rewrite_convolutions=rewrite_convolutions,
+        **options,
     )
 
 
+@documented
 def fed_prox(
     model: Model,
     client_optimizer: ClientOptimizer,
@@ -148,7 +115,7 @@ def fed_prox(
     mu: ArrayLike,
     weighting: Weighting = "examples",
     measure_clients: bool = False,
-    **options: Any,
+    **options: Unpack[LocalOptions],
 ) -> FederatedAlgorithm:
     r"""FedProx: FedAvg whose clients are pulled towards the server's params.
 
@@ -165,14 +132,15 @@ def fed_prox(
       mu: Strength of the proximal term, not negative; may be traced. With 0, this is FedAvg.
       weighting: As in `fed_avg`.
       measure_clients: As in `fed_avg`.
-      **options: Those of `federated_algorithm`: `batch_size`, `num_epochs`, `num_steps` and so on.
+      **options: Those of `LocalOptions`.
 
     Returns:
       A `FederatedAlgorithm`, as `fed_avg` does. The `loss` of clients is that of the model,
       without the proximal term.
 
     Raises:
-      ValueError: `mu` is negative or no scalar; another option is unknown or out of range.
+      ValueError: `mu` is negative or no scalar; another option is out of range.
+      TypeError: An option is unknown.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
     >>> model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2 / 2)
@@ -183,6 +151,7 @@ def fed_prox(
     >>> float(state.params)  # Steps from 0 to 2, then by -(2 - 4) / 2 - (2 - 0) / 2 = 0.
     2.0
     """
+    options = complete(fed_prox, options)
     mu = _validate.number("mu", mu)
     return federated_algorithm(
         model,

@@ -1,6 +1,6 @@
 """FedNova: clients weigh as their data do, however many steps they take."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite.algorithms.fed_avg import local_training
+from fedjax_lite.algorithms.options import LocalOptions, complete, documented
 from fedjax_lite.algorithms.server import (
     Weighting,
     federated_algorithm,
@@ -33,6 +34,7 @@ class _ClientState(NamedTuple):
     probe_state: PyTree
 
 
+@documented
 def fed_nova(
     model: Model,
     client_optimizer: ClientOptimizer,
@@ -40,7 +42,7 @@ def fed_nova(
     *,
     mu: ArrayLike = 0.0,
     weighting: Weighting = "examples",
-    **options: Any,
+    **options: Unpack[LocalOptions],
 ) -> FederatedAlgorithm:
     r"""FedNova: normalised averaging, for clients that take different numbers of steps.
 
@@ -64,7 +66,7 @@ def fed_nova(
       server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
       mu: Strength of a proximal term, as in `fed_prox`; may be traced.
       weighting: The weight of a client, as in `fed_avg`.
-      **options: Those of `federated_algorithm`: `batch_size`, `num_epochs`, `num_steps` and so on.
+      **options: Those of `LocalOptions`.
 
     Returns:
       A `FederatedAlgorithm`, as `fed_avg` does. Normalised deltas are what a pipeline acts on and
@@ -72,7 +74,8 @@ def fed_nova(
       gradients.
 
     Raises:
-      ValueError: `mu` is negative or no scalar; another option is unknown or out of range.
+      ValueError: `mu` is negative or no scalar; another option is out of range.
+      TypeError: An option is unknown.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
     >>> model = fl.function_model(lambda w, batch: -w * batch["x"])  # Gradients are -x.
@@ -83,6 +86,7 @@ def fed_nova(
     >>> float(state.params)  # (3/4 * 3 + 1/4 * 1) * (3/4 * 1 + 1/4 * 2)
     3.125
     """
+    options = complete(fed_nova, options)
     mu = _validate.number("mu", mu)
     training = local_training(model, client_optimizer, weighting, mu=mu)
     client_weight = resolve_weighting(weighting)

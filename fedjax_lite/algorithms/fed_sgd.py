@@ -1,13 +1,13 @@
 """Federated SGD: clients send gradients, the server takes one step."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from fedjax_lite import _validate
+from fedjax_lite.algorithms.options import RoundOptions, complete, documented
 from fedjax_lite.algorithms.server import Weighting, federated_algorithm, resolve_weighting
 from fedjax_lite.base import (
     Batch,
@@ -16,7 +16,6 @@ from fedjax_lite.base import (
     FederatedAlgorithm,
     PyTree,
     ServerState,
-    UpdateTransform,
 )
 from fedjax_lite.local import batch_loss
 from fedjax_lite.model import Model
@@ -31,18 +30,14 @@ class _ClientState(NamedTuple):
     loss: jax.Array
 
 
+@documented
 def fed_sgd(
     model: Model,
     server_optimizer: optax.GradientTransformation,
     *,
     reduction: Literal["mean", "sum"] = "mean",
     weighting: Weighting | None = None,
-    batch_size: int | None = None,
-    pipeline: UpdateTransform | None = None,
-    on_nonfinite: Literal["drop", "keep"] = "drop",
-    lanes: int | None = None,
-    mesh: Mesh | None = None,
-    rewrite_convolutions: bool | None = None,
+    **options: Unpack[RoundOptions],
 ) -> FederatedAlgorithm:
     r"""FedSGD: the server steps along the gradients that clients compute at its params.
 
@@ -64,21 +59,11 @@ def fed_sgd(
     Args:
       model: The model.
       server_optimizer: Any optax transformation; it is given the server's gradient.
-      reduction: `"mean"` or `"sum"`, as above.
+      reduction: `"mean"` or `"sum"`, as above. With `"mean"` the batch size bounds memory and
+        leaves results as they are; with `"sum"` it is part of the definition.
       weighting: With `reduction="mean"`, the weight of a client: `"examples"` (the default),
         `"uniform"` or a function `num_examples -> weight`, float scalar to non-negative scalar.
-      batch_size: Examples in a batch. With `"mean"` it bounds memory and leaves results as
-        they are; with `"sum"` it is part of the definition. By default 32, and for
-        generated populations the size that they draw.
-      pipeline: What happens to the gradients between clients and server, as in `fed_avg`.
-      on_nonfinite: A client whose gradient has a norm that is not finite is left out and
-        counted (`"drop"`), or let through (`"keep"`).
-      lanes: Clients trained side by side on a device; changes the speed only. By default 1 on
-        CPUs, elsewhere up to 64, as far as the device's memory goes.
-      mesh: Mesh with the axis `"clients"`, all devices by default; changes the speed only.
-      rewrite_convolutions: Put the convolutions of a local step into the layout that is fast
-        inside loops on a CPU, about thirty times faster; changes the speed only. By default on
-        CPUs.
+      **options: Those of `RoundOptions`.
 
     Returns:
       A `FederatedAlgorithm`. Its `init(key_or_params, model_state=None)` returns a
@@ -88,8 +73,9 @@ def fed_sgd(
       clients'.
 
     Raises:
-      ValueError: An option is unknown or out of range, at once; the loss does not return one
-        value per example, when the round is first run.
+      ValueError: An option is out of range, at once; the loss does not return one value per
+        example, when the round is first run.
+      TypeError: An option is unknown.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
     >>> model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2 / 2)
@@ -101,6 +87,7 @@ def fed_sgd(
     >>> float(state.params)  # One step of size 1 reaches the mean of all three examples.
     3.0
     """
+    options = complete(fed_sgd, options)
     _validate.choice("reduction", reduction, REDUCTIONS)
     if reduction == "sum" and weighting is not None:
         raise ValueError(
@@ -150,11 +137,6 @@ def fed_sgd(
         ClientUpdate(client_init, client_step, client_final),
         server_optimizer,
         average=reduction == "mean",
-        batch_size=batch_size,
         shuffle=False,
-        pipeline=pipeline,
-        on_nonfinite=on_nonfinite,
-        lanes=lanes,
-        mesh=mesh,
-        rewrite_convolutions=rewrite_convolutions,
+        **options,
     )

@@ -1,11 +1,12 @@
 """SCAFFOLD: clients correct their steps by where the others are going."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_lite.algorithms.options import StoreOptions, complete, documented
 from fedjax_lite.algorithms.server import (
     Weighting,
     federated_algorithm,
@@ -51,6 +52,7 @@ class _ClientState(NamedTuple):
     total: PyTree
 
 
+@documented
 def scaffold(
     model: Model,
     client_optimizer: ClientOptimizer,
@@ -58,7 +60,7 @@ def scaffold(
     *,
     option: Literal[1, 2] = 2,
     weighting: Weighting = "uniform",
-    **options: Any,
+    **options: Unpack[StoreOptions],
 ) -> FederatedAlgorithm:
     r"""SCAFFOLD: FedAvg whose clients correct their gradients by control variates.
 
@@ -86,14 +88,15 @@ def scaffold(
       option: How clients estimate their gradients, as above.
       weighting: The weight of a client's delta, as in `fed_avg`; the control variates are never
         weighted.
-      **options: Those of `federated_algorithm`: `batch_size`, `num_epochs`, `num_steps` and so on.
+      **options: Those of `StoreOptions`.
 
     Returns:
       A `FederatedAlgorithm`, whose `init` needs `num_clients`. `state.store` holds the $c_i$,
       `state.opt_state.control` is $c$. A client must not be twice in a cohort.
 
     Raises:
-      ValueError: `option` is neither 1 nor 2; another option is unknown or out of range.
+      ValueError: `option` is neither 1 nor 2; another option is out of range.
+      TypeError: An option is unknown.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
     >>> model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2 / 2)
@@ -105,6 +108,7 @@ def scaffold(
     >>> state.store.tolist(), float(state.opt_state.control)  # Gradients -4, -2 and -8, -4.
     ([-3.0, -6.0], -4.5)
     """
+    options = complete(scaffold, options)
     if option not in (1, 2):
         raise ValueError(f"option is {option!r}; choose 1 or 2.")
     client_weight = resolve_weighting(weighting)

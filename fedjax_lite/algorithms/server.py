@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from fedjax_lite import _validate, random
+from fedjax_lite.algorithms.options import StoreOptions, complete, documented
 from fedjax_lite.base import (
     ClientUpdate,
     FederatedAlgorithm,
@@ -61,26 +61,17 @@ def resolve_server_optimizer(
     return optax.with_extra_args_support(chosen)
 
 
+@documented
 def federated_algorithm(
     model: Model,
     client_update: ClientUpdate,
     server_optimizer: optax.GradientTransformation,
     *,
     average: bool = True,
-    batch_size: int | None = None,
-    num_epochs: int = 1,
-    num_steps: int | None = None,
-    shuffle: bool = True,
     client_entry: Callable[[PyTree], PyTree] | None = None,
     client_params: Callable[[ServerState, PyTree], PyTree] | None = None,
-    pipeline: UpdateTransform | None = None,
     broadcast: Callable[[ServerState], PyTree] | None = None,
-    memory_kind: Literal["device", "pinned_host"] = "device",
-    on_nonfinite: Literal["drop", "keep"] = "drop",
-    differentiable: bool = False,
-    lanes: int | None = None,
-    mesh: Mesh | None = None,
-    rewrite_convolutions: bool | None = None,
+    **options: Unpack[StoreOptions],
 ) -> FederatedAlgorithm:
     """An algorithm of one's own, from what a single client computes.
 
@@ -96,12 +87,6 @@ def federated_algorithm(
         `optax.GradientTransformationExtraArgs`.
       average: Divide the weighted sum of the updates by the sum of the weights; else the
         optimizer is given the sum.
-      batch_size: Examples in a local batch. By default 32, and for generated populations the
-        size that they draw. The last batch of an epoch may be short: it is masked, never
-        filled up.
-      num_epochs: How often a client runs through its examples.
-      num_steps: Number of local steps, whatever the client's size; replaces `num_epochs`.
-      shuffle: A new order of a client's examples in each epoch, from the key of the round.
       client_entry: `client_entry(params) -> pytree of arrays`, what a client keeps before its
         first round, if clients keep something. `init` then needs `num_clients`, and
         `state.store` holds arrays `[num_clients, ...]`: a client's `client_input` is its entry,
@@ -109,33 +94,18 @@ def federated_algorithm(
         of the old one by `jax.jit(algorithm.round, donate_argnames="state")`, or by a `scan`
         over rounds.
       client_params: See `FederatedAlgorithm`.
-      pipeline: What happens to the updates between clients and server, such as
-        `fl.chain(fl.clip_by_norm(1.0), fl.quantize_uniform(256))`.
       broadcast: `broadcast(state)`, what of the state is sent to clients, whose size is reported;
         params and model state by default.
-      memory_kind: Where the store lies: on the `"device"`, or in `"pinned_host"` memory, from
-        which entries are copied when their clients train.
-      on_nonfinite: A client whose update has a norm that is not finite (or whose model state,
-        statistics, weight or output is not) is left out and counted (`"drop"`), or let through
-        (`"keep"`).
-      differentiable: Allow reverse-mode differentiation through rounds. Loops then have the
-        length of the longest that could occur, `num_steps` or all examples of the population,
-        and skip what exceeds a client's own; memory grows with the number of local steps. A
-        client that is left out can still make gradients NaN.
-      lanes: Clients trained side by side on a device; changes the speed only. By default 1 on
-        CPUs, elsewhere up to 64, as far as the device's memory goes.
-      mesh: Mesh with the axis `"clients"`, all devices by default; changes the speed only.
-      rewrite_convolutions: Put the convolutions of a local step into the layout that is fast
-        inside loops on a CPU, about thirty times faster, and on CPUs its matrix products into
-        forms that are; changes the speed only. By default on CPUs.
+      **options: Those of `StoreOptions`.
 
     Returns:
       A `FederatedAlgorithm`, whose `round` takes and returns a `ServerState`.
 
     Raises:
-      ValueError: An option is unknown or out of range, at once; `num_clients` is missing in
-        `init`; in a round, the store is of another population than the
-        cohort, or not of the form of what clients keep.
+      ValueError: An option is out of range, at once; `num_clients` is missing in `init`; in a
+        round, the store is of another population than the cohort, or not of the form of what
+        clients keep.
+      TypeError: An option is unknown.
 
     A client that takes one gradient step towards its own data, and counts its rounds:
 
@@ -159,6 +129,11 @@ def federated_algorithm(
     >>> sorted(state.store.tolist()), float(state.params) in (2.0, 4.0)
     ([0, 1], True)
     """
+    options = complete(federated_algorithm, options)
+    batch_size, lanes, mesh = options["batch_size"], options["lanes"], options["mesh"]
+    pipeline, memory_kind = options["pipeline"], options["memory_kind"]
+    on_nonfinite, differentiable = options["on_nonfinite"], options["differentiable"]
+    rewrite_convolutions = options["rewrite_convolutions"]
     _validate.instance("model", model, Model, "fl.function_model(loss)")
     _validate.instance("client_update", client_update, ClientUpdate)
     _validate.choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
@@ -170,9 +145,9 @@ def federated_algorithm(
         client_update = send_through(pipeline, client_update)
     batching = Batching(
         batch_size=DEFAULT_BATCH_SIZE if batch_size is None else batch_size,
-        num_epochs=num_epochs,
-        num_steps=num_steps,
-        shuffle=shuffle,
+        num_epochs=options["num_epochs"],
+        num_steps=options["num_steps"],
+        shuffle=options["shuffle"],
     )
     if lanes is not None:
         lanes = _validate.integer("lanes", lanes, minimum=1)
