@@ -17,7 +17,7 @@ from fedjax_lite.base import (
 )
 from fedjax_lite.checkpoint import Checkpoints
 from fedjax_lite.cohort import Cohort, cohort, cohort_of
-from fedjax_lite.cpu import configure_cpu
+from fedjax_lite.cpu import UnconfiguredCPUWarning, configure_cpu
 from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.evaluate import ClientEvaluation, evaluate, evaluate_clients, summarize_clients
 from fedjax_lite.fine_tune import evaluate_fine_tuned
@@ -48,6 +48,7 @@ __all__ = [
     "SweepResult",
     "TrainResult",
     "TunedLanes",
+    "UnconfiguredCPUWarning",
     "UpdateTransform",
     "apfl",
     "chain",

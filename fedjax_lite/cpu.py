@@ -3,6 +3,7 @@
 import collections
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,14 @@ _FLAGS = {
 _MAX_AHEAD = 2
 
 
+class UnconfiguredCPUWarning(UserWarning):
+    """Rounds run on a CPU that `configure_cpu` has not prepared; said once in a process.
+
+    >>> import warnings, fedjax_lite as fl
+    >>> warnings.filterwarnings("ignore", category=fl.UnconfiguredCPUWarning)
+    """
+
+
 def configure_cpu(num_devices: int | None = None) -> None:
     """Prepares JAX for simulations on a CPU: one virtual device per core, and XLA flags.
 
@@ -39,6 +48,8 @@ def configure_cpu(num_devices: int | None = None) -> None:
     now and then: XLA comes to a standstill, and aborts, once 32 computations with sums over
     virtual devices are queued. `round` and evaluations by themselves keep to two.
 
+    Called again with the same number of devices, it does nothing.
+
     Args:
       num_devices: Number of virtual devices; the number of usable cores by default.
 
@@ -50,10 +61,31 @@ def configure_cpu(num_devices: int | None = None) -> None:
         usable = getattr(os, "sched_getaffinity", None)
         num_devices = len(usable(0)) if usable else os.cpu_count() or 1
     num_devices = _validate.integer("num_devices", num_devices, minimum=1)
+    missing = _missing_flags()
+    current = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    if not missing and current == num_devices:
+        return  # JAX would refuse, also what changes nothing: a notebook's first cell, run again.
     jax.config.update("jax_num_cpu_devices", num_devices)
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *missing]).strip()
+
+
+def _missing_flags() -> list[str]:
+    """The flags that are not in the environment, neither with our values nor with others."""
     flags = os.environ.get("XLA_FLAGS", "")
-    missing = [f"{name}={value}" for name, value in _FLAGS.items() if name not in flags]
-    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
+    return [f"{name}={value}" for name, value in _FLAGS.items() if name not in flags]
+
+
+@functools.cache
+def warn_if_unconfigured() -> None:
+    """Says, once in a process, that rounds on this CPU could be faster."""
+    if _missing_flags() and jax.default_backend() == "cpu":
+        warnings.warn(
+            "JAX is not set up for simulations on this CPU, and rounds take two to five times as"
+            " long as they could; call fl.configure_cpu() at the start of the program, before"
+            " anything is computed.",
+            UnconfiguredCPUWarning,
+            stacklevel=2,
+        )
 
 
 class Paced:

@@ -104,6 +104,7 @@ NAMES = {
     ],
     "UpdateTransform": ["init", "client", "server"],
     "TunedLanes": ["lanes", "seconds"],
+    "UnconfiguredCPUWarning": None,
 }
 PARTITION = {
     "continuous": ["values", "num_clients", "strictness", "seed"],
@@ -233,7 +234,8 @@ DATASET = {
 def test_public_names_and_parameters():
     assert set(dir(fl)) == set(NAMES) | MODULES
     for name, parameters in NAMES.items():
-        assert list(inspect.signature(getattr(fl, name)).parameters) == parameters, name
+        if parameters is not None:  # Python knows no signature of a warning.
+            assert list(inspect.signature(getattr(fl, name)).parameters) == parameters, name
 
 
 @pytest.mark.parametrize(

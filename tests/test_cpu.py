@@ -1,14 +1,21 @@
 import subprocess
 import sys
+import warnings
 
 import jax
+import optax
 import pytest
+
+import fedjax_lite as fl
+from fedjax_lite import cpu
 
 LOOP = """
 import os
 os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=5"
 import jax, optax
 import fedjax_lite as fl
+import warnings
+warnings.simplefilter("error", fl.UnconfiguredCPUWarning)
 fl.configure_cpu(2)
 population = fl.data.halfspace(batch_size=1000)
 algorithm = fl.fed_sgd(fl.models.halfspace_classifier(), optax.sgd(0.1))
@@ -17,6 +24,7 @@ cohort = fl.cohort(jax.random.key(1), population, 20)
 key = jax.random.key(2)
 for _ in range(1000):
     state, info = algorithm.round(key, state, cohort)
+fl.configure_cpu(2)
 print(int(state.round))
 """
 
@@ -40,3 +48,31 @@ print(len(results))
 def test_calls_that_nobody_waits_for_do_not_come_to_a_standstill(program, calls):
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout.strip() == calls, run.stderr[-500:]
+
+
+@pytest.mark.parametrize(
+    ("flags", "backend", "expected"),
+    [
+        ("", "cpu", [fl.UnconfiguredCPUWarning]),
+        ("--xla_cpu_prefer_vector_width=256", "cpu", [fl.UnconfiguredCPUWarning]),
+        (" ".join(f"{name}=0" for name in cpu._FLAGS), "cpu", []),
+        ("", "gpu", []),
+    ],
+)
+def test_a_cpu_that_is_not_set_up_is_told_of_once_at_the_first_round(
+    flags, backend, expected, monkeypatch
+):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    cpu.warn_if_unconfigured.cache_clear()
+    population = fl.data.halfspace(num_clients=3, batch_size=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", fl.UnconfiguredCPUWarning)
+        for size in (1, 2):  # Two programs, traced and not compiled.
+            algorithm = fl.fed_sgd(fl.models.halfspace_classifier(), optax.sgd(0.1))
+            cohort = fl.cohort(jax.random.key(1), population, size)
+            state = jax.eval_shape(algorithm.init, jax.random.key(0))
+            assert not caught or size == 2
+            jax.eval_shape(algorithm.round, jax.random.key(2), state, cohort)
+    assert [warning.category for warning in caught] == expected
+    assert all("call fl.configure_cpu() at" in str(warning.message) for warning in caught)

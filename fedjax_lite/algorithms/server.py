@@ -20,7 +20,7 @@ from fedjax_lite.base import (
 )
 from fedjax_lite.batches import DEFAULT_BATCH_SIZE, KEY_SERVER, Batching, adapt_batch_size
 from fedjax_lite.cohort import Cohort
-from fedjax_lite.cpu import Paced
+from fedjax_lite.cpu import Paced, warn_if_unconfigured
 from fedjax_lite.mesh import replicate
 from fedjax_lite.model import Model
 from fedjax_lite.precision import squared_norm
@@ -189,6 +189,7 @@ def federated_algorithm(
 
     @jax.jit
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
+        warn_if_unconfigured()
         _validate.instance("cohort", cohort, Cohort)
         _validate.instance("state", state, ServerState)
         server = state_before = dataclasses.replace(state, store=())
