@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+_MOST_CHARACTERS = 400  # Of two trees in a message; of larger ones, the first difference is named.
+
 
 def integer(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
     """`value` as an int within `[minimum, maximum]`."""
@@ -23,7 +25,7 @@ def integer(name: str, value: Any, *, minimum: int, maximum: int | None = None) 
     return result
 
 
-def choice(name: str, value: Any, options: Collection[str]) -> None:
+def choice(name: str, value: Any, options: Collection[object]) -> None:
     """Refuses a `value` that is none of the options."""
     if value not in options:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, options))}.")
@@ -38,12 +40,18 @@ def instance(name: str, value: Any, kind: type, example: str = "") -> None:
         )
 
 
-def key(name: str, value: Any) -> None:
-    """Refuses what is no array of random bits, an integer seed above all."""
-    if not isinstance(value, (jax.Array, np.ndarray)):
-        raise TypeError(
-            f"{name} is {value!r}, of type {type(value).__name__}; pass a typed key such as"
-            " jax.random.key(0)."
+def key(name: str, value: Any, *, single: bool = True) -> None:
+    """Refuses what is no typed key: integer seeds, legacy keys, and several keys for a single."""
+    is_array = isinstance(value, (jax.Array, np.ndarray, np.generic))
+    if not is_array or not jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
+        shown = f"{value!r}, " if value is None or isinstance(value, (int, float, str)) else ""
+        shown += f"an array {form(value)}" if is_array else f"of type {type(value).__name__}"
+        legacy = ", or jax.random.wrap_key_data(key) of a legacy key" if is_array else ""
+        raise TypeError(f"{name} is {shown}; pass a typed key such as jax.random.key(0){legacy}.")
+    if single and value.shape != ():
+        raise ValueError(
+            f"{name} has shape {value.shape}, that of several keys; pass one, or map over them with"
+            " jax.vmap."
         )
 
 
@@ -52,15 +60,25 @@ def strong(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.numpy.asarray(x, jax.numpy.result_type(x)), tree)
 
 
+def form(x: Any, *, dtype: bool = True) -> str:
+    """What an array is like, such as `float32[3, 2]`."""
+    return f"{jax.numpy.result_type(x) if dtype else ''}{list(np.shape(x))}"
+
+
 def same_form(name: str, tree: Any, expected: Any, remedy: str, *, dtypes: bool = True) -> None:
     """Refuses a tree of another structure, or with arrays of other shapes (and dtypes)."""
-
-    def form(x: Any) -> str:
-        return f"{jax.numpy.result_type(x) if dtypes else ''}{list(np.shape(x))}"
-
-    actual, wanted = (jax.tree.map(form, t) for t in (tree, expected))
+    actual, wanted = (jax.tree.map(lambda x: form(x, dtype=dtypes), t) for t in (tree, expected))
     # Not the trees themselves: nodes of a user's own may compare as they like.
     if jax.tree.flatten(actual) != jax.tree.flatten(wanted):
+        if len(f"{actual}{wanted}") > _MOST_CHARACTERS:
+            leaves, others = (
+                {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(t)}
+                for t in (actual, wanted)
+            )
+            differing = [path for path in leaves | others if leaves.get(path) != others.get(path)]
+            for path in differing[:1]:
+                name += path
+                actual, wanted = (x.get(path, "nothing") for x in (leaves, others))
         raise ValueError(f"{name} is {actual}, in place of {wanted}; {remedy}")
 
 
@@ -99,6 +117,12 @@ def number(name: str, value: Any, *, positive: bool = False, maximum: float = np
         bound = bound if maximum == np.inf else f"between 0 and {maximum:g}"
         raise ValueError(f"{name} is {value!r}; choose a number {bound}.")
     return value
+
+
+def array(name: str, value: Any, remedy: str) -> None:
+    """Refuses what is no array."""
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name} is of type {type(value).__name__}; {remedy}")
 
 
 def scalar(name: str, value: Any) -> jax.Array:
@@ -159,6 +183,21 @@ def reading(batch: Mapping[str, Any]) -> Iterator[None]:
             " these."
         )
         raise
+
+
+@contextlib.contextmanager
+def calling(name: str, remedy: str) -> Iterator[None]:
+    """Names what a user has passed where it fails on what it is given."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} failed: {first_line(error)}; {remedy}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, without its full stop."""
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 def per_example(name: str, shape: tuple[int, ...], batch_size: int) -> None:

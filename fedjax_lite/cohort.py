@@ -92,6 +92,7 @@ def cohort(
     [1, 2]
     """
     _check_kind(population)
+    _validate.key("key", key)
     num_clients = population.num_clients
     if not isinstance(cohort_size, jax.core.Tracer):
         cohort_size = _validate.integer("cohort_size", cohort_size, minimum=1, maximum=num_clients)
@@ -165,6 +166,8 @@ def cohort_of(
             "key is None beside a GeneratedPopulation, whose clients draw their numbers of examples"
             " in each round; pass key=, a typed key of the round."
         )
+    if key is not None:
+        _validate.key("key", key)
     return _collect(population, client_ids, None if key is None else random.fast(key))
 
 

@@ -94,15 +94,25 @@ class Paced:
     XLA:CPU runs at most 32 computations at a time on a device. The next one waits in a thread of
     the pool in which they run, and if those have to wait for each other, for ever. More threads
     would help as well, and take a dense model 1.45 times as long.
+
+    Where JAX cannot take an argument for an array, `check` is called with all of them, to name it.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], check: Callable[..., None] | None = None
+    ) -> None:
         functools.update_wrapper(self, function)
         self._function = function
+        self._check = check
         self._ahead: collections.deque[jax.Array] = collections.deque()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self._function(*args, **kwargs)
+        try:
+            result = self._function(*args, **kwargs)
+        except TypeError:
+            if self._check is not None:
+                self._check(*args, **kwargs)
+            raise
         done = jax.tree.leaves(result)[-1]  # Of a round's info: the next one may donate the state.
         if not isinstance(done, jax.core.Tracer):
             devices = done.sharding.device_set

@@ -25,7 +25,7 @@ from fedjax_lite.cohort import Cohort
 from fedjax_lite.cpu import Paced
 from fedjax_lite.mesh import AXIS, resolve, sum_over_devices
 from fedjax_lite.metrics import Metric, mean
-from fedjax_lite.model import Model
+from fedjax_lite.model import Model, applying
 from fedjax_lite.runner import choose_rewrite, run_clients
 from fedjax_lite.store import check_store
 
@@ -169,6 +169,8 @@ def evaluate_clients(
     """
     _validate.instance("state", state, ServerState)
     _validate.instance("cohort", cohort, Cohort)
+    if key is not None:
+        _validate.key("key", key)
     if cohort.sample is not None and key is None:
         raise ValueError(
             "key is None beside a cohort of generated clients, who draw their examples; pass key=,"
@@ -265,7 +267,7 @@ class Measure(NamedTuple):
 
     def sums(self, params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, PyTree]:
         """What each metric adds up over a batch."""
-        with _validate.reading(batch):
+        with applying(self.model, params, batch):
             if self.metrics is not None and self.model.predict is not None:
                 predictions = self.model.predict(params, model_state, batch)
                 return {name: m.from_batch(predictions, batch) for name, m in self.metrics}

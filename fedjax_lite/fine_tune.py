@@ -103,6 +103,7 @@ def evaluate_fine_tuned(
     _validate.instance("state", state, ServerState)
     _validate.instance("train_cohort", train_cohort, Cohort)
     _validate.instance("held_out_cohort", held_out_cohort, Cohort)
+    _validate.key("key", key)
     _check_same_clients(train_cohort, held_out_cohort)
     batching = Batching(
         batch_size=DEFAULT_BATCH_SIZE if batch_size is None else batch_size,

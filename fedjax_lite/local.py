@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Batch, ClientResult, PyTree, ServerState
-from fedjax_lite.model import Model
+from fedjax_lite.model import Model, applying
 from fedjax_lite.precision import squared_norm
 
 LossAndAux = Callable[[PyTree], tuple[jax.Array, tuple[jax.Array, PyTree]]]
@@ -51,22 +51,51 @@ def resolve_optimizer(
       TypeError: It is neither a transformation nor a function of the round.
     """
     kind = optax.GradientTransformation
+    refuse_uncalled("client_optimizer", client_optimizer)
     if not callable(client_optimizer):
         _validate.instance("client_optimizer", client_optimizer, kind, "optax.sgd(0.1)")
-    elif "learning_rate" in inspect.signature(client_optimizer).parameters:
-        raise TypeError(
-            f"client_optimizer is {client_optimizer}, which makes an optimizer of a learning rate;"
-            " call it, as in optax.sgd(0.1), or pass a function of the round."
-        )
 
     def optimizer(shared: ServerState) -> optax.GradientTransformation:
         if isinstance(client_optimizer, optax.GradientTransformation):
-            return client_optimizer
+            return named("client_optimizer", client_optimizer)
         now = client_optimizer(shared.round)
         _validate.instance("what client_optimizer(round) returned", now, kind)
-        return now
+        return named("client_optimizer", now)
 
     return optimizer
+
+
+def refuse_uncalled(name: str, optimizer: object) -> None:
+    """Refuses a function of optax in place of what it returns.
+
+    Raises:
+      TypeError: `optimizer` is such a function.
+    """
+    if not callable(optimizer):
+        return
+    of_optax = getattr(optax, getattr(optimizer, "__name__", ""), None) is optimizer
+    if of_optax or "learning_rate" in inspect.signature(optimizer).parameters:
+        raise TypeError(
+            f"{name} is {optimizer}, which makes an optimizer of a learning rate or other"
+            " arguments; call it, as in optax.sgd(0.1)."
+        )
+
+
+def named(
+    name: str, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """The same optimizer, whose errors say which one it is."""
+    remedy = "pass an optax transformation for these params, made of numbers: optax.sgd(0.1)."
+
+    def init(params: PyTree) -> PyTree:
+        with _validate.calling(f"{name}.init", remedy):
+            return optimizer.init(params)
+
+    def update(*args: Any, **extra_args: Any) -> tuple[PyTree, PyTree]:
+        with _validate.calling(f"{name}.update", remedy):
+            return optimizer.update(*args, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def start(shared: ServerState, optimizer: optax.GradientTransformation) -> LocalState:
@@ -98,8 +127,10 @@ def batch_loss(
     """
 
     def loss(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
-        with _validate.reading(batch):
+        with applying(model, params, batch):
             losses, after = model.loss(params, model_state, batch, key)
+        remedy = "return an array [batch], one loss per example."
+        _validate.array("what the loss of the model returned", losses, remedy)
         _validate.per_example("model.loss", losses.shape, batch["mask"].shape[0])
         if not jnp.issubdtype(losses.dtype, jnp.floating):
             raise ValueError(
@@ -155,9 +186,15 @@ def local_result(shared: ServerState, local: LocalState, weight: jax.Array) -> C
 
 def measure(model: Model, measure_clients: bool) -> Measure | None:
     """The `measure` of a client update whose state is a `LocalState`."""
+    _validate.choice("measure_clients", measure_clients, (True, False))
     if not measure_clients:
         return None
-    return lambda shared, local, batch: model.metrics(local.params, local.model_state, batch)
+
+    def metrics(shared: ServerState, local: LocalState, batch: Batch) -> dict[str, jax.Array]:
+        with applying(model, local.params, batch):
+            return model.metrics(local.params, local.model_state, batch)
+
+    return metrics
 
 
 def delta(server_params: PyTree, client_params: PyTree) -> tuple[PyTree, jax.Array]:

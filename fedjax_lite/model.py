@@ -1,9 +1,11 @@
 """What the algorithms need to know of a model, and adapters that build it."""
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -266,6 +268,43 @@ def nnx_model(
         return metrics(predictions, batch)
 
     return Model(init_fn, loss_fn, metrics_fn, predict)
+
+
+@contextlib.contextmanager
+def applying(model: Model, params: PyTree, batch: Batch) -> Iterator[None]:
+    """Says where a model fails whether its params are another one's, or what the batch holds.
+
+    Nothing is looked at unless it fails.
+    """
+    try:
+        with _validate.reading(batch):
+            yield
+    except Exception as error:
+        if (expected := _drawn(model)) is not None:
+            try:
+                remedy = "pass a state of an algorithm that was built with this model."
+                _validate.same_form("params", params, expected, remedy, dtypes=False)
+            except ValueError as other:
+                raise other from error
+        if type(error) in (TypeError, flax.errors.ScopeParamShapeError):  # And no subclass of JAX.
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"model failed on a batch of {_shown(batch)}: {_validate.first_line(error)}; pass"
+                " clients or examples with the features that it is made for, or mend the model."
+            ) from error
+        raise
+
+
+def _drawn(model: Model) -> PyTree:
+    """The form of params that the model draws itself; `None` if it cannot."""
+    try:
+        return jax.eval_shape(lambda: model.init(jax.random.key(0))[0])
+    except Exception:
+        return None
+
+
+def _shown(batch: Batch) -> str:
+    return ", ".join(f"{name} {_validate.form(x)}" for name, x in batch.items())
 
 
 def _call_options(module: object, *, train: bool, **given: Any) -> dict[str, Any]:

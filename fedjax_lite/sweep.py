@@ -88,6 +88,7 @@ def sweep(
         lanes = _validate.integer("lanes", lanes, minimum=1)
     num_rounds = _validate.integer("num_rounds", num_rounds, minimum=0)
     eval_every = _validate.integer("eval_every", eval_every, minimum=1)
+    _validate.key("keys", keys, single=False)
     arrays = {name: jnp.asarray(values) for name, values in (numbers or {}).items()}
     for name, array in {"keys": keys, **arrays}.items():
         if array.ndim != 1 or array.shape != keys.shape:
@@ -135,6 +136,7 @@ def _program(
         population: Population, key: jax.Array, numbers: dict[str, jax.Array]
     ) -> tuple[ServerState, list[PyTree]]:
         algorithm = build(**numbers)
+        _validate.instance("what build returned", algorithm, FederatedAlgorithm)
         key_init, key_sampler, key_rounds = jax.random.split(key, 3)
         keys = (key_sampler, key_rounds)
 

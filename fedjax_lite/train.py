@@ -146,6 +146,8 @@ def train(
     num_rounds = _validate.integer("num_rounds", num_rounds, minimum=0)
     eval_every = _validate.integer("eval_every", eval_every, minimum=1)
     _validate.key("key", key)
+    example = "fl.fed_avg(model, optax.sgd(0.1))"
+    _validate.instance("algorithm", algorithm, FederatedAlgorithm, example)
     _validate.instance("sampler", sampler, Sampler, "fl.samplers.uniform(num_clients, 10)")
     if state is not None:
         _validate.instance("state", state, ServerState, "algorithm.init(key)")

@@ -70,10 +70,10 @@ def tune_lanes(
     if not candidates:
         raise ValueError("candidates is empty; pass at least one number of lanes.")
     repeats = _validate.integer("repeats", repeats, minimum=1)
-    rounds = {
-        lanes: build(_validate.integer("candidates", lanes, minimum=1)).round
-        for lanes in candidates
-    }
+    algorithms = {n: build(_validate.integer("candidates", n, minimum=1)) for n in candidates}
+    for algorithm in algorithms.values():
+        _validate.instance("what build returned", algorithm, FederatedAlgorithm)
+    rounds = {lanes: algorithm.round for lanes, algorithm in algorithms.items()}
 
     def seconds(lanes: int) -> float:
         began = time.perf_counter()

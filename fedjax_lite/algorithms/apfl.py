@@ -120,6 +120,7 @@ def apfl(
     """
     options = complete(apfl, options)
     alpha = _validate.number("alpha", alpha, maximum=1.0)
+    _validate.choice("layerwise", layerwise, (True, False))
     client_weight = resolve_weighting(weighting)
     optimizer = resolve_optimizer(client_optimizer)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_lite import _validate, random
+from fedjax_lite import _validate, local, random
 from fedjax_lite.algorithms.options import StoreOptions, complete, documented
 from fedjax_lite.base import (
     ClientUpdate,
@@ -56,9 +56,16 @@ def resolve_server_optimizer(
     Raises:
       TypeError: It is no transformation.
     """
-    chosen = optax.sgd(1.0) if server_optimizer is None else server_optimizer
-    _validate.instance("server_optimizer", chosen, optax.GradientTransformation)
-    return optax.with_extra_args_support(chosen)
+    return _checked(optax.sgd(1.0) if server_optimizer is None else server_optimizer)
+
+
+def _checked(
+    server_optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    local.refuse_uncalled("server_optimizer", server_optimizer)
+    example = "optax.sgd(1.0), or optax.sgd(schedule) for a rate that changes between rounds"
+    _validate.instance("server_optimizer", server_optimizer, optax.GradientTransformation, example)
+    return optax.with_extra_args_support(server_optimizer)
 
 
 @documented
@@ -138,8 +145,11 @@ def federated_algorithm(
     _validate.instance("client_update", client_update, ClientUpdate)
     _validate.choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
     _validate.choice("memory_kind", memory_kind, MEMORY_KINDS)
-    _validate.instance("server_optimizer", server_optimizer, optax.GradientTransformation)
-    server_optimizer = optax.with_extra_args_support(server_optimizer)
+    server_optimizer = local.named("server_optimizer", _checked(server_optimizer))
+    _validate.choice("average", average, (True, False))
+    _validate.choice("shuffle", options["shuffle"], (True, False))
+    _validate.choice("differentiable", differentiable, (True, False))
+    _validate.choice("rewrite_convolutions", rewrite_convolutions, (True, False, None))
     if pipeline is not None:
         _validate.instance("pipeline", pipeline, UpdateTransform)
         client_update = send_through(pipeline, client_update)
@@ -159,6 +169,7 @@ def federated_algorithm(
         num_clients: int | None = None,
     ) -> ServerState:
         if random.is_key(key_or_params):
+            _validate.key("key_or_params", key_or_params)
             params, drawn_state = model.init(key_or_params)
             model_state = drawn_state if model_state is None else model_state
         else:
@@ -187,11 +198,30 @@ def federated_algorithm(
         store = create_store(client_entry(params), num_clients, memory_kind, mesh, traced=traced)
         return dataclasses.replace(state, store=store)
 
+    def check(key: jax.Array, state: ServerState, cohort: Cohort) -> None:
+        """Refuses the state of another algorithm; that of another model fails where it is used."""
+        _validate.key("key", key)
+        _validate.instance("cohort", cohort, Cohort, "fl.cohort(key, population, 10)")
+        _validate.instance("state", state, ServerState, "algorithm.init(key)")
+        remedy = (
+            "pass a state of this algorithm's init and rounds, or algorithm.init(state.params) to"
+            " go on with another one's params."
+        )
+        for name, make in {
+            "opt_state": server_optimizer.init,
+            "pipeline_state": None if pipeline is None else pipeline.init,
+            "store": client_entry,
+        }.items():
+            expected = () if make is None else jax.eval_shape(make, state.params)
+            given = getattr(state, name)
+            if name == "store":  # Of one client.
+                given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), given)
+            _validate.same_form(f"state.{name}", given, expected, remedy, dtypes=False)
+
     @jax.jit
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
         warn_if_unconfigured()
-        _validate.instance("cohort", cohort, Cohort)
-        _validate.instance("state", state, ServerState)
+        check(key, state, cohort)
         server = state_before = dataclasses.replace(state, store=())
         result = run_clients(
             client_update,
@@ -260,7 +290,7 @@ def federated_algorithm(
         info = dataclasses.replace(info, metrics={**info.metrics, **metrics})
         return dataclasses.replace(after, store=result.store, round=server.round + 1), info
 
-    return FederatedAlgorithm(init, Paced(round), client_params)
+    return FederatedAlgorithm(init, Paced(round, check), client_params)
 
 
 def _num_bits(tree: PyTree) -> float:

@@ -79,6 +79,7 @@ def build(
 ) -> Sampler:
     @jax.jit
     def select(key: jax.Array, round: ArrayLike) -> Selection:
+        _validate.key("key", key)
         choice = choose(random.fast(key), check_integer("round", round).astype(jnp.uint32))
         filled = jnp.arange(capacity) < choice.num_chosen
         return Selection(
