@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -280,6 +281,9 @@ def applying(model: Model, params: PyTree, batch: Batch) -> Iterator[None]:
         with _validate.reading(batch):
             yield
     except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, ValueError) and frame.f_globals.get("__name__") == __name__:
+            raise  # An adapter of this file has said what is wrong.
         if (expected := _drawn(model)) is not None:
             try:
                 remedy = "pass a state of an algorithm that was built with this model."

@@ -50,29 +50,44 @@ def test_calls_that_nobody_waits_for_do_not_come_to_a_standstill(program, calls)
     assert run.stdout.strip() == calls, run.stderr[-500:]
 
 
+@pytest.fixture
+def unconfigured(monkeypatch):
+    """A process on a CPU in which nothing has been warned of."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    cpu.warn_if_unconfigured.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", fl.UnconfiguredCPUWarning)
+        yield caught
+
+
+def test_a_cpu_that_is_not_set_up_is_told_of_once_at_the_first_round(unconfigured):
+    algorithm = fl.fed_sgd(fl.models.halfspace_classifier(), optax.sgd(0.1))
+    state = jax.eval_shape(algorithm.init, jax.random.key(0))
+    assert not unconfigured
+    for size in (1, 2):  # Two programs, traced and not compiled.
+        cohort = fl.cohort(jax.random.key(1), fl.data.halfspace(num_clients=3, batch_size=2), size)
+        jax.eval_shape(algorithm.round, jax.random.key(2), state, cohort)
+        (warning,) = unconfigured
+    assert warning.category is fl.UnconfiguredCPUWarning
+    assert "call fl.configure_cpu() at the start of the program" in str(warning.message)
+
+
 @pytest.mark.parametrize(
-    ("flags", "backend", "expected"),
+    ("flags", "backend", "warned"),
     [
-        ("", "cpu", [fl.UnconfiguredCPUWarning]),
-        ("--xla_cpu_prefer_vector_width=256", "cpu", [fl.UnconfiguredCPUWarning]),
-        (" ".join(f"{name}=0" for name in cpu._FLAGS), "cpu", []),
-        ("", "gpu", []),
+        ("", "cpu", True),
+        ("--xla_cpu_prefer_vector_width=256", "cpu", True),
+        (" ".join(f"{name}=0" for name in cpu._FLAGS), "cpu", False),
+        ("", "gpu", False),
+        ("", "tpu", False),
     ],
 )
-def test_a_cpu_that_is_not_set_up_is_told_of_once_at_the_first_round(
-    flags, backend, expected, monkeypatch
+def test_flags_that_are_set_and_accelerators_need_no_warning(
+    flags, backend, warned, unconfigured, monkeypatch
 ):
     monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    cpu.warn_if_unconfigured.cache_clear()
-    population = fl.data.halfspace(num_clients=3, batch_size=2)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", fl.UnconfiguredCPUWarning)
-        for size in (1, 2):  # Two programs, traced and not compiled.
-            algorithm = fl.fed_sgd(fl.models.halfspace_classifier(), optax.sgd(0.1))
-            cohort = fl.cohort(jax.random.key(1), population, size)
-            state = jax.eval_shape(algorithm.init, jax.random.key(0))
-            assert not caught or size == 2
-            jax.eval_shape(algorithm.round, jax.random.key(2), state, cohort)
-    assert [warning.category for warning in caught] == expected
-    assert all("call fl.configure_cpu() at" in str(warning.message) for warning in caught)
+    for _ in range(2):
+        cpu.warn_if_unconfigured()
+    assert len(unconfigured) == warned

@@ -124,12 +124,12 @@ DRAWN = "; pass a state of an algorithm that was built with this model"
         (
             lambda: play(FED_AVG, state=state_of(APFL)),
             ValueError,
-            rf"state.store is Personal\(.*\), in place of \(\){REMEDY}",
+            rf"state.store, for one client, is Personal\(.*\), in place of \(\){REMEDY}",
         ),
         (
             lambda: play(APFL, state=state_of(FED_AVG)),
             ValueError,
-            rf"state.store is \(\), in place of Personal\(.*\){REMEDY}",
+            rf"state.store, for one client, is \(\), in place of Personal\(.*\){REMEDY}",
         ),
         (
             lambda: play(SCAFFOLD, clients=cohort(3)),

@@ -199,24 +199,10 @@ def federated_algorithm(
         return dataclasses.replace(state, store=store)
 
     def check(key: jax.Array, state: ServerState, cohort: Cohort) -> None:
-        """Refuses the state of another algorithm; that of another model fails where it is used."""
         _validate.key("key", key)
         _validate.instance("cohort", cohort, Cohort, "fl.cohort(key, population, 10)")
         _validate.instance("state", state, ServerState, "algorithm.init(key)")
-        remedy = (
-            "pass a state of this algorithm's init and rounds, or algorithm.init(state.params) to"
-            " go on with another one's params."
-        )
-        for name, make in {
-            "opt_state": server_optimizer.init,
-            "pipeline_state": None if pipeline is None else pipeline.init,
-            "store": client_entry,
-        }.items():
-            expected = () if make is None else jax.eval_shape(make, state.params)
-            given = getattr(state, name)
-            if name == "store":  # Of one client.
-                given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), given)
-            _validate.same_form(f"state.{name}", given, expected, remedy, dtypes=False)
+        _check_state(state, server_optimizer.init, pipeline and pipeline.init, client_entry)
 
     @jax.jit
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
@@ -291,6 +277,29 @@ def federated_algorithm(
         return dataclasses.replace(after, store=result.store, round=server.round + 1), info
 
     return FederatedAlgorithm(init, Paced(round, check), client_params)
+
+
+def _check_state(
+    state: ServerState,
+    opt_state: Callable[[PyTree], PyTree],
+    pipeline_state: Callable[[PyTree], PyTree] | None,
+    client_entry: Callable[[PyTree], PyTree] | None,
+) -> None:
+    """Refuses the state of another algorithm; that of another model fails where it is used."""
+    entry = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], float), state.store)
+    for name, given, make in (
+        ("opt_state", state.opt_state, opt_state),
+        ("pipeline_state", state.pipeline_state, pipeline_state),
+        ("store, for one client,", entry, client_entry),
+    ):
+        _validate.same_form(
+            f"state.{name}",
+            given,
+            () if make is None else jax.eval_shape(make, state.params),
+            "pass a state of this algorithm's init and rounds, or algorithm.init(state.params) to"
+            " go on with another one's params.",
+            dtypes=False,
+        )
 
 
 def _num_bits(tree: PyTree) -> float:
