@@ -287,19 +287,19 @@ def _check_state(
 ) -> None:
     """Refuses the state of another algorithm; that of another model fails where it is used."""
     entry = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], float), state.store)
-    for name, given, make in (
+    parts = [
         ("opt_state", state.opt_state, opt_state),
-        ("pipeline_state", state.pipeline_state, pipeline_state),
-        ("store, for one client,", entry, client_entry),
-    ):
-        _validate.same_form(
-            f"state.{name}",
-            given,
-            () if make is None else jax.eval_shape(make, state.params),
-            "pass a state of this algorithm's init and rounds, or algorithm.init(state.params) to"
-            " go on with another one's params.",
-            dtypes=False,
-        )
+        ("store, for one client,", entry, client_entry or (lambda params: ())),
+    ]
+    if pipeline_state is not None:  # Without a pipeline, the state of one is only passed on.
+        parts.append(("pipeline_state", state.pipeline_state, pipeline_state))
+    remedy = (
+        "pass a state of this algorithm's init and rounds, or algorithm.init(state.params) to go on"
+        " with another one's params."
+    )
+    for name, given, make in parts:
+        expected = jax.eval_shape(make, state.params)
+        _validate.same_form(f"state.{name}", given, expected, remedy, dtypes=False)
 
 
 def _num_bits(tree: PyTree) -> float:
