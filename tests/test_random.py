@@ -60,6 +60,23 @@ def test_permuted_is_a_permutation(size):
     np.testing.assert_array_equal(np.sort(order), np.arange(size))
 
 
+def test_each_key_has_many_permutations():
+    key = jax.random.key(3)
+    orders = jax.vmap(lambda i: fl_random.permuted(key, jnp.arange(50), 50, which=i))(jnp.arange(9))
+    assert len(set(map(tuple, np.asarray(orders).tolist()))) == 9
+    np.testing.assert_array_equal(orders[0], fl_random.permuted(key, jnp.arange(50), 50))
+
+
+def test_pairs_of_numbers_make_keys_of_their_own():
+    keys = fl_random.fold_in_pair(jax.random.key(3), jnp.arange(3), jnp.arange(-1, 50)[:, None])
+    assert keys.shape == (51, 3)
+    words = np.asarray(jax.random.key_data(keys)).reshape(-1, 2)
+    assert len(np.unique(words, axis=0)) == len(words)
+    # The first of them are those that JAX folds in one by one.
+    folded = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(50))
+    np.testing.assert_array_equal(jax.random.key_data(keys)[1:, 0], jax.random.key_data(folded))
+
+
 def test_permuted_handles_the_largest_size():
     index = jnp.array([0, 1, 2**31 - 1], jnp.uint32)
     order = np.asarray(fl_random.permuted(jax.random.key(0), index, jnp.uint32(2**31)))

@@ -196,3 +196,17 @@ def test_client_states_may_hold_numbers_keys_and_nodes(lanes):
 def test_what_a_client_update_returns_is_checked(parts, error, message):
     with pytest.raises(error, match=message):
         one_round(custom(**parts))
+
+
+def test_a_round_traces_what_a_client_does_once():
+    calls = []
+
+    def loss(w, batch):
+        calls.append("loss")
+        return (w - batch["x"]) ** 2
+
+    dataset = fl.FederatedDataset.from_clients({"a": {"x": [1.0, 5.0]}, "b": {"x": [3.0]}})
+    algorithm = fl.fed_avg(fl.function_model(loss), optax.sgd(0.1), num_epochs=2)
+    cohort = fl.cohort_of(dataset.resident(), [0, 1])
+    algorithm.round.trace(jax.random.key(0), algorithm.init(jnp.float32(0)), cohort)
+    assert calls == ["loss"]

@@ -1,0 +1,31 @@
+"""Arrays side by side, and apart again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_lite.packing import pack, unpack
+
+
+@pytest.mark.parametrize("num_axes", [0, 1, 2])
+def test_what_was_packed_comes_apart(num_axes):
+    leading = (2, 3)[:num_axes]
+    shapes = {"a": (), "b": (4,), "c": (2, 2), "d": (0,)}
+    tree = {
+        name: np.arange(np.prod((*leading, *shape))).reshape((*leading, *shape)).astype(dtype)
+        for (name, shape), dtype in zip(
+            shapes.items(), ("float32", "int32", "float32", "int32"), strict=True
+        )
+    }
+    packed = pack(jax.tree.map(jnp.asarray, tree), num_axes)
+    assert [x.shape for x in packed] == [(*leading, 5), (*leading, 4)]
+    back = unpack(packed, tree, num_axes)
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+    # As many of them, one after the other.
+    several = unpack([jnp.stack([x, 2 * x]) for x in packed], tree, num_axes)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, [y, 2 * y]), several, tree)
+
+
+def test_nothing_packs_to_nothing():
+    assert unpack(pack({}), {}) == {}
