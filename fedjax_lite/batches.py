@@ -148,7 +148,7 @@ def read_batch(
     first = batch_in_epoch * batching.batch_size
     position = first + jnp.arange(batching.batch_size, dtype=jnp.int32)
     if cohort.sample is not None:
-        batch = cohort.sample(jax.random.fold_in(key, step), client.id)
+        batch = cohort.sample(random.fold_in_pair(key, 0, step), client.id)
         return _fill_padding(batch, position < num_examples)
     if batching.shuffle:
         own = jnp.minimum(position, num_examples - 1)

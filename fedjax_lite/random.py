@@ -51,19 +51,26 @@ def fast(key: jax.Array) -> jax.Array:
 
 
 def fold_in_pair(key: jax.Array, first: ArrayLike, second: ArrayLike) -> jax.Array:
-    """The key that two integers of 32 bits make of a key, as `fold_in` does of one.
+    """The key that two integers make of a key, as `jax.random.fold_in` makes one of one.
+
+    By hashes in place of threefry, which takes long to compile: what is drawn from a key needs
+    no more of it than to be another one. Other integers `second` always make other keys.
 
     Args:
       key: Typed key, scalar.
-      first: Integers.
-      second: Integers, of a shape that broadcasts against that of `first`.
+      first: Small integers that are not negative.
+      second: Integers of 32 bits, of a shape that broadcasts against that of `first`.
 
     Returns:
       A fast key for each pair.
     """
-    pair = (jnp.asarray(x).astype(jnp.uint32) for x in (first, second))
-    words = _threefry2x32(jax.random.key_data(fast(key)), *jnp.broadcast_arrays(*pair))
-    return jax.random.wrap_key_data(jnp.stack(words, -1), impl=_UNROLLED)
+    words = jax.random.key_data(fast(key))
+    first, second = (jnp.asarray(x).astype(jnp.uint32) for x in (first, second))
+    salt = (first + 1) * jnp.uint32(_GOLDEN)
+    pair = jnp.broadcast_arrays(
+        _mix(_mix(words[0] ^ second) + salt), _mix(_mix(words[1] + second) ^ salt)
+    )
+    return jax.random.wrap_key_data(jnp.stack(pair, -1), impl=_UNROLLED)
 
 
 def is_key(x: object) -> bool:
@@ -134,10 +141,10 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 @jax.jit  # Traced once, not once for each use.
-def _threefry2x32(key_data: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32-20 of the counters `(x0, x1)`."""
+def _threefry2x32(key_data: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32-20 of the counters `(0, x1)`."""
     keys = (key_data[0], key_data[1], key_data[0] ^ key_data[1] ^ jnp.uint32(_PARITY))
-    x0, x1 = x0 + keys[0], x1 + keys[1]
+    x0, x1 = keys[0], x1 + keys[1]
     for i in range(5):
         for rotation in _ROTATIONS[i % 2]:
             x0 = x0 + x1
@@ -162,7 +169,7 @@ def _random_bits(key_data: jax.Array, bit_width: int, shape: tuple[int, ...]) ->
         for axis in range(len(shape)):
             stride = jnp.uint32(math.prod(shape[axis + 1 :]))
             counter += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-        x0, x1 = _threefry2x32(key_data, jnp.uint32(0), counter)
+        x0, x1 = _threefry2x32(key_data, counter)
         return x0 ^ x1
 
     return apart(draw, key_data[0])
@@ -173,9 +180,7 @@ _UNROLLED = jex_random.define_prng_impl(
     seed=lambda seed: jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
     split=lambda key_data, shape: jax.random.key_data(jax.random.split(_standard(key_data), shape)),
     random_bits=_random_bits,
-    fold_in=lambda key_data, data: jnp.stack(
-        _threefry2x32(key_data, jnp.uint32(0), jnp.uint32(data))
-    ),
+    fold_in=lambda key_data, data: jnp.stack(_threefry2x32(key_data, jnp.uint32(data))),
     name="unrolled_threefry2x32",
     tag=_TAG,
 )

@@ -270,9 +270,8 @@ def _schedule(cohort: Cohort, num_steps: jax.Array, table: jax.Array) -> jax.Arr
     and not four.
     """
     fields = jnp.stack([cohort.client_ids, cohort.num_examples, cohort.offsets, num_steps], 1)
-    fields = fields[jnp.minimum(table, cohort.capacity - 1)]
     # A slot that is none takes no step.
-    return fields * (table < cohort.capacity)[..., None]
+    return fields.at[table].get(mode="fill", fill_value=0)
 
 
 def _trainee(row: jax.Array, key: jax.Array) -> _Trainee:
@@ -306,7 +305,7 @@ def _lane(
 
     def step(step: jax.Array, trainee: _Trainee, client_state: PyTree) -> PyTree:
         batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.client, step, batching)
-        key_step = jax.random.fold_in(trainee.keys[KEY_STEP], step)
+        key_step = random.fold_in_pair(trainee.keys[KEY_STEP], 0, step)
         after = client_update.step(shared, client_state, batch, key_step)
         _validate.same_form(
             "what client_update.step returned",
