@@ -15,7 +15,7 @@ from fedjax_lite.base import (
     ServerState,
     UpdateTransform,
 )
-from fedjax_lite.checkpoint import Checkpoints
+from fedjax_lite.checkpoint import Checkpoints, load_state
 from fedjax_lite.cohort import Cohort, cohort, cohort_of
 from fedjax_lite.cpu import UnconfiguredCPUWarning, configure_cpu
 from fedjax_lite.data.dataset import FederatedDataset
@@ -68,6 +68,7 @@ __all__ = [
     "federated_algorithm",
     "function_model",
     "linen_model",
+    "load_state",
     "metrics",
     "models",
     "nnx_model",

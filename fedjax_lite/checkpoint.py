@@ -1,11 +1,15 @@
 """Checkpoints of runs: written while rounds go on, all or nothing, and checked when read."""
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import logging
 import re
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +20,11 @@ from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite._extras import require
-from fedjax_lite.base import PyTree
+from fedjax_lite.base import PyTree, ServerState
 from fedjax_lite.data.population import GeneratedPopulation, ResidentPopulation
 from fedjax_lite.data.streaming import StreamedPopulation
+from fedjax_lite.files import locked
+from fedjax_lite.ledger import trained, without_extras
 from fedjax_lite.samplers import Sampler
 
 _SAMPLED_ROWS = 100
@@ -64,34 +70,39 @@ class Restored(NamedTuple):
 class CheckpointFolder:
     """The checkpoints of one run; a context, at whose end the last one is on disk.
 
+    Until then, no other process can write there.
+
     Args:
       checkpoints: Where, and how many.
-      identity: What the run is, which is saved with each; not compared if left out.
-      read_only: Write none.
+      identity: What the run is, which is saved with each.
+
+    Raises:
+      BlockingIOError: Another process writes there.
     """
 
-    def __init__(
-        self, checkpoints: Checkpoints, identity: Identity | None = None, *, read_only: bool = False
-    ) -> None:
+    def __init__(self, checkpoints: Checkpoints, identity: Identity) -> None:
         self._ocp: Any = require("orbax.checkpoint", "run")
         managers: Any = require("orbax.checkpoint.checkpoint_managers", "run")
         self._folder = Path(checkpoints.folder).absolute()
         # As it comes back from a file: a tuple is a list there.
-        self._identity: Identity | None = json.loads(json.dumps(identity))
-        self._manager = self._ocp.CheckpointManager(
-            self._folder,
-            options=self._ocp.CheckpointManagerOptions(
-                preservation_policy=managers.LatestN(checkpoints.keep),
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-            ),
+        self._identity: Identity = json.loads(json.dumps(identity))
+        options = self._ocp.CheckpointManagerOptions(
+            preservation_policy=managers.LatestN(checkpoints.keep), cleanup_tmp_directories=True
         )
+        with contextlib.ExitStack() as stack:
+            if jax.process_index() == 0:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self._folder / ".lock"))
+            stack.enter_context(_errors_of_orbax(self._folder))
+            self._manager = self._ocp.CheckpointManager(self._folder, options=options)
+            stack.callback(self._manager.close)
+            self._opened = stack.pop_all()
 
     def __enter__(self) -> "CheckpointFolder":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+    def __exit__(self, *exception: Any) -> None:
+        self._opened.__exit__(*exception)
 
     def save(self, round: int, arrays: PyTree, record: Mapping[str, Any]) -> None:
         """Starts to write a checkpoint, once the one before it is written.
@@ -100,19 +111,23 @@ class CheckpointFolder:
           round: The number of rounds done.
           arrays: Pytree of arrays, of which a copy is saved.
           record: What to save beside them, in types that JSON has.
+
+        Raises:
+          OSError: The one before it could not be written.
         """
         # Rounds that follow reuse the memory of these arrays.
         arrays = jax.tree.map(jnp.copy, arrays)
         args = self._ocp.args
-        self._manager.save(
-            round,
-            args=args.Composite(
-                arrays=args.StandardSave({"arrays": arrays}),
-                record=args.JsonSave(
-                    {**record, "identity": self._identity, "digest": digest(arrays)}
+        with _errors_of_orbax(self._folder):
+            self._manager.save(
+                round,
+                args=args.Composite(
+                    arrays=args.StandardSave({"arrays": arrays}),
+                    record=args.JsonSave(
+                        {**record, "identity": self._identity, "digest": digest(arrays)}
+                    ),
                 ),
-            ),
-        )
+            )
 
     def restore(self, like: PyTree) -> Restored | None:
         """The newest checkpoint that can be read; `None` if there has never been one.
@@ -125,46 +140,217 @@ class CheckpointFolder:
         Raises:
           ValueError: The checkpoint is of another run, or all checkpoints are damaged.
         """
-        rounds = sorted(self._manager.all_steps(), reverse=True)
-        for round in rounds:
-            try:
-                restored = self._read(round, like)
-            except _DifferentRunError as error:
-                raise ValueError(str(error)) from None
-            except Exception as error:  # Of many kinds, depending on what is damaged.
-                self._put_aside(round, error)
-            else:
-                return restored
-        if rounds:
-            raise ValueError(
-                f"{self._folder} holds no checkpoint that can be read; delete it to begin anew."
+
+        def arrays_like(identity: Identity) -> PyTree:
+            _compare(self._identity, identity, self._folder)
+            return like
+
+        def put_aside(round: int, reason: str) -> None:
+            aside = self._folder / f"damaged-{round}-{len(list(self._folder.glob('damaged-*')))}"
+            warnings.warn(
+                f"the checkpoint of round {round} in {self._folder} is damaged and now called"
+                f" {aside.name} ({reason}); trying the one before it.",
+                stacklevel=6,
             )
-        return None
+            (self._folder / str(round)).rename(aside)
 
-    def _read(self, round: int, like: PyTree) -> Restored:
-        args = self._ocp.args
-        record = self._manager.restore(round, args=args.Composite(record=args.JsonRestore()))
-        record = record["record"]
-        if self._identity is not None:
-            _compare(self._identity, record["identity"], self._folder)
-        restored = self._manager.restore(
-            round, args=args.Composite(arrays=args.StandardRestore({"arrays": like}))
-        )
-        arrays = restored["arrays"]["arrays"]
-        if digest(arrays) != record["digest"]:
-            raise ValueError("its arrays do not have the SHA-256 that they were saved with")
-        return Restored(round, arrays, record)
-
-    def _put_aside(self, round: int, error: Exception) -> None:
-        reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        aside = self._folder / f"damaged-{round}-{len(list(self._folder.glob('damaged-*')))}"
-        warnings.warn(
-            f"the checkpoint of round {round} in {self._folder} is damaged and now called"
-            f" {aside.name} ({reason}); trying the one before it.",
-            stacklevel=4,
-        )
-        (self._folder / str(round)).rename(aside)
+        restored = _read_newest(self._manager, self._folder, arrays_like, put_aside)
         self._manager.reload()
+        return restored
+
+
+def load_state(
+    folder: str | Path, like: ServerState, *, averaged: bool = False, best: bool = False
+) -> ServerState:
+    """Reads a state of a run from its checkpoints, and writes nothing.
+
+    Args:
+      folder: The folder of `fl.Checkpoints`; of a run of the command line, its `checkpoints`.
+      like: A state of the same algorithm and model, such as `algorithm.init(key)`, of the shapes,
+        dtypes and shardings to restore to; its values do not matter.
+      averaged: Take the moving average of params and model state, of a run with `ema_decay`.
+      best: Take the state at the best evaluation, of a run with `best`, in place of the last one.
+        It has no optimizer state and no store.
+
+    Returns:
+      The state, after the round that it holds.
+
+    Raises:
+      ValueError: The folder holds no checkpoint that can be read, or of a run without what is asked
+        for, or of another algorithm or model, whose arrays that differ are named.
+
+    >>> import tempfile, jax, optax, fedjax_lite as fl
+    >>> algorithm = fl.fed_sgd(fl.models.halfspace_classifier(), optax.adam(0.3))
+    >>> folder = tempfile.mkdtemp()
+    >>> result = fl.train(
+    ...     algorithm,
+    ...     fl.data.halfspace(),
+    ...     fl.samplers.uniform(100, 5),
+    ...     num_rounds=3,
+    ...     key=jax.random.key(0),
+    ...     checkpoints=fl.Checkpoints(folder),
+    ... )
+    >>> state = load_state(folder, algorithm.init(jax.random.key(1)))
+    >>> int(state.round), bool((state.params["weight"] == result.state.params["weight"]).all())
+    (3, True)
+    """
+    _validate.instance("like", like, ServerState, "algorithm.init(key)")
+    arrays = read_checkpoint(folder, like).arrays
+    for name, asked in (("averaged", averaged), ("best", best)):
+        if asked and arrays[name] is None:
+            setting = "ema_decay" if name == "averaged" else name
+            raise ValueError(
+                f"{name} is True, and the run in {folder} was made without {setting}; leave it out."
+            )
+    if best:
+        return arrays["best"]
+    return dataclasses.replace(arrays["state"], **(arrays["averaged"] if averaged else {}))
+
+
+def read_checkpoint(folder: str | Path, like: ServerState) -> Restored:
+    """The newest checkpoint that can be read, of which nothing is written or renamed.
+
+    Args:
+      folder: The folder of the checkpoints.
+      like: See `load_state`.
+
+    Returns:
+      The checkpoint, whose arrays are `state`, `averaged` and `best`; what the run has not is
+      `None`.
+
+    Raises:
+      ValueError: See `load_state`.
+    """
+    ocp: Any = require("orbax.checkpoint", "run")
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise ValueError(f"folder is {folder}, which is none; choose a folder of checkpoints.")
+    form = forms(like)
+
+    def arrays_like(identity: Identity) -> PyTree:
+        saved = {name: value for name, value in identity.items() if name.startswith("state")}
+        _compare(form, saved, folder)
+        return {
+            "state": like,
+            "averaged": trained(like) if identity["settings['ema_decay']"] is not None else None,
+            "best": without_extras(like) if identity["settings['best']"] is not None else None,
+        }
+
+    def tell(round: int, reason: str) -> None:
+        warnings.warn(
+            f"the checkpoint of round {round} in {folder} is damaged ({reason}); reading the one"
+            " before it.",
+            stacklevel=5,
+        )
+
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with _errors_of_orbax(folder), ocp.CheckpointManager(folder, options=options) as manager:
+        restored = _read_newest(manager, folder, arrays_like, tell)
+    if restored is None:
+        raise ValueError(f"folder is {folder}, which holds no checkpoint; choose that of a run.")
+    return restored
+
+
+def _read_newest(
+    manager: Any,
+    folder: Path,
+    arrays_like: Callable[[Identity], PyTree],
+    on_damage: Callable[[int, str], None],
+) -> Restored | None:
+    """The newest checkpoint that can be read; `None` if there has never been one.
+
+    Args:
+      manager: Orbax's.
+      folder: Where they are.
+      arrays_like: From the identity of the run that is saved there, what to restore to; it raises
+        `_DifferentRunError`.
+      on_damage: What to do about the checkpoint of a round, and what is wrong with it.
+
+    Raises:
+      ValueError: The checkpoint is of another run, or all checkpoints are damaged.
+    """
+    rounds = sorted(manager.all_steps(), reverse=True)
+    for round in rounds:
+        try:
+            with _reads_left_behind():
+                return _read(manager, folder, round, arrays_like)
+        except _DifferentRunError as error:
+            raise ValueError(str(error)) from None
+        except Exception as error:  # Of many kinds, depending on what is damaged.
+            if not _is_damage(error):
+                raise
+            on_damage(round, str(error).partition("\n")[0][:200] or type(error).__name__)
+    if rounds or any(folder.glob("damaged-*")):
+        raise ValueError(
+            f"{folder} holds no checkpoint that can be read, only damaged ones; restore them from"
+            " a backup, or choose another folder to begin anew."
+        )
+    return None
+
+
+def _read(
+    manager: Any, folder: Path, round: int, arrays_like: Callable[[Identity], PyTree]
+) -> Restored:
+    args = require("orbax.checkpoint", "run").args
+    record: Any = {}
+    if (folder / str(round) / "record").is_dir():
+        record = manager.restore(round, args=args.Composite(record=args.JsonRestore()))["record"]
+    if not {"identity", "digest"} <= record.keys():
+        raise _DifferentRunError(
+            f"{folder / str(round)} was not written by fl.train; choose another folder."
+        )
+    like = {"arrays": arrays_like(record["identity"])}
+    restored = manager.restore(round, args=args.Composite(arrays=args.StandardRestore(like)))
+    arrays = restored["arrays"]["arrays"]
+    if digest(arrays) != record["digest"]:
+        raise ValueError("its arrays do not have the SHA-256 that they were saved with")
+    return Restored(round, arrays, record)
+
+
+# Of the messages of orbax and TensorStore, which know errors of the system by these words.
+_NO_ROOM = ("No space left on device", "Disk quota exceeded")
+_NO_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Too many open files")
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether a checkpoint that could not be read would not be read another time either."""
+    known = isinstance(error, (MemoryError, PermissionError))
+    return not known and not any(words in str(error) for words in _NO_DAMAGE)
+
+
+@contextlib.contextmanager
+def _reads_left_behind() -> Iterator[None]:
+    """Keeps Python from printing what becomes of them.
+
+    When one array cannot be read, orbax leaves the reading of others behind, which come back to
+    an event loop that is closed: from now on, or any time later.
+    """
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = usual  # Not after an error.
+
+
+@contextlib.contextmanager
+def _errors_of_orbax(folder: Path) -> Iterator[None]:
+    """Keeps orbax from logging what it raises, or was asked for; names a full disk as one."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:
+        told = next((words for words in _NO_ROOM if words in str(error)), None)
+        if told and not isinstance(error, OSError):
+            raise OSError(errno.ENOSPC, told, str(folder)) from None
+        raise
+    finally:
+        logger.setLevel(level)
 
 
 class _DifferentRunError(Exception):
@@ -208,8 +394,7 @@ def identify(
       settings: What else there is to tell.
     """
     identity: Identity = {f"settings[{name!r}]": value for name, value in settings.items()}
-    for path, leaf in jax.tree.leaves_with_path(state):
-        identity["state" + jax.tree_util.keystr(path)] = f"{leaf.dtype.name}{list(leaf.shape)}"
+    identity |= forms(state)
     for name in ("scheme", "num_clients", "capacity", "rate", "num_groups"):
         identity[f"sampler.{name}"] = getattr(sampler, name)
     identity["population.num_clients"] = population.num_clients
@@ -227,6 +412,14 @@ def identify(
     identity["program devices"] = jax.device_count()
     identity["program jax"] = jax.__version__
     return identity
+
+
+def forms(state: PyTree) -> Identity:
+    """Dtype and shape of each array of a state, by name."""
+    return {
+        "state" + jax.tree_util.keystr(path): f"{leaf.dtype.name}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }
 
 
 def digest(arrays: PyTree | ArrayLike) -> str:

@@ -25,13 +25,14 @@ class Ledger:
         self,
         on_round: Callable[[Row, RoundInfo], None] | None,
         on_eval: Callable[[Row], None] | None,
+        on_resume: Callable[[History], None] | None,
         best: str | None,
         best_mode: str,
     ) -> None:
         self.history = History([], [])
         self.best, self._best_mode = best, best_mode
         self.best_state: ServerState | None = None
-        self._on_round, self._on_eval = on_round, on_eval
+        self._on_round, self._on_eval, self._on_resume = on_round, on_eval, on_resume
         self._pending: collections.deque[Callable[[], None]] = collections.deque()
         self._began = time.perf_counter()
 
@@ -39,6 +40,8 @@ class Ledger:
         """Goes on with the history of a checkpoint."""
         self.history, self.best_state = history, best_state
         self._began -= history.seconds
+        if self._on_resume is not None:
+            self._on_resume(history)
 
     def add_round(self, round: int, info: RoundInfo, num_dropped: jax.Array) -> None:
         metrics = numbers_of(info, num_dropped)

@@ -1,10 +1,13 @@
 """Records of a run in a folder: configuration, numbers, and what it was run on."""
 
+import contextlib
 import csv
 import importlib
 import json
 import math
+import shutil
 import subprocess
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ import jax
 
 from fedjax_lite._extras import require
 from fedjax_lite.base import RoundInfo
-from fedjax_lite.stopping import Row
+from fedjax_lite.files import locked, replacing, write_text
+from fedjax_lite.stopping import History, Row
 
 _PACKAGES = ("fedjax_lite", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -28,17 +32,19 @@ class Recorder:
     | `metrics.csv`   | the same as a table, written at the end                               |
 
     What JSON has no number for, such as NaN, is null there. A folder of a run that goes on keeps
-    its rows; a round that was run twice has two, of which the last one counts.
+    its rows; a round that was run twice has two, of which the last one counts. A row is in the file
+    when the method that it was given to returns, and the other files are replaced all or nothing.
 
-    A context, whose methods `on_round` and `on_eval` are callbacks of `fl.train`.
+    A context, whose methods `on_round`, `on_eval` and `on_resume` are callbacks of `fl.train`.
+    Until its end, no other process can record in the folder.
 
     Args:
       folder: The folder, made if it is missing.
       config: What it takes to repeat the run, in types that JSON has.
-      tensorboard: Write the scalars for TensorBoard, too; needs tensorboardX.
+      tensorboard: Write the scalars for TensorBoard, too, at each evaluation; needs tensorboardX.
 
     Raises:
-      OSError: The folder cannot be written.
+      OSError: The folder cannot be written, or another process records there.
       ImportError: tensorboardX is missing.
 
     >>> import tempfile
@@ -55,17 +61,17 @@ class Recorder:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         about = {"config": jsonable(dict(config)), **machine(), "git": git_revision()}
-        (self._folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
         path = self._folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        # The last line of a run that was killed may be cut off.
-        lines = [line for line in lines if line.endswith("\n")]
-        self._rows = [json.loads(line) for line in lines]
-        self._file = path.open("w")
-        self._file.writelines(lines)
         self._events: Any = None
-        if tensorboard:
-            self._events = require("tensorboardX", "run").SummaryWriter(str(self._folder))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self._folder / ".lock"))
+            write_text(self._folder / "config.json", json.dumps(about, indent=2) + "\n")
+            self._rows = _mended_rows(path) if path.exists() else []
+            self._file = stack.enter_context(path.open("a"))
+            if tensorboard:
+                writer = require("tensorboardX", "run").SummaryWriter
+                self._events = stack.enter_context(writer(str(self._folder)))
+            self._opened = stack.pop_all()
 
     def on_round(self, row: Row, info: RoundInfo | None = None) -> None:
         """Writes a row of `History.rounds`."""
@@ -75,6 +81,16 @@ class Recorder:
     def on_eval(self, row: Row) -> None:
         """Writes a row of `History.evaluations`."""
         self._write("evaluation", row)
+        if self._events is not None:
+            self._events.flush()
+
+    def on_resume(self, history: History) -> None:
+        """Writes the rows of a checkpoint that are missing."""
+        known = {(row["kind"], row["round"]) for row in self._rows}
+        for kind, rows in (("round", history.rounds), ("evaluation", history.evaluations)):
+            for row in rows:
+                if (kind, row["round"]) not in known:
+                    self._write(kind, row)
 
     def _write(self, kind: str, row: Row) -> None:
         row = jsonable({"kind": kind, **row})
@@ -89,15 +105,47 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
-        last = {(row["kind"], row["round"]): row for row in self._rows}
+        last = {(row["round"], row["kind"] == "evaluation"): row for row in self._rows}
         columns = dict.fromkeys(name for row in last.values() for name in row)
-        with (self._folder / "metrics.csv").open("w", newline="") as file:
+        path = self._folder / "metrics.csv"
+        with self._opened, replacing(path) as partial, partial.open("w", newline="") as file:
             table = csv.DictWriter(file, list(columns))
             table.writeheader()
-            table.writerows(last.values())
+            table.writerows(last[place] for place in sorted(last))
+
+
+def _mended_rows(path: Path) -> list[Row]:
+    """The rows of a file, from which lines that are none are taken.
+
+    That is the last one, cut off when a process was killed or a disk was full. If there are others,
+    the file as it was is kept beside.
+    """
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    rows = [(line, _row(line)) for line in lines]
+    good = [(line, row) for line, row in rows if row is not None]
+    if len(good) < len(rows):
+        if any(row is None for _, row in rows[:-1]) or lines[-1].endswith("\n"):
+            place = len(list(path.parent.glob("damaged-metrics-*")))
+            aside = path.with_name(f"damaged-metrics-{place}.jsonl")
+            shutil.copy(path, aside)
+            number = next(i for i, (_, row) in enumerate(rows, 1) if row is None)
+            warnings.warn(
+                f"{path}, line {number} is no row of metrics; the file as it was is kept as"
+                f" {aside.name}.",
+                stacklevel=3,
+            )
+        write_text(path, "".join(line for line, _ in good))
+    return [row for _, row in good]
+
+
+def _row(line: str) -> Row | None:
+    """The row of a line; `None` if it is none, or cut off."""
+    try:
+        row = json.loads(line)
+        whole = line.endswith("\n") and "kind" in row and isinstance(row["round"], int)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return row if whole else None
 
 
 def machine() -> dict[str, Any]:

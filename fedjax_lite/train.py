@@ -71,6 +71,7 @@ def train(
     eval_every: int = 10,
     on_round: Callable[[Row, RoundInfo], None] | None = None,
     on_eval: Callable[[Row], None] | None = None,
+    on_resume: Callable[[History], None] | None = None,
     stop: Sequence[StopRule] = (),
     ema_decay: float | None = None,
     best: str | None = None,
@@ -108,6 +109,8 @@ def train(
       on_round: `on_round(row, info)`, called in order and some rounds later with each row of
         `history.rounds`, and with the `RoundInfo`, whose arrays are still on the device.
       on_eval: `on_eval(row)`, called with each row of `history.evaluations`.
+      on_resume: `on_resume(history)`, called with the history of the checkpoint that the run goes
+        on from, if there is one.
       stop: Rules that end the run, such as `fl.stopping.patience("loss", 5)`.
       ema_decay: Decay $d$ of a moving average $a \leftarrow d a + (1 - d) w$ of the params (and
         the model state), which starts at the initial ones. Evaluations are then of the average.
@@ -176,7 +179,7 @@ def train(
         step=_build_step(algorithm, sampler, ema_decay),
         keys=put(tuple(keys), state.round.sharding),
         evaluation=evaluate,
-        ledger=Ledger(on_round, on_eval, best, best_mode or ""),
+        ledger=Ledger(on_round, on_eval, on_resume, best, best_mode or ""),
         done=int(state.round),
     )
     draw = functools.partial(_draw, sampler, population, run.keys)
@@ -184,7 +187,7 @@ def train(
     with contextlib.ExitStack() as stack:
         if checkpoints is not None:
             traced = run.step.trace(run.carry, run.keys, draw(run.done) if streamed else population)
-            settings = {"ema_decay": ema_decay, "best": best, **checkpoints.settings}
+            settings = {**checkpoints.settings, "ema_decay": ema_decay, "best": best}
             identity = identify(state, population, sampler, key, traced.jaxpr, settings)
             run.folder = stack.enter_context(CheckpointFolder(checkpoints, identity))
             run.restore()

@@ -294,7 +294,7 @@ def test_a_damaged_checkpoint_is_put_aside(tmp_path):
                 path.write_bytes(b"")
     with (
         pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(ValueError, match="no checkpoint that can be read; delete it"),
+        pytest.raises(ValueError, match="no checkpoint that can be read, only damaged"),
     ):
         fl.train(**options)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedjax_lite._extras import require
 from fedjax_lite.cli.errors import UsageError
+from fedjax_lite.cli.runs import settings_of_training
 
 # Of YAML's scalars, these two alone: 1.1 reads off as false, 010 as 8 and 1:30 as 90. All others
 # stay as they are written, for the parser of the command line.
@@ -57,8 +58,13 @@ def settings_from_file(
         if not (run / "checkpoints").is_dir():
             raise UsageError(f"--resume {run} holds no checkpoints; choose the folder of a run")
         path, recorded = run / "config.json", True
-        settings = _read(path)
-        settings = settings.get("config") if isinstance(settings, dict) else None
+        settings = settings_of_training(run)
+        if name := settings.get("baseline"):
+            data = "--synthetic" if "note" in settings else f"--data {settings['dataset']}"
+            raise UsageError(
+                f"--resume {run} is a run of a baseline; fedjax-lite baseline {name} {data}"
+                f" --resume {run} goes on with it"
+            )
     else:
         return None
     if not isinstance(settings, dict):

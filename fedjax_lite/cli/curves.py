@@ -52,14 +52,15 @@ def draw(out: Path, panels: Sequence[Panel], title: str) -> list[Path]:
     """Draws each panel as a picture of its own in a folder, or all side by side in a file.
 
     Args:
-      out: The file, if it has a suffix; else the folder.
+      out: The file, if it has a suffix and is no folder; else the folder.
       panels: What to draw.
       title: The title.
 
     Returns:
       The files.
     """
-    pictures = {out: panels} if out.suffix else {out / f"{p.name}.png": [p] for p in panels}
+    is_file = out.suffix and not out.is_dir()
+    pictures = {out: panels} if is_file else {out / f"{p.name}.png": [p] for p in panels}
     for path, shown in pictures.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         figure, grid = plt.subplots(1, len(shown), layout="constrained", squeeze=False)

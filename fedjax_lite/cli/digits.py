@@ -1,5 +1,6 @@
 """`fedjax-lite baseline digits`: three algorithms at four splits, over seeds."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -18,6 +19,7 @@ from fedjax_lite.cli.curves import COLORS
 from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.experiment import Experiment
+from fedjax_lite.files import locked, write_text
 from fedjax_lite.records import git_revision, jsonable, machine
 
 # Chosen at Dirichlet 0.3 with seeds 100 to 102: FedAdam's rates are the best of client .03 and .1
@@ -54,7 +56,6 @@ def compare(out: Path | None, rounds: int | None, seed: int, *, as_json: bool) -
       UsageError: An option is out of range, a split cannot be made, or the folder cannot be
         written.
     """
-    out = out or new_folder("digits-baseline")
     began = time.perf_counter()
     try:
         algorithms = {
@@ -68,30 +69,32 @@ def compare(out: Path | None, rounds: int | None, seed: int, *, as_json: bool) -
         }
     except ValueError as error:
         raise UsageError(str(error)) from None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(out, error) from None
-    runs = []
-    for split in _SPLITS:
-        for name, built in algorithms.items():
-            curves = [_train(built, one) for one in clients[split]]
-            runs.append({"split": split, "algorithm": name, **_summarize(curves)})
-            told = f"{split}, {name}: {_brief(runs[-1])}"
-            print(told, file=sys.stderr if as_json else sys.stdout, flush=True)
+    out = out or new_folder("digits-baseline")
+    runs: list[dict[str, Any]] = []
     report = {
         "config": {name: dataclasses.asdict(one.experiment) for name, one in algorithms.items()},
         "splits": _SPLITS,
         "seeds": list(range(seed, seed + _NUM_SEEDS)),
         **machine(),
         "git": git_revision(),
-        "seconds": time.perf_counter() - began,
-        "runs": runs,
     }
-    (out / "digits.json").write_text(json.dumps(jsonable(report), indent=2) + "\n")
-    table = _table(runs)
-    (out / "digits.md").write_text(table)
-    _draw(out / "digits.png", runs)
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out / ".lock"))
+        except OSError as error:
+            raise cannot_write(out, error) from None
+        for split in _SPLITS:
+            for name, built in algorithms.items():
+                curves = [_train(built, one) for one in clients[split]]
+                runs.append({"split": split, "algorithm": name, **_summarize(curves)})
+                report |= {"seconds": time.perf_counter() - began, "runs": runs}
+                write_text(out / "digits.json", json.dumps(jsonable(report), indent=2) + "\n")
+                told = f"{split}, {name}: {_brief(runs[-1])}"
+                print(told, file=sys.stderr if as_json else sys.stdout, flush=True)
+        table = _table(runs)
+        write_text(out / "digits.md", table)
+        _draw(out / "digits.png", runs)
     if as_json:
         print(json.dumps(jsonable({"out": str(out), **report})))
     else:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,18 +12,20 @@ import rich.table
 from tyro.conf import Positional, arg
 
 import fedjax_lite as fl
+from fedjax_lite.baselines import BASELINES
 from fedjax_lite.build import Built, build, read_examples
-from fedjax_lite.checkpoint import CheckpointFolder
+from fedjax_lite.checkpoint import read_checkpoint
 from fedjax_lite.cli.errors import UsageError
-from fedjax_lite.cli.runs import read_run
+from fedjax_lite.cli.runs import settings_of_training
 from fedjax_lite.experiment import Experiment
-from fedjax_lite.ledger import trained, without_extras
 from fedjax_lite.records import jsonable
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
     """Evaluate the model of a run, on all examples together and on those of each client.
+
+    The folder of the run is left as it is.
 
     Attributes:
       run: The folder of the run.
@@ -45,22 +46,18 @@ def evaluate(options: Eval) -> None:
     Raises:
       UsageError: The folder holds no run with a checkpoint, or the data set cannot be read.
     """
-    run = read_run(options.run)
+    if not (options.run / "checkpoints").is_dir():
+        raise UsageError(f"{options.run} holds no checkpoints; choose the folder of a `train` run")
+    recorded = settings_of_training(options.run)
     fl.configure_cpu()
-    names = {field.name for field in dataclasses.fields(Experiment)}
-    settings: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in run.settings.items()
-        if name in names
-    }
     try:
-        built = build(Experiment(**{**settings, "seed": run.seed or 0}))
+        built = _build(recorded)
         held_out = (
             read_examples("dataset", options.dataset, built.experiment)
             if options.dataset
             else built.held_out
         )
-        round, state = _restore(options, built, ema="ema_decay" in _set(run.settings))
+        round, state = _restore(options, built)
     except ValueError as error:
         raise UsageError(str(error)) from None
     report: dict[str, Any] = {"run": str(options.run), "round": round, "best": options.best}
@@ -70,7 +67,7 @@ def evaluate(options: Eval) -> None:
         report |= _measure(built.model, state, held_out)
     # The best state is kept without what clients keep.
     if built.personal is not None and options.dataset is None and not options.best:
-        found = built.personal(state, jax.random.key(run.seed or 0))
+        found = built.personal(state, jax.random.key(built.experiment.seed))
         report["personal_accuracy"] = float(found.pooled["accuracy"])
     if options.json:
         print(json.dumps(jsonable(report)))
@@ -78,31 +75,32 @@ def evaluate(options: Eval) -> None:
         _print_report(report)
 
 
-def _set(settings: dict[str, Any]) -> set[str]:
-    return {name for name, value in settings.items() if value is not None}
-
-
-def _restore(options: Eval, built: Built, *, ema: bool) -> tuple[int, fl.ServerState]:
-    """The number of rounds done, and the state that evaluations are of."""
-    folder = options.run / "checkpoints"
-    if not folder.is_dir():
-        raise UsageError(f"{options.run} holds no checkpoints; choose the folder of a `train` run")
-    state = built.algorithm.init(jax.random.key(0), num_clients=built.population.num_clients)
-    like = {
-        "state": state,
-        "averaged": trained(state) if ema else None,
-        "best": without_extras(state),
+def _build(recorded: dict[str, Any]) -> Built:
+    """The simulation that a run is of."""
+    names = {field.name for field in dataclasses.fields(Experiment)}
+    settings: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in recorded.items()
+        if name in names
     }
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is asked for.
-    with CheckpointFolder(fl.Checkpoints(folder), read_only=True) as checkpoints:
-        restored = checkpoints.restore(like)
-    if restored is None:
-        raise UsageError(f"{folder} holds no checkpoint; choose the folder of a `train` run")
-    if options.best:
-        best = restored.arrays["best"]
-        return int(best.round), best
-    state = restored.arrays["state"]
-    return restored.round, dataclasses.replace(state, **(restored.arrays["averaged"] or {}))
+    datasets = None
+    if "baseline" in recorded and "note" not in recorded:  # Of files, which it reads by itself.
+        data, test = Path(recorded["dataset"]), Path(recorded["test"])
+        datasets = BASELINES[recorded["baseline"]].load(data, None if test == data else test)
+    return build(Experiment(**settings), datasets)
+
+
+def _restore(options: Eval, built: Built) -> tuple[int, fl.ServerState]:
+    """The number of rounds done, and the state that evaluations are of."""
+    like = built.algorithm.init(jax.random.key(0), num_clients=built.population.num_clients)
+    restored = read_checkpoint(options.run / "checkpoints", like)
+    best = restored.arrays["best"]
+    if not options.best:
+        averaged = restored.arrays["averaged"] or {}
+        return restored.round, dataclasses.replace(restored.arrays["state"], **averaged)
+    if best is None:
+        raise UsageError(f"--best is given, and {options.run} has no best state; leave it out")
+    return int(best.round), best
 
 
 def _measure(

@@ -15,6 +15,7 @@ from matplotlib.colors import ListedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 
 from fedjax_lite.data.synthetic import HALFSPACE_BIAS, HALFSPACE_WEIGHTS, halfspace_batch
+from fedjax_lite.files import replacing
 
 _BLUE, _ORANGE, _DARK, _GREY = "#2f6db3", "#e07b39", "#20242c", "#8a919c"
 _MAX_BARS, _MAX_COLUMNS = 40, 800
@@ -187,5 +188,6 @@ def tidy(axes: Axes) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a picture, in the format of the suffix."""
-    figure.savefig(path, dpi=150)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150)
     plt.close(figure)

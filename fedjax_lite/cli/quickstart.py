@@ -68,15 +68,12 @@ def quickstart(options: Quickstart) -> None:
         **machine(),
         "out": str(out),
     }
-    metrics_file = open_folder(out, report)
-
-    simulation = _simulation(options)
-    with metrics_file:
-        history, state, timing = _run(simulation, options, metrics_file)
-    groups = [[read_run(out)]]
-    draw(out, panels(groups, [options.dataset]), title(groups))
-    if options.dataset == "halfspace":
-        plots.halfspace(out / "data.png", jax.device_get(state.params))
+    with open_folder(out, report) as metrics_file:
+        history, state, timing = _run(_simulation(options), options, metrics_file)
+        groups = [[read_run(out)]]
+        draw(out, panels(groups, [options.dataset]), title(groups))
+        if options.dataset == "halfspace":
+            plots.halfspace(out / "data.png", jax.device_get(state.params))
 
     series = {name: [row[name] for row in history] for name in ("loss", "accuracy")}
     report = {**report, **series, **timing}

@@ -1,5 +1,6 @@
 """A run that is recorded, drawn and reported: what the commands that train have in common."""
 
+import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,11 @@ from fedjax_lite.cli.plot import panels, title
 from fedjax_lite.cli.progress import progress
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import read_run
+from fedjax_lite.files import write_text
 from fedjax_lite.records import Recorder, jsonable
 from fedjax_lite.stopping import StopRule
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def unused_folder(out: Path | None, name: str) -> Path:
@@ -63,7 +67,7 @@ def run_recorded(
       The configuration, the evaluations, and how fast it was.
 
     Raises:
-      UsageError: The folder cannot be written.
+      UsageError: The folder cannot be written, or is full, or another process writes it.
       InterruptedRunError: Ctrl-C was pressed.
       ValueError: The checkpoints are of another run.
     """
@@ -71,46 +75,53 @@ def run_recorded(
         recorder = Recorder(out, settings, tensorboard=tensorboard)
     except OSError as error:
         raise cannot_write(out, error) from None
+    goes_on = f"fedjax-lite {resumed_by} {out} goes on"
     text = ""
-    with recorder, progress(built.experiment.rounds, stderr=stderr) as show:
 
-        def on_round(row: dict[str, Any], info: fl.RoundInfo) -> None:
-            recorder.on_round(row, info)
-            show(row["round"], text, False)
+    def on_round(row: dict[str, Any], info: fl.RoundInfo) -> None:
+        recorder.on_round(row, info)
+        show(row["round"], text, False)
 
-        def on_eval(row: dict[str, Any]) -> None:
-            nonlocal text
-            recorder.on_eval(row)
-            text = f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}"
-            show(row["round"], text, True)
+    def on_eval(row: dict[str, Any]) -> None:
+        nonlocal text
+        recorder.on_eval(row)
+        text = f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}"
+        show(row["round"], text, True)
 
-        try:
-            result = fl.train(
-                built.algorithm,
-                built.population,
-                built.sampler,
-                built.experiment.rounds,
-                key=jax.random.key(built.experiment.seed),
-                evaluate=built.evaluate,
-                eval_every=built.experiment.eval_every,
-                on_round=on_round,
-                on_eval=on_eval,
-                stop=stop,
-                ema_decay=ema_decay,
-                best="accuracy",
-                best_mode="max",
-                checkpoints=fl.Checkpoints(out / "checkpoints", every=checkpoint_every),
-            )
-        except KeyboardInterrupt as interrupt:
-            told = str(interrupt).partition(";")[0] or "interrupted"
-            raise InterruptedRunError(f"{told}; fedjax-lite {resumed_by} {out} goes on") from None
-    personal = None
-    if built.personal is not None:
-        key = jax.random.key(built.experiment.seed)
-        personal = built.personal(result.averaged or result.state, key)
-    _write_clients(built, result, personal, out)
-    groups = [[read_run(out)]]
-    draw(out, panels(groups, [out.name]), title(groups))
+    try:
+        with recorder:
+            with progress(built.experiment.rounds, stderr=stderr) as show:
+                result = fl.train(
+                    built.algorithm,
+                    built.population,
+                    built.sampler,
+                    built.experiment.rounds,
+                    key=jax.random.key(built.experiment.seed),
+                    evaluate=built.evaluate,
+                    eval_every=built.experiment.eval_every,
+                    on_round=on_round,
+                    on_eval=on_eval,
+                    on_resume=recorder.on_resume,
+                    stop=stop,
+                    ema_decay=ema_decay,
+                    best="accuracy",
+                    best_mode="max",
+                    checkpoints=fl.Checkpoints(out / "checkpoints", every=checkpoint_every),
+                )
+            personal = None
+            if built.personal is not None:
+                key = jax.random.key(built.experiment.seed)
+                personal = built.personal(result.averaged or result.state, key)
+            _write_clients(built, result, personal, out)
+            groups = [[read_run(out)]]
+            draw(out, panels(groups, [out.name]), title(groups))
+    except KeyboardInterrupt as interrupt:
+        told = str(interrupt).partition(";")[0] or "interrupted"
+        raise InterruptedRunError(f"{told}; {goes_on}") from None
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise UsageError(f"{out}: {error.strerror}; make room, and {goes_on}") from None
     evaluations = result.history.evaluations
     return {
         "out": str(out),
@@ -139,7 +150,7 @@ def _write_clients(
     if personal is not None:
         report["personal_accuracy"] = np.asarray(personal.clients["accuracy"]).tolist()
     report["num_examples"] = built.held_out.num_examples.tolist()
-    (out / "clients.json").write_text(json.dumps(jsonable(report)) + "\n")
+    write_text(out / "clients.json", json.dumps(jsonable(report)) + "\n")
 
 
 def print_report(report: dict[str, Any], heading: str = "on held-out examples") -> None:

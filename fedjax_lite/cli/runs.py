@@ -1,5 +1,7 @@
 """Folders of runs: what was recorded in them, and which runs are one setting with many seeds."""
 
+import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -7,7 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedjax_lite.cli.errors import UsageError
+from fedjax_lite.experiment import Experiment
 
+# What `train` records beside the settings of an experiment.
+RULES = ("target", "patience", "max_seconds", "ema_decay")
 # What may differ between two runs of one setting.
 _NOT_SETTINGS = {"seed", "lanes", "out", "json", "device", "versions"}
 
@@ -21,7 +26,8 @@ class Run(NamedTuple):
       seed: The seed, if it is known.
       rounds: Rows of rounds by number of rounds done.
       evaluations: Rows of evaluations by number of rounds done.
-      clients: Values per client at the last evaluation by name, if they were recorded.
+      clients: Values per client at the last evaluation by name, if they were recorded, and can be
+        read.
     """
 
     folder: Path
@@ -41,13 +47,13 @@ def read_run(folder: Path) -> Run:
     Raises:
       UsageError: The folder is none of a run, or a file of it is damaged.
     """
-    for name in ("metrics.jsonl", "config.json"):
-        if not (folder / name).is_file():
-            raise UsageError(f"{folder} holds no {name}; choose the folder of a run")
-    config = _read_object(folder / "config.json")
-    settings = config.get("config", config)
+    if not (folder / "metrics.jsonl").is_file():
+        raise UsageError(f"{folder} holds no metrics.jsonl; choose the folder of a run")
+    settings = read_settings(folder)
     rows = _read_rows(folder / "metrics.jsonl")
-    clients = folder / "clients.json"
+    clients: dict[str, Any] = {}
+    with contextlib.suppress(UsageError):
+        clients = _read_object(folder / "clients.json")
     return Run(
         folder=folder,
         settings={name: settings[name] for name in settings if name not in _NOT_SETTINGS},
@@ -55,8 +61,41 @@ def read_run(folder: Path) -> Run:
         rounds={row["round"]: row for row in rows if row.get("kind") == "round"},
         # The rows of the quickstart have no kind: they are evaluations.
         evaluations={row["round"]: row for row in rows if row.get("kind") in (None, "evaluation")},
-        clients=_read_object(clients) if clients.exists() else {},
+        clients=clients,
     )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What a run was recorded with.
+
+    Raises:
+      UsageError: The folder is none of a run, or its `config.json` is damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no config.json; choose the folder of a run")
+    config = _read_object(path)
+    settings = config.get("config", config)
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} is damaged: its config holds no settings; restore the file")
+    return settings
+
+
+def settings_of_training(folder: Path) -> dict[str, Any]:
+    """What a run that `fedjax-lite train` or `baseline` made was recorded with.
+
+    Raises:
+      UsageError: It was recorded from Python, or its `config.json` is damaged.
+    """
+    settings = read_settings(folder)
+    known = {field.name for field in dataclasses.fields(Experiment)}
+    unknown = [name for name in settings if name not in {*known, *RULES, "baseline", "note"}]
+    if unknown:
+        raise UsageError(
+            f"{folder} was recorded with {', '.join(unknown)}, no setting of a command; in Python,"
+            " the same call of fl.train goes on with it, and fl.load_state reads its state"
+        )
+    return settings
 
 
 def group_seeds(runs: Sequence[Run]) -> list[list[Run]]:
@@ -99,7 +138,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
+        raise UsageError(f"{path} cannot be read: {error}; restore the file") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path} is no JSON object; choose the folder of a run")
     return value

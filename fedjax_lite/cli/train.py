@@ -16,7 +16,7 @@ from fedjax_lite.build import Built, build
 from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.running import print_report, run_recorded, unused_folder
-from fedjax_lite.cli.runs import read_run
+from fedjax_lite.cli.runs import RULES, read_settings
 from fedjax_lite.experiment import Experiment
 from fedjax_lite.mesh import resolve as resolve_mesh
 from fedjax_lite.records import jsonable, machine
@@ -82,8 +82,7 @@ def train(options: Train) -> None:
         raise UsageError(as_option(str(error))) from None
     settings = {
         **dataclasses.asdict(built.experiment),
-        **{name: getattr(options, name) for name in ("target", "patience", "max_seconds")},
-        "ema_decay": options.ema_decay,
+        **{name: getattr(options, name) for name in RULES},
     }
     if options.dry_run:
         _dry_run(built, settings, as_json=options.json)
@@ -147,15 +146,13 @@ def _folder(options: Train, settings: dict[str, Any]) -> Path:
         return unused_folder(options.out, Path(options.dataset).stem)
     if options.out is not None:
         raise UsageError("--out is given beside --resume; leave it out, the folder is the same")
-    run = read_run(options.resume)
+    recorded = read_settings(options.resume)
     for name, value in jsonable(settings).items():
-        if name not in _FREE | {"seed"} and value != run.settings.get(name):
+        if name not in _FREE and value != recorded.get(name):
             raise UsageError(
-                f"--{name.replace('_', '-')} is {value}, and {run.settings.get(name)} in"
+                f"--{name.replace('_', '-')} is {value}, and {recorded.get(name)} in"
                 f" {options.resume}; leave it out, or begin a new run"
             )
-    if settings["seed"] != run.seed:
-        raise UsageError(f"--seed is {settings['seed']}, and {run.seed} there; leave it out")
     return options.resume
 
 
