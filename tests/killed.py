@@ -1,6 +1,7 @@
 """Trains a model in processes that are killed at random moments, and once undisturbed.
 
-Run as a program, with a folder for what it leaves: `killed.npz` and `straight.npz`.
+Run as a program, with a folder for what it leaves: `killed.npz` and `straight.npz`, and what was
+recorded beside, in `killed` and `straight`.
 """
 
 import json
@@ -25,19 +26,27 @@ assert ocp  # Imported before the forks, not after each.
 NUM_ROUNDS, NUM_KILLS = 400, 20
 
 
-def train(folder, on_round=None):
+def train(folder, on_row=lambda row: None):
     dataset, model = regression_dataset(), regression_model()
-    return fl.train(
-        fl.fed_avg(model, optax.sgd(0.01), optax.adam(0.01), batch_size=3),
-        dataset.resident(),
-        fl.samplers.poisson(10, 0.4),
-        NUM_ROUNDS,
-        key=jax.random.key(0),
-        evaluate=lambda state: fl.evaluate(model, state, dataset.examples),
-        ema_decay=0.9,
-        on_round=on_round,
-        checkpoints=None if folder is None else fl.Checkpoints(folder, every=3),
-    )
+    with fl.Recorder(folder, {}) as recorder:
+
+        def on_round(row, info):
+            recorder.on_round(row, info)
+            on_row(row)
+
+        return fl.train(
+            fl.fed_avg(model, optax.sgd(0.01), optax.adam(0.01), batch_size=3),
+            dataset.resident(),
+            fl.samplers.poisson(10, 0.4),
+            NUM_ROUNDS,
+            key=jax.random.key(0),
+            evaluate=lambda state: fl.evaluate(model, state, dataset.examples),
+            ema_decay=0.9,
+            on_round=on_round,
+            on_eval=recorder.on_eval,
+            on_resume=recorder.on_resume,
+            checkpoints=fl.Checkpoints(folder / "checkpoints", every=3),
+        )
 
 
 def save(path, result):
@@ -48,13 +57,14 @@ def save(path, result):
 
 
 def child(work):
-    """Runs `work(on_round)` in a new process: its id, and where it writes a byte for each round."""
+    """Runs `work(on_row)` in a new process: its id, and where it writes which rounds it reports."""
     read, write = os.pipe()
     pid = os.fork()  # Before JAX has computed anything, which a fork does not survive.
     if pid == 0:
+        os.close(read)
         code = 1
         try:
-            work(lambda row, info: os.write(write, bytes([row["round"] == 1])))
+            work(lambda row: os.write(write, row["round"].to_bytes(2)))
             code = 0
         finally:
             os._exit(code)
@@ -62,21 +72,38 @@ def child(work):
     return pid, read
 
 
+def recorded(folder):
+    """Numbers of the rounds that have a row, of which the last may be cut off."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {row["round"] for row in rows if row["kind"] == "round"}
+
+
 def main(folder):
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    pid, _ = child(lambda on_round: save(folder / "straight.npz", train(None)))
+    straight, killed = folder / "straight", folder / "killed"
+    pid, _ = child(lambda on_row: save(folder / "straight.npz", train(straight)))
     assert os.waitpid(pid, 0)[1] == 0
-    moments, resumed = random.Random(0), 0
-    for _ in range(NUM_KILLS):
-        pid, read = child(lambda on_round: train(folder / "checkpoints", on_round))
-        is_first, *_ = [os.read(read, 1) for _ in range(moments.randint(1, 30))]
-        resumed += is_first == b"\0"
-        time.sleep(moments.uniform(0, 0.05))
+    moments, resumed, reported, seconds = random.Random(0), 0, 0, 0.0
+    for place in range(NUM_KILLS):
+        resumed += any((killed / "checkpoints").glob("[0-9]*"))
+        began = time.monotonic()
+        pid, read = child(lambda on_row: train(killed, on_row))
+        if place % 2:  # While it resumes, or soon after.
+            time.sleep(moments.uniform(0, seconds))
+        else:
+            reported = int.from_bytes(os.read(read, 2))
+            seconds = time.monotonic() - began
+            for _ in range(moments.randint(0, 29)):
+                reported = int.from_bytes(os.read(read, 2))
+            time.sleep(moments.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "it ended before it could be killed"
+        assert set(range(1, reported + 1)) <= recorded(killed), "rows that were reported are gone"
         os.close(read)
-    pid, _ = child(lambda on_round: save(folder / "killed.npz", train(folder / "checkpoints")))
+    pid, _ = child(lambda on_row: save(folder / "killed.npz", train(killed)))
     assert os.waitpid(pid, 0)[1] == 0
     print(json.dumps({"kills": NUM_KILLS, "resumed": resumed}))
 

@@ -1,5 +1,6 @@
 """Commands in processes of their own."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -12,6 +13,35 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from fedjax_lite.cli import main
 main(sys.argv[1:])
 """
+
+
+_HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held_by_another_process(lock):
+    """A lock file, locked by a process that is killed at the end."""
+    command = [sys.executable, "-S", "-c", _HOLDER, lock]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def contents(folder):
+    """All that is below a folder, byte by byte."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
 
 
 def interrupted(*args, once):

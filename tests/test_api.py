@@ -57,6 +57,7 @@ NAMES = {
     ],
     "function_model": ["loss", "init", "metrics", "predict"],
     "linen_model": ["module", "example", "loss", "metrics", "inputs"],
+    "load_state": ["folder", "like", "averaged", "best"],
     "nnx_model": ["create", "loss", "metrics", "inputs"],
     "quantize_uniform": ["num_levels"],
     "scaffold": [
@@ -71,8 +72,8 @@ NAMES = {
     ],
     "train": [
         *("algorithm", "population", "sampler", "num_rounds", "key", "state", "evaluate"),
-        *("eval_every", "on_round", "on_eval", "stop", "ema_decay", "best", "best_mode"),
-        "checkpoints",
+        *("eval_every", "on_round", "on_eval", "on_resume", "stop", "ema_decay", "best"),
+        *("best_mode", "checkpoints"),
     ],
     "tune_lanes": ["build", "key", "state", "cohort", "candidates", "repeats"],
     "Checkpoints": ["folder", "every", "keep", "settings"],

@@ -135,6 +135,27 @@ def test_pictures_are_written_where_they_are_said_to_be(tmp_path, capsys):
     assert all((tmp_path / name).stat().st_size > 5000 for name in names)
 
 
+def test_tells_which_runs_are_left_out_and_why(tmp_path, capsys, figures):
+    folders = [write(tmp_path / name, alpha=i, clients=[0.1]) for i, name in enumerate("abcd")]
+    (folders[1] / "clients.json").write_text('{"accu')
+    (folders[2] / "clients.json").unlink()
+    (folders[3] / "metrics.jsonl").write_text('{"kind": "round", "round": 1, "loss": 9.0}\n')
+    main(["plot", *map(str, folders), "--out", str(tmp_path / "all.png")])
+    assert capsys.readouterr().err.splitlines() == [
+        f"fedjax-lite: {folders[1]} is left out of clients: clients.json cannot be read",
+        f"fedjax-lite: {folders[2]} is left out of clients: clients.json is missing, which train"
+        " writes at its end",
+        f"fedjax-lite: {folders[3]} is left out of loss and accuracy: it holds no evaluation",
+    ]
+    assert [len(axes.lines) for axes in figures["all.png"].axes] == [3, 3, 2]
+    seeds = [write(tmp_path / f"seed{i}", seed=i, clients=[0.1]) for i in range(2)]
+    (seeds[0] / "clients.json").unlink()
+    (seeds[0] / "metrics.jsonl").write_text("")
+    assert [len(curve.values) for (curve,) in (x.values() for x in lines(seeds).values())] == [
+        1
+    ] * 3
+
+
 def test_what_is_no_run_is_told_in_one_line(tmp_path, capsys):
     a, b = write(tmp_path / "a"), write(tmp_path / "b", tail="oops\n")
     assert "no folder is given" in refusal(capsys)

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+import fedjax_lite as fl
 from fedjax_lite.cli import main
 
 SMALL = (
@@ -53,6 +54,32 @@ def test_says_what_takes_programs_of_its_own(tmp_path, capsys):
     assert swept["programs"] == 2
     assert "4 runs in 2 programs, since algorithm cannot vary within one" in " ".join(told.split())
     assert len({tuple(one["loss"]) for one in swept["runs"]}) == 4
+
+
+def test_goes_on_with_the_programs_that_had_not_ended(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def run_program(runs):
+        asked.append([run.model for run in runs])
+        if len(asked) == 2:
+            raise ValueError("power cut")
+        rows = [{"round": r, "loss": 1.0 / (1 + r), "accuracy": float("nan")} for r in (0, 4)]
+        return [fl.History([], rows) for _ in runs]
+
+    monkeypatch.setattr("fedjax_lite.cli.sweep._run", run_program)
+    vary = ("--vary", "model=logistic,mlp", "--vary", "seed=0:2", "--out", tmp_path / "sweep")
+    refusal = []
+    for more in ([], ["--client-lr=7"]):
+        with pytest.raises(SystemExit):
+            main(list(map(str, ["sweep", *SMALL, *vary, *more])))
+        refusal.append(capsys.readouterr().err)
+    assert refusal[0] == "fedjax-lite: power cut\n"
+    assert "holds a sweep of other settings; choose another folder" in refusal[1]
+    swept, _ = run(capsys, "sweep", *SMALL, *vary)
+    # The first program, the one that was interrupted, and that one again.
+    assert asked == [["logistic", "logistic"], ["mlp", "mlp"], ["mlp", "mlp"]]
+    assert [one["loss"] for one in swept["runs"]] == [[1.0, 0.2]] * 4
+    assert swept["runs"][0]["accuracy"] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 import dataclasses
+import errno
 import json
 import platform
 import subprocess
 import sys
 
 import jax
+import optax
 import pytest
-from processes import interrupted
+from processes import contents, held_by_another_process, interrupted
 
 import fedjax_lite as fl
+from fedjax_lite.build import build
 from fedjax_lite.cli import main
 from fedjax_lite.experiment import Experiment, resolve
 
@@ -56,16 +59,24 @@ def test_a_run_is_recorded_resumed_and_evaluated(tmp_path, capsys):
     # A row that was cut off is not glued to the next one.
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "rou')
+    # What is damaged or missing beside the checkpoint is not needed, or is restored from it.
+    (out / "clients.json").write_text('{"accur')
+    everything = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(everything[1:]))
     resumed = report(capsys, "train", "--resume", out, "--rounds=8")
     expected = report(capsys, "train", *SMALL, "--rounds=8", "--eval-every=2", "--out", whole)
     assert resumed["rounds"] == [0, 2, 4, 5, 6, 8]
     assert resumed["loss"][-1] == expected["loss"][-1]
+    assert sorted(row["round"] for row in rows(out, "evaluation")) == [0, 2, 4, 5, 6, 8]
+    assert len(json.loads((out / "clients.json").read_text())["accuracy"]) == 6
     assert [row["round"] for row in rows(out, "round")] == list(range(1, 9))
     assert [row["loss"] for row in rows(out, "round")] == [
         row["loss"] for row in rows(whole, "round")
     ]
 
+    before = contents(out)
     told = report(capsys, "eval", out)
+    assert contents(out) == before
     assert told["round"] == 8
     assert told["loss"] == pytest.approx(resumed["loss"][-1])
     assert told["clients"]["number"] == 6
@@ -75,11 +86,75 @@ def test_a_run_is_recorded_resumed_and_evaluated(tmp_path, capsys):
     assert "holds a run; choose another folder, or --resume" in refusal(
         capsys, "train", *SMALL, "--out", out
     )
-    before = (out / "config.json").read_text()
+    before = contents(out)
     assert "--client-lr is 0.5, and 0.1 in" in refusal(
         capsys, "train", "--resume", out, "--client-lr", 0.5
     )
-    assert (out / "config.json").read_text() == before
+    assert contents(out) == before
+
+
+def test_a_folder_recorded_from_python_is_left_as_it_is(tmp_path, capsys):
+    folder = tmp_path / "rec"
+
+    def go_on():
+        with fl.Recorder(folder, {"rate": 0.1}) as recorder:
+            return fl.train(
+                fl.fed_sgd(fl.models.halfspace_classifier(), optax.sgd(0.1)),
+                fl.data.halfspace(),
+                fl.samplers.uniform(100, 2),
+                0,
+                key=jax.random.key(0),
+                evaluate=lambda state: {"loss": state.params["bias"]},
+                on_eval=recorder.on_eval,
+                checkpoints=fl.Checkpoints(folder / "checkpoints"),
+            )
+
+    ended = go_on()
+    before = contents(folder)
+    for command in (["eval"], ["train", "--resume"], ["train", "--dry-run", "--resume"]):
+        told = refusal(capsys, *command, folder)
+        assert "rec was recorded with rate, no setting of a command; in Python" in told
+    assert contents(folder) == before
+    assert go_on().history == ended.history  # With the seconds: it was not run again.
+
+    # Settings that the command line knows, beside checkpoints of something else.
+    experiment = Experiment(dataset="synthetic", num_clients=6, cohort_size=3, num_steps=2)
+    settings = {"config": dataclasses.asdict(experiment)}
+    (folder / "config.json").write_text(json.dumps(settings))
+    before = contents(folder)
+    assert "are of another run: state.params" in refusal(capsys, "eval", folder)
+    assert contents(folder) == before
+    (folder / "config.json").write_text(json.dumps(settings)[:-9])
+    assert "config.json cannot be read: " in refusal(capsys, "eval", folder)
+    assert "config.json cannot be read: " in refusal(capsys, "train", "--resume", folder)
+
+    # A run of theirs, without a best state.
+    built = build(experiment)
+    folder = tmp_path / "known"
+    with fl.Recorder(folder, dataclasses.asdict(built.experiment)):
+        checkpoints = fl.Checkpoints(folder / "checkpoints")
+        options = {"key": jax.random.key(0), "checkpoints": checkpoints}
+        fl.train(built.algorithm, built.population, built.sampler, 0, **options)
+    before = contents(folder)
+    assert report(capsys, "eval", folder)["round"] == 0
+    assert "--best is given, and" in refusal(capsys, "eval", folder, "--best")
+    assert contents(folder) == before
+
+
+def test_a_run_that_cannot_be_written_is_told_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fedjax_lite.cli.quickstart.configure_cpu", lambda: None)
+    with held_by_another_process(tmp_path / ".lock"):
+        told = refusal(capsys, "train", *SMALL, "--out", tmp_path)
+        assert "is being written by another process; wait for its end" in told
+        assert "being written by another" in refusal(capsys, "quickstart", "--out", tmp_path)
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "file")
+
+    monkeypatch.setattr("fedjax_lite.train", full)
+    out = tmp_path / "run.0"
+    told = refusal(capsys, "train", *SMALL, "--out", out)
+    assert f"No space left on device; make room, and fedjax-lite train --resume {out} goes" in told
 
 
 def test_rules_end_a_run(tmp_path, capsys):

@@ -4,6 +4,7 @@ import subprocess
 
 import jax
 import pytest
+from processes import contents, held_by_another_process
 
 import fedjax_lite as fl
 
@@ -40,6 +41,46 @@ def test_goes_on_after_a_line_that_was_cut_off(tmp_path):
     assert [row["loss"] for row in lines(tmp_path)] == [3.0, 2.0, 1.0]
     with (tmp_path / "metrics.csv").open(newline="") as file:
         assert [row["loss"] for row in csv.DictReader(file)] == ["3.0", "1.0"]
+
+
+def test_what_is_recorded_stays(tmp_path, monkeypatch):
+    rows = [{"kind": "round", "round": r, "loss": 1.0 / r} for r in (1, 2, 3)]
+    damaged = "".join(json.dumps(row) + "\n" for row in rows).replace('"round": 2', '"rou\0')
+    (tmp_path / "metrics.jsonl").write_text(damaged)
+    with pytest.warns(UserWarning, match="line 2 is no row of metrics; .* kept as damaged-metrics"):
+        recorder = fl.Recorder(tmp_path, {"rate": 0.1})
+    assert (tmp_path / "damaged-metrics-0.jsonl").read_text() == damaged
+    # The file is never without the rows that it has, whatever happens from here on.
+    assert lines(tmp_path) == [rows[0], rows[2]]
+    history = [{"round": r, "loss": 1.0 / r} for r in (1, 2)]
+    recorder.on_resume(fl.History(history, [{"round": 0, "loss": 9.0}]))
+    restored = [{"kind": "evaluation", "round": 0, "loss": 9.0}]
+    assert lines(tmp_path) == [rows[0], rows[2], rows[1], *restored]
+    recorder.__exit__(None, None, None)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert [row["round"] for row in csv.DictReader(file)] == ["0", "1", "2", "3"]
+
+    def power_cut(*args):
+        raise OSError("power cut")
+
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", power_cut)
+        with pytest.raises(OSError, match="power cut"):
+            fl.Recorder(tmp_path, {"rate": 0.2})
+    assert contents(tmp_path) == before
+    fl.Recorder(tmp_path, {"rate": 0.2}).__exit__(None, None, None)
+    assert json.loads((tmp_path / "config.json").read_text())["config"] == {"rate": 0.2}
+
+
+def test_one_process_records_in_a_folder(tmp_path):
+    fl.Recorder(tmp_path, {}).__exit__(None, None, None)
+    before = contents(tmp_path)
+    with held_by_another_process(tmp_path / ".lock"):
+        with pytest.raises(BlockingIOError, match="is being written by another process; wait"):
+            fl.Recorder(tmp_path, {"rate": 0.1})
+        assert contents(tmp_path) == before
+    fl.Recorder(tmp_path, {}).__exit__(None, None, None)  # A killed process holds nothing.
 
 
 def test_writes_events_for_tensorboard(tmp_path):

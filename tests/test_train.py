@@ -1,12 +1,16 @@
 import collections
+import csv
+import errno
 import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 from problems import regression_dataset, regression_model
+from processes import contents, held_by_another_process
 
 import fedjax_lite as fl
 
@@ -277,8 +282,6 @@ def damage(folder):
         path.write_bytes(content)
 
 
-# When one array cannot be read, orbax leaves the reading of others behind.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_put_aside(tmp_path):
     straight = fl.train(**setting(ema_decay=0.5, best="loss", best_mode="min"))
     options = checkpointed(tmp_path)
@@ -297,6 +300,68 @@ def test_a_damaged_checkpoint_is_put_aside(tmp_path):
         pytest.raises(ValueError, match="no checkpoint that can be read, only damaged"),
     ):
         fl.train(**options)
+    with pytest.raises(ValueError, match="no checkpoint that can be read, only damaged"):
+        fl.train(**options)  # Not from the start.
+
+
+def test_a_state_is_read_and_nothing_is_written(tmp_path, finished):
+    ended = fl.train(**checkpointed(finished))
+    like = problem()["algorithm"].init(KEY)
+    assert_same(fl.load_state(finished, like), ended.state)
+    assert_same(fl.load_state(finished, like, averaged=True), ended.averaged)
+    assert_same(fl.load_state(finished, like, best=True), ended.best)
+    folder = tmp_path / "damaged"
+    shutil.copytree(finished, folder)
+    damage(folder / "12" / "arrays")
+    before = contents(folder)
+    with pytest.warns(UserWarning, match="checkpoint of round 12 in .* is damaged .*; reading the"):
+        assert fl.load_state(folder, like).round == 9
+    with pytest.raises(
+        ValueError, match=r"another run: state\.opt_state.*float32\[3\]' there and N"
+    ):
+        fl.load_state(folder, algorithm(optax.sgd(0.1)).init(KEY))
+    with pytest.raises(ValueError, match=r"folder is .*nowhere, which is none"):
+        fl.load_state(tmp_path / "nowhere", like)
+    assert contents(folder) == before
+
+
+def test_what_others_left_or_write_is_left_alone(tmp_path):
+    orbax = pytest.importorskip("orbax.checkpoint")
+    with orbax.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=orbax.args.StandardSave({"w": np.zeros(3)}))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"3 was not written by fl\.train; choose another"):
+        fl.train(**setting(checkpoints=fl.Checkpoints(tmp_path)))
+    with (
+        held_by_another_process(tmp_path / ".lock"),
+        pytest.raises(BlockingIOError, match="is being written by another process"),
+    ):
+        fl.train(**setting(checkpoints=fl.Checkpoints(tmp_path)))
+    assert contents(tmp_path) == {**before, ".lock": b""}
+
+
+def test_a_full_disk_ends_a_run_which_goes_on_once_there_is_room(tmp_path, monkeypatch, capfd):
+    straight = fl.train(**setting())
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(tmp_path)]
+    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    options = setting(checkpoints=fl.Checkpoints(tmp_path / "run", every=1, keep=20))
+    try:
+        with monkeypatch.context() as patch:
+            if not mounted:  # Only root can: what orbax raises there.
+                told = "RESOURCE_EXHAUSTED: Failed to write 113 bytes: No space left on device"
+                save = mock.Mock(side_effect=[True, ValueError(told)])
+                patch.setattr("orbax.checkpoint.CheckpointManager.save", save)
+            with pytest.raises(OSError, match="No space left on device") as full:
+                fl.train(**options)
+        assert full.value.errno == errno.ENOSPC
+        assert capfd.readouterr() == ("", "")
+        if mounted:
+            assert 0 < len(rounds_on_disk(tmp_path / "run")) < 13
+            subprocess.run(["mount", "-o", "remount,size=20m", str(tmp_path)], check=True)
+        assert_same(fl.train(**options).state, straight.state)
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 OTHERS = {
@@ -355,6 +420,18 @@ def test_killed_twenty_times_ends_with_the_same_bits(tmp_path):
     assert killed.files == straight.files
     for name in straight.files:
         np.testing.assert_array_equal(killed[name], straight[name])
+    recorded = [last_rows(tmp_path / name) for name in ("killed", "straight")]
+    assert recorded[0] == recorded[1]
+    assert len(recorded[1]) == 400 + 41
+    with (tmp_path / "killed" / "metrics.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 441
+
+
+def last_rows(folder):
+    """The rows of each round and evaluation that count, but for their seconds."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = {(row["kind"], row["round"]): row for row in map(json.loads, lines)}
+    return {key: {**row, "seconds": None} for key, row in rows.items()}
 
 
 @pytest.mark.parametrize(

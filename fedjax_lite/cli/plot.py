@@ -1,6 +1,7 @@
 """`fedjax-lite plot`: the curves of one run, or of several to compare."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -50,7 +51,8 @@ def plot(options: Plot) -> None:
     if options.out is None and len(options.runs) > 1:
         raise UsageError("--out is missing; choose a folder, or a file, for the comparison")
     out = options.runs[0] if options.out is None else options.out
-    groups = group_seeds([read_run(folder) for folder in options.runs])
+    runs = [read_run(folder) for folder in options.runs]
+    groups = group_seeds(runs)
     labels = list(options.labels) or name_groups(groups)
     if len(labels) != len(groups):
         raise UsageError(
@@ -64,7 +66,24 @@ def plot(options: Plot) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"--out {out} cannot be written: {reason}") from None
+    for line in left_out(runs):
+        print(f"fedjax-lite: {line}", file=sys.stderr)
     print("\n".join(map(str, files)))
+
+
+def left_out(runs: Sequence[Run]) -> list[str]:
+    """Which pictures lack a run that another one is in, and why."""
+    told = []
+    for run in runs:
+        if not run.evaluations and any(other.evaluations for other in runs):
+            told.append(
+                f"{run.folder} is left out of loss and accuracy: it has no evaluation so far"
+            )
+        if not run.clients and any(other.clients for other in runs):
+            damaged = (run.folder / "clients.json").exists()
+            why = "cannot be read" if damaged else "is missing, which train writes at its end"
+            told.append(f"{run.folder} is left out of clients: clients.json {why}")
+    return told
 
 
 def panels(groups: Sequence[Sequence[Run]], labels: Sequence[str]) -> list[Panel]:
@@ -79,6 +98,9 @@ def panels(groups: Sequence[Sequence[Run]], labels: Sequence[str]) -> list[Panel
     def develop(name: str) -> Callable[[Sequence[Run]], tuple[np.ndarray, np.ndarray] | None]:
         def line(group: Sequence[Run]) -> tuple[np.ndarray, np.ndarray] | None:
             rows = [run.evaluations if evaluated else run.rounds for run in group]
+            rows = [of_run for of_run in rows if of_run]
+            if not rows:
+                return None
             # Rounds that one of the seeds lacks (it was killed) would make the mean jump.
             common = [r for r in sorted(rows[0]) if all(r in of_run for of_run in rows)]
             if not any(name in row for of_run in rows for row in of_run.values()) or not common:
@@ -91,7 +113,8 @@ def panels(groups: Sequence[Sequence[Run]], labels: Sequence[str]) -> list[Panel
     def spread(group: Sequence[Run]) -> tuple[np.ndarray, np.ndarray] | None:
         known = [np.array([number(x) for x in run.clients.get("accuracy", ())]) for run in group]
         known = [values[np.isfinite(values)] for values in known]
-        if not all(values.size for values in known):
+        known = [values for values in known if values.size]
+        if not known:
             return None
         return _PERCENT, np.array([np.percentile(values, _PERCENT) for values in known])
 

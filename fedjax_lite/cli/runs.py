@@ -53,7 +53,7 @@ def read_run(folder: Path) -> Run:
     rows = _read_rows(folder / "metrics.jsonl")
     clients: dict[str, Any] = {}
     with contextlib.suppress(UsageError):
-        clients = _read_object(folder / "clients.json")
+        clients = read_object(folder / "clients.json")
     return Run(
         folder=folder,
         settings={name: settings[name] for name in settings if name not in _NOT_SETTINGS},
@@ -74,7 +74,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"{folder} holds no config.json; choose the folder of a run")
-    config = _read_object(path)
+    config = read_object(path)
     settings = config.get("config", config)
     if not isinstance(settings, dict):
         raise UsageError(f"{path} is damaged: its config holds no settings; restore the file")
@@ -134,7 +134,12 @@ def _brief(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+      UsageError: It is damaged.
+    """
     try:
         value = json.loads(path.read_text())
     except (ValueError, OSError) as error:

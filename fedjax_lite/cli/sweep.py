@@ -1,8 +1,11 @@
 """`fedjax-lite sweep`: runs that differ in some settings, as one program if these are numbers."""
 
+import contextlib
 import dataclasses
+import errno
 import itertools
 import json
+import os
 import time
 import typing
 from collections.abc import Sequence
@@ -22,9 +25,10 @@ from fedjax_lite.cli.curves import MAX_CURVES, draw
 from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.plot import panels, title
 from fedjax_lite.cli.records import cannot_write, new_folder
-from fedjax_lite.cli.runs import group_seeds, name_groups, read_run
+from fedjax_lite.cli.runs import group_seeds, name_groups, number, read_object, read_run
 from fedjax_lite.cli.train import as_option
 from fedjax_lite.experiment import Experiment, resolve
+from fedjax_lite.files import locked, write_text
 from fedjax_lite.records import Recorder, jsonable, machine
 
 # What can be an argument of a compiled program; the rest decides what is compiled.
@@ -43,7 +47,8 @@ class Sweep(Experiment):
 
     Seeds and other numbers of the training vary within one compiled program; what changes the data,
     the model or the shape of the program takes one for each value. Evaluations are of the server's
-    model, not of models that clients have for themselves.
+    model, not of models that clients have for themselves. A sweep that was interrupted goes on from
+    the last program that had ended, by the same command with its folder as --out.
 
     Attributes:
       config: File of settings, .yaml or .json, as for train; also the config.json of a run. Those
@@ -51,7 +56,7 @@ class Sweep(Experiment):
       vary: A setting and its values: client_lr=0.01,0.03,0.1 or, for whole numbers, seed=0:8, which
         leaves 8 out. Can be given several times, for all combinations.
       out: Folder for the runs, one folder for each, for sweep.json and for pictures; it must not
-        exist. A new one under runs/ by default.
+        exist, or hold the same sweep. A new one under runs/ by default.
       json: Print one JSON object, and nothing else, on stdout.
     """
 
@@ -83,50 +88,83 @@ def sweep(options: Sweep) -> None:
     except ValueError as error:
         raise UsageError(as_option(str(error))) from None
     programs = _programs(runs)
+    about = jsonable({"config": dataclasses.asdict(base), "vary": varied})
     out = options.out or new_folder("sweep")
-    try:
-        out.mkdir(parents=True, exist_ok=False)
-    except OSError as error:
-        raise cannot_write(out, error) from None
+    with contextlib.ExitStack() as stack:
+        try:
+            _check_folder(out, about)
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out / ".lock"))
+        except OSError as error:
+            raise cannot_write(out, error) from None
+        _run_all(options, out, about, runs, programs)
 
+
+def _check_folder(out: Path, about: dict[str, Any]) -> None:
+    """Refuses a folder that holds anything but a part of the same sweep.
+
+    Raises:
+      FileExistsError: It holds something else.
+      UsageError: It holds another sweep.
+    """
+    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {".lock"}):
+        return
+    if not (out / "config.json").exists() or (out / "metrics.jsonl").exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    if read_object(out / "config.json") != json.loads(json.dumps(about)):
+        raise UsageError(f"--out {out} holds a sweep of other settings; choose another folder")
+
+
+def _run_all(
+    options: Sweep,
+    out: Path,
+    about: dict[str, Any],
+    runs: Sequence[Experiment],
+    programs: Sequence[Sequence[int]],
+) -> None:
+    """Runs, records, draws and reports what is not recorded yet."""
+    varied = about["vary"]
     structural = sorted(set(varied) - _TRACED)
     told = f", since {', '.join(structural)} cannot vary within one" if len(programs) > 1 else ""
     console = rich.console.Console(stderr=options.json)
     console.print(f"{len(runs)} runs in {_count(len(programs), 'program')}{told}")
     began = time.perf_counter()
-    histories: dict[int, fl.History] = {}
-    try:
-        for places in programs:
-            found = _run([runs[place] for place in places])
-            histories |= dict(zip(places, found, strict=True))
-    except ValueError as error:
-        out.rmdir()
-        raise UsageError(as_option(str(error))) from None
+    folders = [_folder(out, i, list(varied), run) for i, run in enumerate(runs)]
+    for places in programs:
+        if all(_is_complete(folders[place], runs[place]) for place in places):
+            continue
+        try:
+            histories = _run([runs[place] for place in places])
+        except ValueError as error:
+            raise UsageError(as_option(str(error))) from None
+        write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
+        for place, history in zip(places, histories, strict=True):
+            _record(folders[place], runs[place], history)
     run_s = time.perf_counter() - began
 
-    folders = [_record(out, i, list(varied), run, histories[i]) for i, run in enumerate(runs)]
-    groups = group_seeds([read_run(folder) for folder in folders])
+    recorded = [read_run(folder) for folder in folders]
+    groups = group_seeds(recorded)
     if len(groups) <= MAX_CURVES:
         draw(out, panels(groups, name_groups(groups)), title(groups))
     report = {
         "out": str(out),
         **machine(),
-        "vary": {name: list(values) for name, values in varied.items()},
+        "vary": varied,
         "programs": len(programs),
         "run_s": run_s,
         "runs": [
             {
                 **{name: getattr(run, name) for name in varied},
                 "folder": folder.name,
-                "rounds": [row["round"] for row in histories[i].evaluations],
-                "loss": [row["loss"] for row in histories[i].evaluations],
-                "accuracy": [row["accuracy"] for row in histories[i].evaluations],
+                "rounds": list(found.evaluations),
+                "loss": [row["loss"] for row in found.evaluations.values()],
+                "accuracy": [row["accuracy"] for row in found.evaluations.values()],
             }
-            for i, (run, folder) in enumerate(zip(runs, folders, strict=True))
+            for run, folder, found in zip(runs, folders, recorded, strict=True)
         ],
     }
     text = json.dumps(jsonable(report))
-    (out / "sweep.json").write_text(text + "\n")
+    write_text(out / "sweep.json", text + "\n")
     if options.json:
         print(text)
     else:
@@ -204,19 +242,27 @@ def _run(runs: Sequence[Experiment]) -> list[fl.History]:
     return result.histories
 
 
-def _record(
-    out: Path, place: int, varied: Sequence[str], run: Experiment, history: fl.History
-) -> Path:
-    """Writes a run as `fedjax-lite train` does, for `fedjax-lite plot`: its folder."""
-    folder = out / "-".join(
+def _folder(out: Path, place: int, varied: Sequence[str], run: Experiment) -> Path:
+    return out / "-".join(
         [f"{place:03}", *(f"{name}={getattr(run, name)}".replace("/", "_") for name in varied)]
     )
+
+
+def _is_complete(folder: Path, run: Experiment) -> bool:
+    """Whether a run is recorded up to its last evaluation, which is written last."""
+    try:
+        return run.rounds in read_run(folder).evaluations
+    except UsageError:
+        return False
+
+
+def _record(folder: Path, run: Experiment, history: fl.History) -> None:
+    """Writes a run as `fedjax-lite train` does, for `fedjax-lite plot`."""
     with Recorder(folder, dataclasses.asdict(run)) as recorder:
         for row in history.rounds:
             recorder.on_round(row)
         for row in history.evaluations:
             recorder.on_eval(row)
-    return folder
 
 
 def _count(number: int, thing: str) -> str:
@@ -232,7 +278,8 @@ def _print_report(report: dict[str, Any], console: rich.console.Console) -> None
     for run in report["runs"]:
         groups.setdefault(tuple(run[name] for name in names), []).append(run)
     for values, runs in groups.items():
-        spread = (_spread([run[metric][-1] for run in runs]) for metric in ("loss", "accuracy"))
+        last = ([number(run[metric][-1]) for run in runs] for metric in ("loss", "accuracy"))
+        spread = map(_spread, last)
         table.add_row(*map(str, values), str(len(runs)), *spread)
     console.print(table)
     console.print(f"{report['run_s']:.2f} s with compilation, on {report['device']}")
