@@ -61,11 +61,13 @@ class Recorder:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         about = {"config": jsonable(dict(config)), **machine(), "git": git_revision()}
+        self._about: str | None = json.dumps(about, indent=2) + "\n"
         path = self._folder / "metrics.jsonl"
         self._events: Any = None
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self._folder / ".lock"))
-            write_text(self._folder / "config.json", json.dumps(about, indent=2) + "\n")
+            if not (self._folder / "config.json").exists():
+                self._write_config()
             self._rows = _mended_rows(path) if path.exists() else []
             self._file = stack.enter_context(path.open("a"))
             if tensorboard:
@@ -86,13 +88,21 @@ class Recorder:
 
     def on_resume(self, history: History) -> None:
         """Writes the rows of a checkpoint that are missing."""
+        self._write_config()
         known = {(row["kind"], row["round"]) for row in self._rows}
         for kind, rows in (("round", history.rounds), ("evaluation", history.evaluations)):
             for row in rows:
                 if (kind, row["round"]) not in known:
                     self._write(kind, row)
 
+    def _write_config(self) -> None:
+        """Writes `config.json`. That of a run that goes on stays until it is known that it does."""
+        if self._about is not None:
+            write_text(self._folder / "config.json", self._about)
+            self._about = None
+
     def _write(self, kind: str, row: Row) -> None:
+        self._write_config()
         row = jsonable({"kind": kind, **row})
         self._rows.append(row)
         print(json.dumps(row), file=self._file, flush=True)
@@ -105,6 +115,8 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not any(exception):
+            self._write_config()
         last = {(row["round"], row["kind"] == "evaluation"): row for row in self._rows}
         columns = dict.fromkeys(name for row in last.values() for name in row)
         path = self._folder / "metrics.csv"

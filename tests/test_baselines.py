@@ -101,6 +101,21 @@ def test_the_users_data_are_run_and_resumed(folders, tmp_path, capsys):
     report(capsys, "cifar100-logistic", *folders, "--rounds=1", "--out", out)
     told = report(capsys, "cifar100-logistic", *folders, "--rounds=2", "--resume", out)
     assert told["loss"][-1] == expected["loss"][-1]
+    before = (out / "config.json").read_bytes()
+    assert "are of another run" in refusal(
+        capsys, "cifar100-logistic", *folders, "--seed=1", "--resume", out
+    )
+    assert (out / "config.json").read_bytes() == before
+    nowhere = tmp_path / "nowhere"
+    assert "nowhere holds no checkpoints" in refusal(
+        capsys, "cifar100-logistic", *folders, "--resume", nowhere
+    )
+    main(["eval", str(out), "--json"])
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(told["loss"][-1])
+    with pytest.raises(SystemExit):
+        main(["train", "--resume", str(out)])
+    goes_on = f"fedjax-lite baseline cifar100-logistic {folders[0].replace('=', ' ')} {folders[1]}"
+    assert f"{goes_on.replace('=', ' ')} --resume {out} goes on" in capsys.readouterr().err
 
     # The same by hand: the published settings, with both splits as they are.
     train, test = (data.read(path.partition("=")[2]) for path in folders)

@@ -66,8 +66,11 @@ def test_what_is_recorded_stays(tmp_path, monkeypatch):
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", power_cut)
-        with pytest.raises(OSError, match="power cut"):
-            fl.Recorder(tmp_path, {"rate": 0.2})
+        with pytest.raises(OSError, match="power cut"), fl.Recorder(tmp_path, {}) as recorder:
+            recorder.on_eval({"round": 4})
+    assert contents(tmp_path) == before
+    with pytest.raises(ValueError, match="another run"), fl.Recorder(tmp_path, {"rate": 0.2}):
+        raise ValueError("another run")
     assert contents(tmp_path) == before
     fl.Recorder(tmp_path, {"rate": 0.2}).__exit__(None, None, None)
     assert json.loads((tmp_path / "config.json").read_text())["config"] == {"rate": 0.2}

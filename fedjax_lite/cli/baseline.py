@@ -86,6 +86,8 @@ def baseline(options: Baseline) -> None:
     _refuse(options, ("num_clients",) if options.data else ("test",))
     if options.out is not None and options.resume is not None:
         raise UsageError("--out is given beside --resume; leave it out, the folder is the same")
+    if options.resume is not None and not (options.resume / "checkpoints").is_dir():
+        raise UsageError(f"--resume {options.resume} holds no checkpoints; choose that of a run")
     try:
         built = _build(chosen, options)
         settings = {**dataclasses.asdict(built.experiment), "baseline": options.name}

@@ -60,9 +60,11 @@ def settings_from_file(
         path, recorded = run / "config.json", True
         settings = settings_of_training(run)
         if name := settings.get("baseline"):
-            data = "--synthetic" if "note" in settings else f"--data {settings['dataset']}"
+            data, test = (str(settings.get(name)) for name in ("dataset", "test"))
+            given = "--synthetic" if "note" in settings else f"--data {data}"
+            given += f" --test {test}" if "note" not in settings and test != data else ""
             raise UsageError(
-                f"--resume {run} is a run of a baseline; fedjax-lite baseline {name} {data}"
+                f"--resume {run} is a run of a baseline; fedjax-lite baseline {name} {given}"
                 f" --resume {run} goes on with it"
             )
     else:

@@ -76,9 +76,7 @@ def left_out(runs: Sequence[Run]) -> list[str]:
     told = []
     for run in runs:
         if not run.evaluations and any(other.evaluations for other in runs):
-            told.append(
-                f"{run.folder} is left out of loss and accuracy: it has no evaluation so far"
-            )
+            told.append(f"{run.folder} is left out of loss and accuracy: it holds no evaluation")
         if not run.clients and any(other.clients for other in runs):
             damaged = (run.folder / "clients.json").exists()
             why = "cannot be read" if damaged else "is missing, which train writes at its end"
