@@ -93,6 +93,7 @@ class CheckpointFolder:
             if jax.process_index() == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self._folder / ".lock"))
+            stack.enter_context(_quiet_about_what_is_left())
             stack.enter_context(_errors_of_orbax(self._folder))
             self._manager = self._ocp.CheckpointManager(self._folder, options=options)
             stack.callback(self._manager.close)
@@ -272,7 +273,7 @@ def _read_newest(
     rounds = sorted(manager.all_steps(), reverse=True)
     for round in rounds:
         try:
-            with _reads_left_behind():
+            with _quiet_about_what_is_left():
                 return _read(manager, folder, round, arrays_like)
         except _DifferentRunError as error:
             raise ValueError(str(error)) from None
@@ -319,11 +320,11 @@ def _is_damage(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def _reads_left_behind() -> Iterator[None]:
-    """Keeps Python from printing what becomes of them.
+def _quiet_about_what_is_left() -> Iterator[None]:
+    """Keeps Python from printing what becomes of it.
 
-    When one array cannot be read, orbax leaves the reading of others behind, which come back to
-    an event loop that is closed: from now on, or any time later.
+    When one array cannot be read or written, orbax leaves others behind, which come back to an
+    event loop that is closed: now, or any time later.
     """
     usual = sys.unraisablehook
 
