@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.typing import ArrayLike
 from fedjax_lite import _validate, random
 from fedjax_lite._repr import record
 from fedjax_lite.data import checks, streaming
-from fedjax_lite.data.population import GeneratedPopulation, Population, ResidentPopulation
+from fedjax_lite.data.population import GeneratedPopulation, Population
 from fedjax_lite.samplers._select import random_clients
 
 
@@ -109,15 +110,14 @@ def cohort(
             " largest cohort size that can occur."
         )
 
-    size = jnp.asarray(cohort_size)
-    if size.shape != () or not jnp.issubdtype(size.dtype, jnp.integer):
+    if isinstance(cohort_size, jax.core.Tracer) and not (
+        cohort_size.shape == () and jnp.issubdtype(cohort_size.dtype, jnp.integer)
+    ):
         raise ValueError(
-            f"cohort_size is traced with shape {size.shape} and dtype {size.dtype}; pass an"
-            " integer scalar."
+            f"cohort_size is traced with shape {cohort_size.shape} and dtype"
+            f" {cohort_size.dtype}; pass an integer scalar."
         )
-    key = random.fast(key)
-    client_ids = _draw_ids(key, size, num_clients=num_clients, capacity=capacity)
-    return _collect(population, client_ids, key)
+    return _with_examples(population, _draw, key, cohort_size, capacity=capacity)
 
 
 def cohort_of(
@@ -168,7 +168,7 @@ def cohort_of(
         )
     if key is not None:
         _validate.key("key", key)
-    return _collect(population, client_ids, None if key is None else random.fast(key))
+    return _with_examples(population, _collect, client_ids, key)
 
 
 def _check_kind(population: Population) -> None:
@@ -191,57 +191,47 @@ def on_every_device(cohort: Cohort) -> Cohort:
     return dataclasses.replace(cohort, offsets=cohort.offsets + firsts, device_slots=None)
 
 
-@functools.partial(jax.jit, static_argnames=("num_clients", "capacity"))
-def _draw_ids(
-    key: jax.Array, cohort_size: jax.Array, *, num_clients: int, capacity: int
-) -> jax.Array:
-    client_ids = random_clients(key, num_clients, capacity)
-    return jnp.where(jnp.arange(capacity) < cohort_size, client_ids, -1)
+def _with_examples(
+    population: Population, build: Callable[..., Cohort], *args: Any, **options: Any
+) -> Cohort:
+    """`build(population, ...)` of a population whose examples stay out of what is jitted.
 
-
-def _collect(population: Population, client_ids: ArrayLike, key: jax.Array | None) -> Cohort:
-    """The cohort of these clients: the one place where the kinds of population differ."""
+    It would return a copy of them.
+    """
     if isinstance(population, GeneratedPopulation):
-        return _collect_generated(population, client_ids, key)
-    # The examples stay out of the jitted function, which would return a copy of them.
-    without_examples = dataclasses.replace(population, examples={})
-    collected = _collect_resident(without_examples, client_ids)
-    return dataclasses.replace(collected, examples=population.examples)
+        return build(population, *args, **options)
+    built = build(dataclasses.replace(population, examples={}), *args, **options)
+    return dataclasses.replace(built, examples=population.examples)
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _draw(
+    population: Population, key: jax.Array, cohort_size: jax.Array, *, capacity: int
+) -> Cohort:
+    client_ids = random_clients(key, population.num_clients, capacity)
+    client_ids = jnp.where(jnp.arange(capacity) < cohort_size, client_ids, -1)
+    return _collect(population, client_ids, key)
 
 
 @jax.jit
-def _collect_resident(population: ResidentPopulation, client_ids: jax.Array) -> Cohort:
-    known, own = _within(client_ids, population.num_clients)
-    offsets = population.offsets[own]
+def _collect(population: Population, client_ids: jax.Array, key: jax.Array | None) -> Cohort:
+    """The cohort of these clients: the one place where the kinds of population differ."""
+    client_ids = client_ids.astype(jnp.int32)
+    known = (client_ids >= 0) & (client_ids < population.num_clients)
+    own = jnp.where(known, client_ids, 0)  # In other places, an arbitrary client.
+    if isinstance(population, GeneratedPopulation):
+        assert key is not None  # Of resident clients, `cohort_of` needs none.
+        keys = random.fold_in_pair(key, 0, own)
+        num_examples = jax.vmap(population.num_examples)(keys, own).astype(jnp.int32)
+        offsets, sample = jnp.zeros_like(num_examples), population.sample
+    else:
+        offsets, sample = population.offsets[own], None
+        num_examples = population.offsets[own + 1] - offsets
     return Cohort(
-        client_ids=client_ids.astype(jnp.int32),
-        num_examples=jnp.where(known, population.offsets[own + 1] - offsets, 0),
+        client_ids=client_ids,
+        num_examples=jnp.where(known, num_examples, 0),
         offsets=offsets,
         examples={},
         num_clients=population.num_clients,
+        sample=sample,
     )
-
-
-@jax.jit
-def _collect_generated(
-    population: GeneratedPopulation, client_ids: jax.Array, key: jax.Array
-) -> Cohort:
-    known, own = _within(client_ids, population.num_clients)
-    _, key_sizes = jax.random.split(key)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key_sizes, own)
-    num_examples = jax.vmap(population.num_examples)(keys, own).astype(jnp.int32)
-    return Cohort(
-        client_ids=client_ids.astype(jnp.int32),
-        num_examples=jnp.where(known, num_examples, 0),
-        offsets=jnp.zeros_like(num_examples),
-        examples={},
-        num_clients=population.num_clients,
-        sample=population.sample,
-    )
-
-
-def _within(client_ids: jax.Array, num_clients: int) -> tuple[jax.Array, jax.Array]:
-    """Which ids are those of clients, and the ids with an arbitrary client's in other places."""
-    client_ids = client_ids.astype(jnp.int32)
-    known = (client_ids >= 0) & (client_ids < num_clients)
-    return known, jnp.where(known, client_ids, 0)

@@ -10,6 +10,7 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from fedjax_lite import _validate, random
 from fedjax_lite.base import Batch, PyTree
@@ -89,7 +90,7 @@ def function_model(
 
 def linen_model(
     module: nn.Module,
-    example: jax.Array,
+    example: ArrayLike,
     loss: Callable[[jax.Array, Batch], jax.Array],
     metrics: Callable[[jax.Array, Batch], dict[str, jax.Array]] | None = None,
     *,
@@ -128,7 +129,7 @@ def linen_model(
         variables = module.init(key, jnp.zeros_like(example), **options)
         return variables["params"], {k: v for k, v in variables.items() if k != "params"}
 
-    collections = sorted(jax.eval_shape(init_fn, jax.random.key(0))[1])
+    collections = sorted(jax.eval_shape(lambda: init_fn(jax.random.key(0)))[1])
     if "batch_stats" in collections:
         _require_mask(module)
 

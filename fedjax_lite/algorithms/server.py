@@ -20,7 +20,7 @@ from fedjax_lite.base import (
 )
 from fedjax_lite.batches import DEFAULT_BATCH_SIZE, KEY_SERVER, Batching, adapt_batch_size
 from fedjax_lite.cohort import Cohort
-from fedjax_lite.cpu import Paced, warn_if_unconfigured
+from fedjax_lite.cpu import Paced, jit_once, warn_if_unconfigured
 from fedjax_lite.mesh import replicate
 from fedjax_lite.model import Model
 from fedjax_lite.precision import squared_norm
@@ -162,24 +162,15 @@ def federated_algorithm(
     if lanes is not None:
         lanes = _validate.integer("lanes", lanes, minimum=1)
 
-    def init(
-        key_or_params: PyTree,
-        model_state: PyTree | None = None,
-        *,
-        num_clients: int | None = None,
-    ) -> ServerState:
+    @jit_once
+    def build(key_or_params: PyTree, model_state: PyTree | None) -> tuple[ServerState, PyTree]:
+        """The state without a store, and what a client keeps before its first round."""
         if random.is_key(key_or_params):
-            _validate.key("key_or_params", key_or_params)
             params, drawn_state = model.init(key_or_params)
             model_state = drawn_state if model_state is None else model_state
         else:
             params, model_state = key_or_params, {} if model_state is None else model_state
         _validate.params(params)
-        if num_clients is None and client_entry is not None:
-            raise ValueError(
-                "num_clients is None, and clients of this algorithm keep something between rounds;"
-                " pass the size of the population."
-            )
         # With a dtype of their own: a weakly typed leaf would have the second round compile
         # again.
         params, model_state = _validate.strong((params, model_state))
@@ -190,12 +181,30 @@ def federated_algorithm(
             round=jnp.int32(0),
             pipeline_state=() if pipeline is None else pipeline.init(params),
         )
+        return state, () if client_entry is None else client_entry(params)
+
+    def init(
+        key_or_params: PyTree,
+        model_state: PyTree | None = None,
+        *,
+        num_clients: int | None = None,
+    ) -> ServerState:
+        if random.is_key(key_or_params):
+            _validate.key("key_or_params", key_or_params)
+        else:
+            _validate.params(key_or_params)
+        if num_clients is None and client_entry is not None:
+            raise ValueError(
+                "num_clients is None, and clients of this algorithm keep something between rounds;"
+                " pass the size of the population."
+            )
+        state, entry = build(key_or_params, model_state)
         state = replicate(state, mesh)
         if client_entry is None or num_clients is None:
             return state
         num_clients = _validate.integer("num_clients", num_clients, minimum=1)
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params))
-        store = create_store(client_entry(params), num_clients, memory_kind, mesh, traced=traced)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(entry))
+        store = create_store(entry, num_clients, memory_kind, mesh, traced=traced)
         return dataclasses.replace(state, store=store)
 
     def check(key: jax.Array, state: ServerState, cohort: Cohort) -> None:

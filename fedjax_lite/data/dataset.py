@@ -428,7 +428,7 @@ class FederatedDataset:
                 name: jnp.asarray(checks.as_in_jax(name, feature))
                 for name, feature in self.examples.items()
             },
-            offsets=jnp.asarray(self.offsets, jnp.int32),
+            offsets=jnp.asarray(self.offsets.astype(np.int32)),
         )
         return replicate(population, mesh)
 

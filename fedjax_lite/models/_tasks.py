@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 
@@ -19,7 +20,7 @@ def classifier(module: nn.Module, input_shape: Sequence[int], num_classes: int) 
     _validate.integer("num_classes", num_classes, minimum=2)
     return linen_model(
         module,
-        jnp.zeros((1, *input_shape)),
+        np.zeros((1, *input_shape), np.float32),
         _cross_entropy,
         lambda logits, batch: {
             "loss": _cross_entropy(logits, batch),
@@ -31,7 +32,7 @@ def classifier(module: nn.Module, input_shape: Sequence[int], num_classes: int) 
 def language_model(module: nn.Module, vocabulary_size: int) -> Model:
     """The model of a module that maps ids `[batch, length]` to logits `[batch, length, ids]`."""
     _validate.integer("vocabulary_size", vocabulary_size, minimum=NUM_SPECIAL + 2)
-    return linen_model(module, jnp.zeros((1, 1), jnp.int32), sequence_loss, sequence_metrics)
+    return linen_model(module, np.zeros((1, 1), np.int32), sequence_loss, sequence_metrics)
 
 
 def near_zero(key: jax.Array, shape: Sequence[int], dtype: DTypeLike = float) -> jax.Array:

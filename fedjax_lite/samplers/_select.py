@@ -93,8 +93,7 @@ def build(
 
 def random_clients(key: jax.Array, num_clients: int, capacity: int) -> jax.Array:
     """`[capacity]`, distinct clients in a random order, the same whatever the capacity."""
-    key_clients, _ = jax.random.split(key)
-    return random.permuted(key_clients, jnp.arange(capacity), num_clients)
+    return random.permuted(key, jnp.arange(capacity), num_clients)
 
 
 def check_clients(num_clients: Any) -> int:
