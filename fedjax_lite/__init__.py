@@ -21,6 +21,8 @@ from fedjax_lite.cpu import UnconfiguredCPUWarning, configure_cpu
 from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.evaluate import ClientEvaluation, evaluate, evaluate_clients, summarize_clients
 from fedjax_lite.fine_tune import evaluate_fine_tuned
+from fedjax_lite.interrupts import InterruptedTraining
+from fedjax_lite.ledger import NonFiniteWarning
 from fedjax_lite.mesh import clients_mesh, replicate
 from fedjax_lite.model import Model, function_model, linen_model, nnx_model
 from fedjax_lite.records import Recorder
@@ -41,7 +43,9 @@ __all__ = [
     "FederatedAlgorithm",
     "FederatedDataset",
     "History",
+    "InterruptedTraining",
     "Model",
+    "NonFiniteWarning",
     "Recorder",
     "RoundInfo",
     "ServerState",

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fedjax_lite._repr import record
+
 PyTree = Any
 Batch = Mapping[str, jax.Array]
 """Features `[batch, ...]` by name; under `"mask"`, a boolean `[batch]`: which are real."""
@@ -47,6 +49,9 @@ class ServerState:
     round: jax.Array
     store: PyTree = ()
     pipeline_state: PyTree = ()
+
+    def __repr__(self) -> str:
+        return record(self, vars(self))
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +89,9 @@ class RoundInfo:
     skipped: jax.Array
     clients: dict[str, jax.Array]
     metrics: dict[str, jax.Array]
+
+    def __repr__(self) -> str:
+        return record(self, vars(self))
 
 
 class FederatedAlgorithm(NamedTuple):

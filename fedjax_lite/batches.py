@@ -67,11 +67,14 @@ class Batching:
 def adapt_batch_size(cohort: Cohort, batching: Batching, requested: int | None) -> Batching:
     """The batching, at the size that the generator of the cohort draws if it has one.
 
+    Of other cohorts, no batch is larger than all of their rows.
+
     Raises:
       ValueError: Another size was requested.
     """
     if cohort.sample is None:
-        return batching
+        num_rows = next(iter(cohort.examples.values())).shape[0]
+        return dataclasses.replace(batching, batch_size=min(batching.batch_size, max(1, num_rows)))
     batch = jax.eval_shape(cohort.sample, jax.random.key(0), jnp.int32(0))
     _validate.features("the sample function of the population", batch)
     (drawn,) = {feature.shape[0] for feature in batch.values()}

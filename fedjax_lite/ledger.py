@@ -3,19 +3,28 @@
 import collections
 import dataclasses
 import functools
+import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_lite.base import PyTree, RoundInfo, ServerState
+from fedjax_lite.mesh import copied
 from fedjax_lite.stopping import History, Row, best_row
 
 # Rounds that the device may have before it while the host reads the numbers of earlier ones; more
 # would bring virtual CPU devices to a standstill (see cpu.py).
 _ROUNDS_AHEAD = 2
+_MOST_NAMED = 5  # Clients in a warning, so that it stays a line or two.
+
+
+class NonFiniteWarning(UserWarning):
+    """The first round of a run whose loss, or one of whose clients, was not finite."""
 
 
 class Ledger:
@@ -28,7 +37,9 @@ class Ledger:
         on_resume: Callable[[History], None] | None,
         best: str | None,
         best_mode: str,
+        name_clients: Callable[[int], list[Any]],
     ) -> None:
+        self._name_clients, self._has_warned = name_clients, False
         self.history = History([], [])
         self.best, self._best_mode = best, best_mode
         self.best_state: ServerState | None = None
@@ -49,9 +60,14 @@ class Ledger:
         self.settle(_ROUNDS_AHEAD)
 
     def add_evaluation(self, round: int, metrics: Mapping[str, Any], state: ServerState) -> None:
+        if not isinstance(metrics, Mapping):
+            raise TypeError(
+                f"evaluate returned {type(metrics).__name__}; return a dict of numbers by name,"
+                " such as what fl.evaluate returns."
+            )
         kept = None
         if self.best is not None:
-            kept = jax.tree.map(jnp.copy, without_extras(state))
+            kept = copied(without_extras(state))
         self._add(flatten(metrics), functools.partial(self._record_evaluation, round, kept))
 
     def settle(self, ahead: int = 0) -> None:
@@ -71,8 +87,29 @@ class Ledger:
     def _record_round(self, round: int, info: RoundInfo, numbers: Row) -> None:
         row = {"round": round, **numbers}
         self.history.rounds.append(row)
+        if not self._has_warned and "loss" in info.clients and not row["skipped"]:
+            self._has_warned = self._warn(row, info)
         if self._on_round is not None:
             self._on_round(row, info)
+
+    def _warn(self, row: Row, info: RoundInfo) -> bool:
+        """Warns of a round that is not finite, if it is not."""
+        if math.isfinite(row["loss"]) and not row["num_nonfinite"]:
+            return False
+        of_clients = jax.device_get((info.clients["nonfinite"], info.clients["loss"]))
+        slots = np.flatnonzero(of_clients[0] | ~np.isfinite(of_clients[1]))
+        names = self._name_clients(row["round"])
+        told = ", ".join(str(names[slot]) for slot in slots[:_MOST_NAMED])
+        more = f" and {slots.size - _MOST_NAMED} more" if slots.size > _MOST_NAMED else ""
+        warnings.warn(
+            f"round {row['round']} is not finite: the loss is {row['loss']:g}, and"
+            f" {row['num_nonfinite']} of {row['num_clients']} clients sent what is not finite;"
+            f" look at the data, the labels and what is kept of client {told}{more}, or lower the"
+            " learning rates (later rounds are not warned of; info.num_nonfinite counts them).",
+            NonFiniteWarning,
+            stacklevel=2,
+        )
+        return True
 
     def _record_evaluation(self, round: int, state: ServerState | None, numbers: Row) -> None:
         row = {"round": round, **numbers}

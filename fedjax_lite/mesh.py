@@ -88,6 +88,24 @@ def put(tree: T, sharding: Sharding) -> T:
     return jax.device_put(tree, sharding)
 
 
+def copied(tree: T) -> T:
+    """Copies of arrays, committed to where they are.
+
+    What a jitted function returns is committed; given arrays that are not, it would compile again
+    when it is given its own result.
+    """
+
+    def copy(x: Any) -> jax.Array:
+        if random.is_key(x):
+            return jax.random.wrap_key_data(
+                copy(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+            )
+        x = jnp.asarray(x)
+        return jax.device_put(x, x.sharding, may_alias=False)
+
+    return jax.tree.map(copy, tree)
+
+
 def deal(sizes: jax.Array | np.ndarray, num_devices: int) -> Any:
     """Slots of each device `[devices, slots of a device]`; the number of slots marks none.
 

@@ -38,6 +38,9 @@ class History(NamedTuple):
     rounds: list[Row]
     evaluations: list[Row]
 
+    def __repr__(self) -> str:
+        return f"History({len(self.rounds)} rounds, {len(self.evaluations)} evaluations)"
+
     @property
     def seconds(self) -> float:
         """Seconds from the start of the run to the last row."""

@@ -31,6 +31,9 @@ class SweepResult(NamedTuple):
     states: ServerState
     histories: list[History]
 
+    def __repr__(self) -> str:
+        return f"SweepResult({len(self.histories)} runs of {self.histories[:1]}, {self.states})"
+
 
 def sweep(
     build: Callable[..., FederatedAlgorithm],

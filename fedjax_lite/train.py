@@ -5,25 +5,27 @@ import dataclasses
 import functools
 import itertools
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
+from fedjax_lite._repr import record
 from fedjax_lite.base import FederatedAlgorithm, PyTree, RoundInfo, ServerState
 from fedjax_lite.checkpoint import CheckpointFolder, Checkpoints, identify
 from fedjax_lite.cohort import Cohort, cohort_of
 from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.data.population import GeneratedPopulation, ResidentPopulation
 from fedjax_lite.data.streaming import StreamedPopulation, prefetch
+from fedjax_lite.interrupts import InterruptedTraining, first_signal
 from fedjax_lite.ledger import Ledger, trained, without_extras
-from fedjax_lite.mesh import put
+from fedjax_lite.memory import memory_errors
+from fedjax_lite.mesh import copied, put
 from fedjax_lite.samplers import Sampler
 from fedjax_lite.stopping import History, Row, StopRule
 
@@ -57,6 +59,19 @@ class TrainResult(NamedTuple):
     run_s: float
     client_updates_per_s: float
     examples_per_s: float
+
+    def __repr__(self) -> str:
+        last = {name: rows[-1] for name, rows in self.history._asdict().items() if rows}
+        told = {
+            "parameters": sum(x.size for x in jax.tree.leaves(self.state.params)),
+            "rounds": len(self.history.rounds),
+            "loss": last["rounds"]["loss"] if "rounds" in last else None,
+            "last_evaluation": last.get("evaluations"),
+            "stopped": self.stopped,
+            "compile_s": round(self.compile_s, 2),
+            "run_s": round(self.run_s, 2),
+        }
+        return record(self, told)
 
 
 def train(
@@ -124,11 +139,17 @@ def train(
     Returns:
       A `TrainResult`.
 
+    Warns:
+      fl.NonFiniteWarning: Once, in the first round whose loss is not finite, or in which a client
+        sent what is not; with the round and the clients.
+
     Raises:
       ValueError: An argument is out of range, or the sampler is for another population; a metric
         is unknown; the checkpoints are of another run, or none of them can be read.
-      KeyboardInterrupt: Ctrl-C was pressed. The round in progress was finished, and saved if there
-        are `checkpoints`. Pressed once more, it ends at once.
+      MemoryError: There is too little for a round; with what needs how much.
+      fl.InterruptedTraining: Ctrl-C was pressed, or SIGTERM or SIGHUP came, in the main thread; a
+        `KeyboardInterrupt` with what the run had come to as its `result`. The round in progress
+        was finished, and saved if there are `checkpoints`. A second signal ends it at once.
 
     >>> import jax, optax, fedjax_lite as fl
     >>> model = fl.models.halfspace_classifier()
@@ -156,6 +177,7 @@ def train(
         _validate.instance("state", state, ServerState, "algorithm.init(key)")
     if callable(stop):
         raise TypeError("stop is a single rule; pass a list of rules, such as [rule].")
+    names = population.client_ids if isinstance(population, FederatedDataset) else None
     if isinstance(population, FederatedDataset):
         population = population.resident()
     if sampler.num_clients != population.num_clients:
@@ -170,21 +192,26 @@ def train(
     if best is not None:
         _validate.choice("best_mode", best_mode, ("max", "min"))
 
+    def name_clients(round: int) -> list[Any]:
+        ids = np.asarray(sampler.select(run.keys[0], round - 1).client_ids).tolist()
+        return ids if names is None else [names[i] if i >= 0 else i for i in ids]
+
     key_init, *keys = jax.random.split(key, 3)
     if state is None:
         state = algorithm.init(key_init, num_clients=population.num_clients)
     run = _Run(
         # A round reuses the memory of the state before it, and the caller may hold this one.
-        carry=jax.tree.map(jnp.copy, _Carry(state, None if ema_decay is None else trained(state))),
+        carry=copied(_Carry(state, None if ema_decay is None else trained(state))),
         step=_build_step(algorithm, sampler, ema_decay),
         keys=put(tuple(keys), state.round.sharding),
         evaluation=evaluate,
-        ledger=Ledger(on_round, on_eval, on_resume, best, best_mode or ""),
+        ledger=Ledger(on_round, on_eval, on_resume, best, best_mode or "", name_clients),
         done=int(state.round),
     )
     draw = functools.partial(_draw, sampler, population, run.keys)
     streamed = isinstance(population, StreamedPopulation)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(memory_errors(lambda: _needs(state, population)))
         if checkpoints is not None:
             traced = run.step.trace(run.carry, run.keys, draw(run.done) if streamed else population)
             settings = {**checkpoints.settings, "ema_decay": ema_decay, "best": best}
@@ -194,49 +221,51 @@ def train(
         sources: Iterator[Any] = itertools.repeat(population)
         if streamed:
             sources = prefetch(draw, range(run.done, num_rounds))
-        interrupted = stack.enter_context(_first_interrupt())
-        before = len(run.ledger.history.rounds)
-        began, compiled = time.perf_counter(), None
+        signal_came = stack.enter_context(first_signal())
+        run.start()
         while True:
             if run.done % eval_every == 0:
                 run.evaluate()
                 if stop:
                     run.ledger.settle()
-            reasons = (rule(run.done, run.ledger.history) for rule in stop)
-            stopped = next(filter(None, reasons), None)
+            history = run.ledger.history
+            seen = history if evaluate is not None else _WithoutEvaluations(*history)
+            stopped = next(filter(None, (rule(run.done, seen) for rule in stop)), None)
             if stopped or run.done >= num_rounds:
                 run.evaluate()
                 run.save()
                 break
-            if interrupted():
+            if came := signal_came():
                 run.save()
-                raise KeyboardInterrupt(run.how_to_go_on())
+                message = run.interrupted_message(came)
+                raise InterruptedTraining(message, came, run.result(message.partition(";")[0]))
             if checkpoints is not None and run.done % checkpoints.every == 0:
                 run.save()
             source = next(sources)
-            if compiled is None:
-                # Ahead of the call, which on a CPU may run the round before it returns.
-                run.step.lower(run.carry, run.keys, source).compile()
-                compiled = time.perf_counter()
             run.advance(source)
-        run.ledger.settle()
-        jax.block_until_ready(run.carry)
-        ended = time.perf_counter()
+        return run.result(stopped)
 
-    compiled = compiled or began
-    run_s = ended - compiled
-    rows = run.ledger.history.rounds[before:]
-    return TrainResult(
-        state=run.carry.state,
-        averaged=None if ema_decay is None else run.evaluated_state(),
-        best=run.ledger.best_state,
-        history=run.ledger.history,
-        stopped=stopped,
-        compile_s=compiled - began,
-        run_s=run_s,
-        client_updates_per_s=sum(row["num_clients"] - row["num_empty"] for row in rows) / run_s,
-        examples_per_s=sum(row["num_examples"] for row in rows) / run_s,
-    )
+
+def _needs(state: ServerState, population: Any) -> dict[str, PyTree]:
+    """What lies in the memory of a device while a run goes on."""
+    examples = getattr(population, "examples", {})  # Those of others are drawn, or on the host.
+    return {
+        "params": state.params,
+        "the state of the server optimizer": state.opt_state,
+        "the store": state.store,
+        "the data": examples,
+    }
+
+
+class _WithoutEvaluations(History):
+    """The history of a run that is never evaluated, for rules that would wait for ever."""
+
+    @property
+    def evaluations(self) -> list[Row]:
+        raise ValueError(
+            "stop has a rule that reads the evaluations of the run, and evaluate is None, so that"
+            " it would never stop; pass evaluate=."
+        )
 
 
 class _Carry(NamedTuple):
@@ -309,9 +338,21 @@ class _Run:
     folder: CheckpointFolder | None = None
     evaluated_at: int = -1
     saved_at: int = -1
+    num_before: int = 0
+    began: float = 0.0
+    compiled: float | None = None
+
+    def start(self) -> None:
+        """Rounds from here on are those of this process."""
+        self.num_before = len(self.ledger.history.rounds)
+        self.began = time.perf_counter()
 
     def advance(self, source: Any) -> None:
         """One more round."""
+        if self.compiled is None:
+            # Ahead of the call, which on a CPU may run the round before it returns.
+            self.step.lower(self.carry, self.keys, source).compile()
+            self.compiled = time.perf_counter()
         self.carry, info, num_dropped = self.step(self.carry, self.keys, source)
         self.done += 1
         self.ledger.add_round(self.done, info, num_dropped)
@@ -360,28 +401,27 @@ class _Run:
             best = without_extras(self.carry.state)
         return {**self.carry._asdict(), "best": best}
 
-    def how_to_go_on(self) -> str:
-        """What to tell a user who pressed Ctrl-C."""
-        told = f"interrupted after round {self.done}"
+    def result(self, stopped: str | None) -> TrainResult:
+        """What the run has come to."""
+        self.ledger.settle()
+        jax.block_until_ready(self.carry)
+        compiled = self.compiled or self.began
+        run_s = time.perf_counter() - compiled
+        rows = self.ledger.history.rounds[self.num_before :]
+        return TrainResult(
+            state=self.carry.state,
+            averaged=None if self.carry.averaged is None else self.evaluated_state(),
+            best=self.ledger.best_state,
+            history=self.ledger.history,
+            stopped=stopped,
+            compile_s=compiled - self.began,
+            run_s=run_s,
+            client_updates_per_s=sum(row["num_clients"] - row["num_empty"] for row in rows) / run_s,
+            examples_per_s=sum(row["num_examples"] for row in rows) / run_s,
+        )
+
+    def interrupted_message(self, came: signal.Signals) -> str:
+        """What to tell a user whose signal ended the run."""
+        by = "" if came is signal.SIGINT else f" by {came.name}"
+        told = f"interrupted{by} after round {self.done}"
         return f"{told}; the same call goes on from its checkpoint" if self.folder else told
-
-
-@contextlib.contextmanager
-def _first_interrupt() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether Ctrl-C was pressed; the second time, it works as ever."""
-    usual = signal.getsignal(signal.SIGINT)
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or usual is not signal.default_int_handler:
-        yield lambda: False
-        return
-    pressed = threading.Event()
-
-    def press(number: int, frame: object) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, usual)
-
-    signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, usual)

@@ -44,8 +44,11 @@ def contents(folder):
     }
 
 
-def interrupted(*args, once):
-    """Runs `fedjax-lite` with arguments and presses Ctrl-C once `once()`: exit code and stderr."""
+def interrupted(*args, once, by=signal.SIGINT):
+    """Runs `fedjax-lite` with arguments and presses Ctrl-C once `once()`: exit code and stderr.
+
+    Or sends it another signal.
+    """
     with subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, *map(str, args)],
         stdout=subprocess.DEVNULL,
@@ -58,7 +61,7 @@ def interrupted(*args, once):
                 assert time.monotonic() < deadline
                 assert process.poll() is None
                 time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(by)
             _, stderr = process.communicate(timeout=60)
         finally:
             process.kill()

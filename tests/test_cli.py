@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -119,13 +120,15 @@ def test_help_reads_well():
         assert option in result.stdout
 
 
-def test_ctrl_c_keeps_what_was_recorded(tmp_path):
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGHUP", 129)])
+def test_a_signal_keeps_what_was_recorded(tmp_path, name, exit_code):
     metrics = tmp_path / "metrics.jsonl"
     code, stderr = interrupted(
         *("quickstart", "--rounds=1000000", f"--out={tmp_path}"),
         once=lambda: metrics.exists() and metrics.stat().st_size > 1000,
+        by=signal.Signals[name],
     )
-    assert code == 130
+    assert code == exit_code
     assert stderr.startswith("fedjax-lite: interrupted after")
     assert stderr.count("\n") == 1
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]

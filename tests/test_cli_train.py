@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import platform
+import signal
 import subprocess
 import sys
 
@@ -329,17 +330,18 @@ def test_help_tells_the_defaults_in_words(capsys):
     assert "0.001 with adam" in " ".join(text.replace("│", "").split())
 
 
-def test_the_defaults_learn_the_digits_and_ctrl_c_keeps_a_run(tmp_path):
+def test_the_defaults_learn_the_digits_and_a_signal_keeps_a_run(tmp_path):
     """In a process of its own, on the CPU as it is set up for users."""
     metrics = tmp_path / "metrics.jsonl"
     code, stderr = interrupted(
         *("train", "--rounds=100000", f"--out={tmp_path}"),
         once=lambda: metrics.exists() and '"round": 9' in metrics.read_text(),
+        by=signal.SIGTERM,
     )
-    assert code == 130
+    assert code == 143
     assert stderr.endswith(f"fedjax-lite train --resume {tmp_path} goes on\n")
     done = rows(tmp_path, "round")[-1]["round"]
-    assert f"interrupted after round {done};" in stderr
+    assert f"interrupted by SIGTERM after round {done};" in stderr
     rounds = max(100, done + 1)
     result = subprocess.run(
         [

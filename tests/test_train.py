@@ -480,3 +480,110 @@ def test_refuses_other_kinds_of_arguments(options, message):
 def test_rules_and_checkpoints_refuse(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupt_carries_what_the_run_had_come_to(name):
+    number = signal.Signals[name]
+    usual = signal.getsignal(number)
+
+    def press(row, info):
+        if row["round"] == 5:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(fl.InterruptedTraining, match=r"^interrupted.* after round \d$") as caught:
+        fl.train(**setting(), on_round=press)
+    result, straight = caught.value.result, fl.train(**setting())
+    assert caught.value.signal is number
+    assert signal.getsignal(number) == usual
+    done = int(result.state.round)
+    assert 5 <= done <= 8
+    assert result.stopped == str(caught.value)
+    rows, evaluations = without_seconds(result.history)
+    assert rows == without_seconds(straight.history)[0][:done]
+    assert [row["round"] for row in evaluations] == [0, 5]
+
+
+def test_a_signal_that_is_ignored_or_handled_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        press = lambda row, info: os.kill(os.getpid(), signal.SIGHUP)
+        assert len(fl.train(**setting(), on_round=press).history.rounds) == 12
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_not_finite_is_told_once():
+    dataset = regression_dataset()
+    spoilt = {i: {**dataset[i]} for i in dataset.client_ids}
+    spoilt[3]["y"] = np.full_like(spoilt[3]["y"], np.nan)
+    population = fl.FederatedDataset.from_clients(spoilt)
+    options = setting(population=population, sampler=fl.samplers.uniform(10, 4), num_rounds=6)
+    with pytest.warns(fl.NonFiniteWarning) as warned:
+        result = fl.train(**options)
+    first = next(row for row in result.history.rounds if row["num_nonfinite"])
+    assert len(warned) == 1
+    told = str(warned[0].message)
+    assert told.startswith(f"round {first['round']} is not finite")
+    assert "1 of 4 clients" in told
+    assert "kept of client 3," in told
+
+
+def test_rules_that_would_wait_for_evaluations_are_refused():
+    options = setting(evaluate=None, stop=[fl.stopping.wall_clock(1e9)], num_rounds=2)
+    assert fl.train(**options).stopped is None
+    for rule in (fl.stopping.patience("loss", 2), fl.stopping.target("loss", 1.0)):
+        with pytest.raises(ValueError, match="evaluate is None, so that it would never stop"):
+            fl.train(**{**options, "stop": [rule]})
+    with pytest.raises(TypeError, match="evaluate returned float; return a dict"):
+        fl.train(**setting(evaluate=lambda state: 1.5))
+
+
+def test_too_little_memory_is_told_with_what_needs_it():
+    def evaluate(state):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    with pytest.raises(MemoryError, match=r"allocating 9 bytes.*16 bytes for params.*batch_size"):
+        fl.train(**setting(evaluate=evaluate))
+
+
+def test_results_are_printed_in_few_words():
+    result = fl.train(**setting(num_rounds=1))
+    assert repr(result.history) == "History(1 rounds, 2 evaluations)"
+    assert repr(result.state).startswith("ServerState(params={b: float32, w: float32[3]}, model_st")
+    assert repr(result).startswith("TrainResult(parameters=4, rounds=1, loss=")
+    assert len(repr(result)) < 300
+
+
+def test_a_step_compiles_once_on_one_device_and_on_two():
+    """Also where the state is given, in processes of their own, one with a single device."""
+    program = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, optax
+import fedjax_lite as fl
+
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+steps = []
+def compiled(event, seconds, fun_name="", **_):
+    if event.endswith("backend_compile_duration") and fun_name == "jit(step)":
+        steps.append(seconds)
+jax.monitoring.register_event_duration_secs_listener(compiled)
+model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2, lambda key: jnp.float32(0))
+dataset = fl.FederatedDataset.from_clients({i: {"x": np.ones(3, np.float32)} for i in range(4)})
+drawn = fl.data.GeneratedPopulation(
+    num_clients=4,
+    num_examples=lambda key, i: 2,
+    sample=lambda key, i: {"x": jax.random.normal(key, (2,))},
+)
+for population in (dataset, dataset.streamed(2), drawn):
+    algorithm, sampler = fl.fed_avg(model, optax.sgd(0.1)), fl.samplers.uniform(4, 2)
+    for state in (None, algorithm.init(jnp.float32(1))):
+        fl.train(algorithm, population, sampler, 3, key=jax.random.key(0), state=state)
+    print(len(steps))
+    steps.clear()
+"""
+    for devices in ("1", "2"):
+        command = [sys.executable, "-W", "ignore", "-c", program, devices]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert told.split() == ["1", "1", "1"], devices

@@ -6,6 +6,7 @@ import itertools
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union
 
@@ -13,15 +14,23 @@ import jax
 
 import fedjax_lite
 from fedjax_lite._extras import require
-from fedjax_lite.cli.errors import InterruptedRunError, UsageError
+from fedjax_lite.cli.errors import InterruptedRunError, UsageError, exit_code
+from fedjax_lite.interrupts import signals_raised
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs a command.
 
-    Exit codes: 0, done; 2, a wrong option, a folder that cannot be written or a missing
-    package, told in one line on stderr; 130, interrupted.
+    Exit codes: 0, done; 2, a wrong option, a folder that cannot be written, too little memory or a
+    missing package, told in one line on stderr; 130, 143 and 129, interrupted by Ctrl-C, SIGTERM
+    and SIGHUP.
     """
+    with signals_raised(), warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        _main(args)
+
+
+def _main(args: Sequence[str] | None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     if args == ["--version"]:
         versions = f"jax {jax.__version__}, Python {platform.python_version()}"
@@ -71,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 train(options)
             case Quickstart() as options:
                 quickstart(options)
-    except (UsageError, ImportError) as error:
+    except (UsageError, ImportError, MemoryError) as error:
         print(f"fedjax-lite: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
@@ -79,12 +88,18 @@ def main(args: Sequence[str] | None = None) -> None:
         # What is still in the buffer of a closed pipe would fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("fedjax-lite: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)  # XLA may be compiling: to tear it down now would crash.
+    except KeyboardInterrupt as interrupt:
+        print(f"fedjax-lite: {interrupt or 'interrupted'}", file=sys.stderr, flush=True)
+        # XLA may be compiling: to tear it down now would crash.
+        os._exit(exit_code(interrupt))
     except InterruptedRunError as error:
         print(f"fedjax-lite: {error}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(error.exit_code)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line, where Python would add that of the code."""
+    print(f"fedjax-lite: {message}", file=sys.stderr)
 
 
 def _parse(

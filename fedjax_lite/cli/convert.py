@@ -66,9 +66,9 @@ def convert(options: Convert) -> None:
             )
     except ValueError as error:
         raise UsageError(str(error)) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         raise InterruptedRunError(
-            f"interrupted after {written} clients; run the same command again to go on"
+            f"interrupted after {written} clients; run the same command again to go on", interrupt
         ) from None
     print(
         f"{dataset.num_clients} clients with {dataset.offsets[-1]} examples in"

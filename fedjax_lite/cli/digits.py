@@ -16,7 +16,7 @@ import fedjax_lite as fl
 from fedjax_lite.build import Built, build
 from fedjax_lite.cli import plots
 from fedjax_lite.cli.curves import COLORS
-from fedjax_lite.cli.errors import UsageError
+from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.experiment import Experiment
 from fedjax_lite.files import locked, write_text
@@ -55,6 +55,7 @@ def compare(out: Path | None, rounds: int | None, seed: int, *, as_json: bool) -
     Raises:
       UsageError: An option is out of range, a split cannot be made, or the folder cannot be
         written.
+      InterruptedRunError: A signal came.
     """
     began = time.perf_counter()
     try:
@@ -86,7 +87,12 @@ def compare(out: Path | None, rounds: int | None, seed: int, *, as_json: bool) -
             raise cannot_write(out, error) from None
         for split in _SPLITS:
             for name, built in algorithms.items():
-                curves = [_train(built, one) for one in clients[split]]
+                try:
+                    curves = [_train(built, one) for one in clients[split]]
+                except KeyboardInterrupt as interrupt:
+                    raise InterruptedRunError(
+                        f"interrupted in {split}, {name}; {out} holds what is before it", interrupt
+                    ) from None
                 runs.append({"split": split, "algorithm": name, **_summarize(curves)})
                 report |= {"seconds": time.perf_counter() - began, "runs": runs}
                 write_text(out / "digits.json", json.dumps(jsonable(report), indent=2) + "\n")

@@ -1,9 +1,24 @@
 """What ends a command early."""
 
+import signal
+
 
 class UsageError(Exception):
     """The user can mend it: told in one line, exit code 2."""
 
 
 class InterruptedRunError(Exception):
-    """The user pressed Ctrl-C after something was recorded: exit code 130."""
+    """A signal came after something was recorded: Ctrl-C, SIGTERM or SIGHUP.
+
+    Attributes:
+      exit_code: What a shell gives a process that the signal ends, 130, 143 or 129.
+    """
+
+    def __init__(self, message: str, interrupt: KeyboardInterrupt) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code(interrupt)
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """That of a shell for a process that a signal ends."""
+    return 128 + getattr(interrupt, "signal", signal.SIGINT)

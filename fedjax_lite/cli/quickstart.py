@@ -109,10 +109,11 @@ def _run(
                 text = f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}"
                 done = index + 1
                 show(done, text, done in (1, options.rounds) or done % 10 == 0)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         raise InterruptedRunError(
             f"interrupted after {len(history)} of {options.rounds} rounds; {metrics_file.name}"
-            " holds them"
+            " holds them",
+            interrupt,
         ) from None
     ended = time.perf_counter()
     return history, state, {"compile_s": compiled - began, "run_s": ended - compiled}

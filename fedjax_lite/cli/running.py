@@ -117,7 +117,7 @@ def run_recorded(
             draw(out, panels(groups, [out.name]), title(groups))
     except KeyboardInterrupt as interrupt:
         told = str(interrupt).partition(";")[0] or "interrupted"
-        raise InterruptedRunError(f"{told}; {goes_on}") from None
+        raise InterruptedRunError(f"{told}; {goes_on}", interrupt) from None
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

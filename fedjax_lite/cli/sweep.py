@@ -22,7 +22,7 @@ import fedjax_lite as fl
 from fedjax_lite.build import algorithm_of, build
 from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.curves import MAX_CURVES, draw
-from fedjax_lite.cli.errors import UsageError
+from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.plot import panels, title
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import group_seeds, name_groups, number, read_object, read_run
@@ -135,6 +135,10 @@ def _run_all(
             continue
         try:
             histories = _run([runs[place] for place in places])
+        except KeyboardInterrupt as interrupt:
+            raise InterruptedRunError(
+                f"interrupted; the same command with --out {out} goes on", interrupt
+            ) from None
         except ValueError as error:
             raise UsageError(as_option(str(error))) from None
         write_text(out / "config.json", json.dumps(about, indent=2) + "\n")

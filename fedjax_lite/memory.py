@@ -1,0 +1,41 @@
+"""What needs how much memory, told where there is too little."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+
+from fedjax_lite.base import PyTree
+
+
+@contextlib.contextmanager
+def memory_errors(needs: Callable[[], Mapping[str, PyTree]]) -> Iterator[None]:
+    """Has JAX's errors of memory that is exhausted say what needs how much, and what to lower.
+
+    Args:
+      needs: Arrays, or their shapes, by what they are; called where there is an error.
+
+    Raises:
+      MemoryError: JAX could not allocate what it was asked for.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+            raise
+        told = ", ".join(f"{_size(tree)} for {name}" for name, tree in needs().items())
+        raise MemoryError(
+            f"too little memory ({str(error).splitlines()[0]}): {told}, and each lane needs the"
+            " params, their gradient, the state of the client optimizer and a batch of its own;"
+            " lower batch_size, lanes or the size of the model, keep the store in the memory of"
+            ' the host by memory_kind="pinned_host", or the data on disk by dataset.streamed().'
+        ) from error
+
+
+def _size(tree: PyTree) -> str:
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.3g} {unit}"
