@@ -208,3 +208,19 @@ def per_example(name: str, shape: tuple[int, ...], batch_size: int) -> None:
             f" return one value per example, of shape ({batch_size},), and leave the mean to the"
             " algorithm."
         )
+
+
+def labels(values: Any, num_classes: int | None) -> None:
+    """Refuses labels outside of the classes, whose loss would not be a number.
+
+    Those of JAX arrays are not looked at, which would wait for the device.
+    """
+    if num_classes is None or not isinstance(values, np.ndarray) or values.dtype.kind not in "iu":
+        return
+    outside = np.unique(values[(values < 0) | (values >= num_classes)])
+    if outside.size:
+        shown = ", ".join(map(str, outside[:5].tolist())) + (", ..." if outside.size > 5 else "")
+        raise ValueError(
+            f"y holds the labels {shown}, and the model knows {num_classes} classes, from 0 to"
+            f" {num_classes - 1}; number the classes from 0, or build the model with more of them."
+        )

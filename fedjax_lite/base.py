@@ -68,7 +68,7 @@ class RoundInfo:
       num_examples: Examples processed, those of every epoch counted; int32.
       num_empty: Clients without examples; they contribute nothing.
       num_nonfinite: Clients whose update, statistics, model state, weight or output for the
-        store is not finite, or so large that its norm is not.
+        store is not finite, or so large that its norm is not; and those whose weight is negative.
       skipped: True if no client contributed: `params`, `model_state` and
         `opt_state` are then unchanged, and only `round` advances.
       clients: Per-client arrays `[clients, ...]` in cohort order, zero in empty slots:
@@ -118,7 +118,7 @@ class ClientResult(NamedTuple):
 
     Attributes:
       update: Pytree of arrays; the server receives the weighted sum over clients.
-      weight: Scalar weight of the update in that sum.
+      weight: Scalar weight of the update in that sum, not negative.
       metrics: Scalars or arrays by name, reported per client and not aggregated.
       model_state: What the model keeps but does not train, summed with the same weight.
       client_output: What the client keeps for the next round that it takes part in, like its

@@ -180,6 +180,8 @@ def _load(
         )
     # A rare class may be in one of the two alone.
     num_classes = 1 + max(int(part.examples["y"].max()) for part in (train, held_out))
+    for part in (train, held_out):
+        _validate.labels(part.examples["y"], num_classes)
     return train.resident(), train, held_out, held_out.examples, num_classes
 
 

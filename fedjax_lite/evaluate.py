@@ -95,6 +95,7 @@ def evaluate(
     _validate.features("examples", examples)
     if np.shape(next(iter(examples.values())))[0] == 0:
         raise ValueError("examples has no rows; pass at least one example to evaluate on.")
+    _validate.labels(examples.get("y"), model.num_classes)
     return _evaluate(
         state.params,
         state.model_state,

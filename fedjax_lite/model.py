@@ -31,12 +31,15 @@ class Model(NamedTuple):
         evaluation.
       predict: `predict(params, model_state, batch) -> predictions`, which `fl.metrics` compare
         with the batch; `None` where the model says no more than its losses.
+      num_classes: Number of classes, by which labels `batch["y"]` out of range are refused where
+        they can be seen beforehand; `None` if it is not known.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
     loss: Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, PyTree]]
     metrics: Callable[[PyTree, PyTree, Batch], dict[str, jax.Array]]
     predict: Callable[[PyTree, PyTree, Batch], Any] | None = None
+    num_classes: int | None = None
 
 
 def function_model(

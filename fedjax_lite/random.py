@@ -125,8 +125,11 @@ def permuted(
 
     # A CPU runs a loop over few numbers as fast as its rounds one by one, which take long to
     # compile; elsewhere each turn would be a kernel or more.
+    index = jnp.asarray(index).astype(jnp.uint32)
+    # Nothing is added; inside a `shard_map` it varies over the devices if the key or the size does.
+    index += (words[0] ^ words[0]) | (size ^ size)
     x = jax.lax.platform_dependent(
-        jnp.asarray(index).astype(jnp.uint32),
+        index,
         cpu=functools.partial(rounds, unroll=False),
         default=functools.partial(rounds, unroll=True),
     )

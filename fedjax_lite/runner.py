@@ -351,6 +351,7 @@ def _lane(
         others = (result.model_state, result.statistics, result.client_output)
         floats = [x for x in jax.tree.leaves(others) if jnp.issubdtype(x.dtype, jnp.inexact)]
         finite = jnp.isfinite(norm + squared_norm(jax.lax.stop_gradient(floats)) + weight)
+        finite &= weight >= 0  # Below zero, a client would pull the mean to the other side.
         left_out = ~finite if on_nonfinite == "drop" else jnp.bool_(False)
         weight = jnp.where(left_out, 0, weight)
         counts = weight != 0

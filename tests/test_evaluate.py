@@ -396,3 +396,13 @@ def test_wrong_arguments_are_refused(options, error, message):
 def test_a_missing_label_is_named():
     with pytest.raises(KeyError, match="The model was given a batch with 'x', 'mask'"):
         fl.evaluate(classifier(), start(), {"x": jnp.ones((2, 3))}, metrics=METRICS)
+
+
+def test_labels_outside_of_the_classes_are_refused():
+    model = fl.models.mlp((2,), (), 3)
+    state = fl.fed_sgd(model, optax.sgd(1.0)).init(jax.random.key(0))
+    examples = {"x": np.zeros((4, 2), np.float32), "y": np.array([1, 2, 3, -1])}
+    with pytest.raises(
+        ValueError, match=r"y holds the labels -1, 3, and the model knows 3 classes"
+    ):
+        fl.evaluate(model, state, examples)

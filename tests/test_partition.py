@@ -480,3 +480,18 @@ def test_refuses_bad_arguments(split, message):
 def test_a_seed_is_needed():
     with pytest.raises(TypeError, match="seed is None"):
         partition.iid(3, 2, seed=None)
+
+
+def test_real_values_are_no_classes():
+    values = np.random.default_rng(0).normal(size=20)
+    whole = values.round()
+    for split in (
+        lambda labels: fl.partition.dirichlet(labels, 2, alpha=1.0, seed=0),
+        lambda labels: fl.partition.dirichlet_by_client(labels, 2, alpha=1.0, seed=0),
+        lambda labels: fl.partition.shards(labels, 2, shards_per_client=1, seed=0),
+        lambda labels: fl.partition.pathological(labels, 2, classes_per_client=1, seed=0),
+    ):
+        with pytest.raises(ValueError, match=r"labels holds real values such as .*partition.cont"):
+            split(values)
+    rows = fl.partition.shards(whole, 2, shards_per_client=1, seed=0)
+    assert sorted(np.concatenate(rows)) == list(range(20))

@@ -177,3 +177,64 @@ def test_a_bound_is_a_number(value):
 def test_a_pipeline_must_be_one():
     with pytest.raises(TypeError, match="pipeline is of type GradientTransformation"):
         fl.fed_avg(regression_model(), optax.sgd(0.1), pipeline=optax.clip(1.0))
+
+
+MOST, LEAST = float(jnp.finfo(jnp.float32).max), float(jnp.finfo(jnp.float32).tiny)
+EXTREMES = {
+    # The update, clipped to norm 2, quantised to 3 levels; None where it is as before.
+    "opposite": ([1e38, -1e38], [2**0.5, -(2**0.5)], None),
+    "most": ([MOST, -MOST, MOST], [(4 / 3) ** 0.5, -((4 / 3) ** 0.5), (4 / 3) ** 0.5], None),
+    "squares overflow": ([3e19, 4e19], [1.2, 1.6], None),
+    "squares vanish": ([3e-30, 4e-30], None, None),
+    "least": ([LEAST, 0.0], None, None),
+    "constant": ([7.0, 7.0, 7.0], [2 / 3**0.5] * 3, None),
+    "zeros": ([0.0, 0.0], None, None),
+    "scalar": (1e38, 2.0, None),
+    "empty": ([], None, None),
+    "NaN": ([1.0, np.nan], None, [np.nan, np.nan]),
+    "infinity": ([np.inf, 1.0, 0.0], None, [np.nan] * 3),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes_have_a_documented_outcome(name):
+    update, clipped, quantized = EXTREMES[name]
+    update = jnp.asarray(update, jnp.float32)
+    close = lambda x, y: np.testing.assert_allclose(x, update if y is None else y, rtol=1e-6)
+    result, info = of_one_client(fl.clip_by_norm(2.0), update)
+    close(result, clipped)
+    assert info["clipped"] == (clipped is not None)
+    result, info = of_one_client(fl.quantize_uniform(3), update)
+    close(result, quantized)
+    assert info["bits_up"] == (2 * update.size + 64 if update.size else 0)
+    # One after the other, and of a tree with a further array; vmapped, as in lanes.
+    both = fl.chain(fl.clip_by_norm(2.0), fl.quantize_uniform(3))
+    tree = {"a": update[None], "b": jnp.zeros((1, 0))}
+    lanes = jax.vmap(lambda x: of_one_client(both, x)[0])(tree)
+    close(lanes["a"][0], quantized or clipped)
+    assert lanes["b"].shape == (1, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_extremes_of_half_precision(dtype):
+    most = jnp.finfo(dtype).max
+    update = jnp.array([most, -most], dtype)
+    result, _ = of_one_client(fl.clip_by_norm(2.0), update)
+    np.testing.assert_allclose(result.astype(float), [2**0.5, -(2**0.5)], rtol=1e-2)
+    np.testing.assert_array_equal(of_one_client(fl.quantize_uniform(4), update)[0], update)
+
+
+@pytest.mark.parametrize("factory", [fl.fed_avg, fl.fed_sgd])
+@pytest.mark.parametrize("weight", [-1.0, np.nan])
+def test_clients_of_a_weight_that_is_none_are_left_out_and_counted(factory, weight):
+    weighting = lambda num_examples: jnp.where(num_examples == 7, weight, num_examples)
+    build = lambda **options: factory(regression_model(), optax.sgd(0.1), batch_size=8, **options)
+    states = []
+    for order in (np.arange(10), np.arange(1, 10)):  # The client of 7 examples is the first one.
+        cohort = everyone(regression_dataset().resident(), order, capacity=10)
+        algorithm = build(weighting=weighting)
+        state = algorithm.init({"w": jnp.ones(3), "b": jnp.float32(0)})
+        state, info = algorithm.round(KEY, state, cohort)
+        assert info.num_nonfinite == (order.size == 10)
+        states.append(state.params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), *states)

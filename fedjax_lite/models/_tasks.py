@@ -18,7 +18,7 @@ from fedjax_lite.model import Model, linen_model
 def classifier(module: nn.Module, input_shape: Sequence[int], num_classes: int) -> Model:
     """The model of a module that maps `[batch, *input_shape]` to logits `[batch, classes]`."""
     _validate.integer("num_classes", num_classes, minimum=2)
-    return linen_model(
+    model = linen_model(
         module,
         np.zeros((1, *input_shape), np.float32),
         _cross_entropy,
@@ -27,12 +27,14 @@ def classifier(module: nn.Module, input_shape: Sequence[int], num_classes: int) 
             "accuracy": (logits.argmax(-1) == batch["y"]).astype(float),
         },
     )
+    return model._replace(num_classes=num_classes)
 
 
 def language_model(module: nn.Module, vocabulary_size: int) -> Model:
     """The model of a module that maps ids `[batch, length]` to logits `[batch, length, ids]`."""
     _validate.integer("vocabulary_size", vocabulary_size, minimum=NUM_SPECIAL + 2)
-    return linen_model(module, np.zeros((1, 1), np.int32), sequence_loss, sequence_metrics)
+    model = linen_model(module, np.zeros((1, 1), np.int32), sequence_loss, sequence_metrics)
+    return model._replace(num_classes=vocabulary_size)
 
 
 def near_zero(key: jax.Array, shape: Sequence[int], dtype: DTypeLike = float) -> jax.Array:

@@ -30,6 +30,23 @@ def column(name: str, values: Any) -> np.ndarray:
     return array
 
 
+def classes(name: str, values: Any) -> np.ndarray:
+    """`values` as an array with the class of each row.
+
+    Raises:
+      ValueError: They are real values, each of which would be a class; whole numbers in floats
+        are not.
+    """
+    array = column(name, values)
+    if array.dtype.kind == "f" and (fractions := array[array != np.rint(array)]).size:
+        raise ValueError(
+            f"{name} holds real values such as {fractions[0]:g}, each of which would be a class;"
+            " use fl.partition.continuous, or pass bins, such as np.digitize(values,"
+            " np.quantile(values, [0.25, 0.5, 0.75]))."
+        )
+    return array
+
+
 def clients(num_clients: Any, num_examples: int) -> int:
     """`num_clients`, checked: each client is to have an example."""
     num_clients = _validate.integer("num_clients", num_clients, minimum=1)

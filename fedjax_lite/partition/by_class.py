@@ -6,7 +6,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
-from fedjax_lite.partition._deal import clients, column, deal, generator
+from fedjax_lite.partition._deal import classes, clients, deal, generator
 
 
 def pathological(
@@ -42,14 +42,14 @@ def pathological(
       For each client, the sorted indices of its rows. Each row has exactly one client.
 
     Raises:
-      ValueError: An argument is out of range, a class fell to no client, or it has fewer
-        examples than clients.
+      ValueError: Labels are real values, an argument is out of range, a class fell to no client, or
+        it has fewer examples than clients.
 
     >>> labels = np.array([0, 0, 1, 1, 2, 2])
     >>> [labels[rows].tolist() for rows in pathological(labels, 3, classes_per_client=1, seed=0)]
     [[0, 0], [1, 1], [2, 2]]
     """
-    labels = column("labels", labels)
+    labels = classes("labels", labels)
     names, class_index, class_sizes = np.unique(labels, return_inverse=True, return_counts=True)
     num_clients = clients(num_clients, labels.size)
     classes_per_client = _validate.integer(
@@ -108,13 +108,14 @@ def shards(
       For each client, the sorted indices of its rows. Each row has exactly one client.
 
     Raises:
-      ValueError: An argument is out of range, or there are fewer rows than shards.
+      ValueError: Labels are real values, an argument is out of range, or there are fewer rows than
+        shards.
 
     >>> labels = np.repeat(np.arange(4), 10)
     >>> [np.unique(labels[rows]).size for rows in shards(labels, 2, seed=0)]
     [2, 2]
     """
-    labels = column("labels", labels)
+    labels = classes("labels", labels)
     num_clients = clients(num_clients, labels.size)
     shards_per_client = _validate.integer("shards_per_client", shards_per_client, minimum=1)
     num_shards = num_clients * shards_per_client

@@ -4,7 +4,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
-from fedjax_lite.partition._deal import client_sizes, column, concentration, deal, generator
+from fedjax_lite.partition._deal import classes, client_sizes, concentration, deal, generator
 
 _MAX_TRIES = 10
 
@@ -41,13 +41,14 @@ def dirichlet(
       For each client, the sorted indices of its rows. Each row has exactly one client.
 
     Raises:
-      ValueError: An argument is out of range, or no draw gave each client its minimum.
+      ValueError: Labels are real values, an argument is out of range, or no draw gave each client
+        its minimum.
 
     >>> rows = dirichlet([0, 0, 1, 1], 2, alpha=1.0, min_examples=1, seed=0)
     >>> sorted(np.concatenate(rows).tolist())
     [0, 1, 2, 3]
     """
-    labels = column("labels", labels)
+    labels = classes("labels", labels)
     num_clients = _validate.integer("num_clients", num_clients, minimum=1)
     min_examples = _validate.integer("min_examples", min_examples, minimum=0)
     concentrations = concentration("alpha", alpha, num_clients)
@@ -114,13 +115,13 @@ def dirichlet_by_client(
       For each client, the sorted indices of its rows. Each row has exactly one client.
 
     Raises:
-      ValueError: An argument is out of range, or the sizes do not add up.
+      ValueError: Labels are real values, an argument is out of range, or the sizes do not add up.
 
     >>> rows = dirichlet_by_client([0, 0, 1, 1, 1], 2, alpha=0.1, sizes=[1, 4], seed=0)
     >>> [part.size for part in rows]
     [1, 4]
     """
-    labels = column("labels", labels)
+    labels = classes("labels", labels)
     sizes = client_sizes(sizes, num_clients, labels.size)
     rng = generator(seed)
     _, class_index, available = np.unique(labels, return_inverse=True, return_counts=True)
@@ -167,14 +168,14 @@ def pachinko(
       For each client, the sorted indices of its rows. Each row has exactly one client.
 
     Raises:
-      ValueError: An argument is out of range, the sizes do not add up, or a fine class lies in
-        two coarse ones.
+      ValueError: Labels are real values, an argument is out of range, the sizes do not add up, or a
+        fine class lies in two coarse ones.
 
     >>> rows = pachinko([0, 1, 2, 3], [0, 0, 1, 1], 2, seed=0)
     >>> [part.size for part in rows]
     [2, 2]
     """
-    labels, coarse_labels = column("labels", labels), column("coarse_labels", coarse_labels)
+    labels, coarse_labels = classes("labels", labels), classes("coarse_labels", coarse_labels)
     if coarse_labels.shape != labels.shape:
         raise ValueError(
             f"coarse_labels has shape {coarse_labels.shape} beside labels of shape {labels.shape};"

@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from fedjax_lite import _validate
 from fedjax_lite.base import PyTree, UpdateTransform
-from fedjax_lite.precision import squared_norm
+from fedjax_lite.precision import squared_norm, widen
 from fedjax_lite.updates.pipeline import stateless
 
 
@@ -15,7 +15,9 @@ def clip_by_norm(max_norm: ArrayLike) -> UpdateTransform:
 
     $$\Delta \mapsto \Delta \min(1, C / \|\Delta\|_2)$$
 
-    Clients report `clipped`, 1 if theirs was scaled down.
+    Clients report `clipped`, 1 if theirs was scaled down. An update without entries has norm 0; one
+    whose squares are too large for the dtype is scaled down all the same; one that holds NaN or an
+    infinity stays as it is, and its client is left out.
 
     Source: McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models".
 
@@ -39,10 +41,26 @@ def clip_by_norm(max_norm: ArrayLike) -> UpdateTransform:
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         del key, weight
         squared = squared_norm(update)
-        clipped = squared > max_norm**2
+        # Where the squares overflow, all is in units of a power of two, which changes no digit.
+        unit = jnp.where(jnp.isinf(squared), _unit(squared.dtype), 1)
+        squared = jax.lax.cond(
+            jnp.isinf(squared),
+            lambda: squared_norm(jax.tree.map(lambda x: unit * x, widen(update))),
+            lambda: squared,
+        )
         # Of updates that stay as they are no root is taken: its gradient at 0 is not a number.
-        factor = jnp.where(clipped, max_norm / jnp.sqrt(jnp.where(clipped, squared, 1)), 1)
-        scaled = jax.tree.map(lambda x: (factor * x).astype(x.dtype), update)
+        clipped = (squared > (unit * max_norm) ** 2) & jnp.isfinite(squared)
+        factor = max_norm / jnp.sqrt(jnp.where(clipped, squared, 1))
+
+        def scale(x: jax.Array) -> jax.Array:
+            return jnp.where(clipped, factor * (unit * x), x).astype(x.dtype)
+
+        scaled = jax.tree.map(scale, update)
         return scaled, {"clipped": clipped.astype(float)}
 
     return stateless(client)
+
+
+def _unit(dtype: DTypeLike) -> jax.Array:
+    """So small that the squares of the largest numbers in it stay far below them: 2^-96."""
+    return jnp.asarray(2.0 ** (-3 * jnp.finfo(dtype).maxexp // 4), dtype)

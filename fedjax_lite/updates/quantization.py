@@ -20,7 +20,8 @@ def quantize_uniform(num_levels: int = 256) -> UpdateTransform:
     mean is $x$.
 
     Clients report `bits_up`: $\lceil \log_2 L \rceil$ bits for each element, and 64 for the
-    extremes of each array.
+    extremes of each array. An empty array stays as it is and takes none, a constant one stays as it
+    is; one that holds NaN or an infinity becomes NaN, but its client is left out all the same.
 
     Source: Suresh et al. (2017), "Distributed Mean Estimation with Limited Communication",
     stochastic k-level quantization.
@@ -43,13 +44,21 @@ def quantize_uniform(num_levels: int = 256) -> UpdateTransform:
     bits = math.ceil(math.log2(num_levels))
 
     def quantize(key: jax.Array, x: jax.Array) -> jax.Array:
+        if x.size == 0:
+            return x
         wide = widen(x)
-        lowest, spread = wide.min(), wide.max() - wide.min()
+        lowest, highest = wide.min(), wide.max()
+        # Large numbers in units of 2^64, so that neither their spread nor its inverse leaves the
+        # dtype.
+        is_large = jnp.maximum(-lowest, highest) > 2.0**60
+        unit = jnp.where(is_large, 2.0**-64, 1).astype(wide.dtype)
+        spread = unit * highest - unit * lowest
         # A constant array has one level.
-        position = (wide - lowest) / jnp.where(spread > 0, spread, 1) * (num_levels - 1)
+        position = (unit * wide - unit * lowest) / jnp.where(spread > 0, spread, 1)
+        position *= num_levels - 1
         below = jnp.floor(position)
-        level = below + jax.random.bernoulli(key, position - below)
-        return (lowest + level * (spread / (num_levels - 1))).astype(x.dtype)
+        share = (below + jax.random.bernoulli(key, position - below)) / (num_levels - 1)
+        return ((1 - share) * lowest + share * highest).astype(x.dtype)
 
     def client(
         key: jax.Array, update: PyTree, weight: jax.Array
@@ -58,7 +67,7 @@ def quantize_uniform(num_levels: int = 256) -> UpdateTransform:
         leaves, structure = jax.tree.flatten(update)
         keys = jax.random.split(key, len(leaves))
         quantized = [quantize(*pair) for pair in zip(keys, leaves, strict=True)]
-        bits_up = sum(bits * x.size + 64 for x in leaves)
+        bits_up = sum(bits * x.size + 64 for x in leaves if x.size)
         return jax.tree.unflatten(structure, quantized), {"bits_up": jnp.asarray(bits_up, float)}
 
     return stateless(client)
