@@ -412,7 +412,8 @@ def _evaluate_clients(
         own = () if client_params is None else client_params(shared, entry)
         # Its form alone: the rows outside of the runner are those of all devices.
         batch = jax.eval_shape(lambda: read_batch(cohort, key, Client.of(cohort, 0), 0, batching))
-        return _Measured(own, measure.zeros(shared.params, shared.model_state, batch))
+        params = shared.params if client_params is None else own
+        return _Measured(own, measure.zeros(params, shared.model_state, batch))
 
     def step(shared: ServerState, measured: _Measured, batch: Batch, key: jax.Array) -> _Measured:
         del key

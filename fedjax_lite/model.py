@@ -3,17 +3,19 @@
 import contextlib
 import inspect
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate, random
 from fedjax_lite.base import Batch, PyTree
+from fedjax_lite.cpu import jit_once
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -60,6 +62,9 @@ def function_model(
     Returns:
       A `Model` with an empty model state.
 
+    Raises:
+      TypeError: `loss` is no function.
+
     >>> import jax, jax.numpy as jnp
     >>> model = function_model(lambda params, batch: (batch["x"] @ params - batch["y"]) ** 2)
     >>> batch = {"x": jnp.eye(2), "y": jnp.ones(2), "mask": jnp.ones(2, bool)}
@@ -67,6 +72,10 @@ def function_model(
     >>> losses.tolist()
     [0.0, 4.0]
     """
+    if not callable(loss):
+        raise TypeError(
+            f"loss is {loss!r}; pass a function loss(params, batch) that returns [batch] losses."
+        )
 
     def init_fn(key: jax.Array) -> tuple[PyTree, PyTree]:
         if init is None:
@@ -91,15 +100,19 @@ def function_model(
     )
 
 
+Inputs = str | Sequence[str] | Mapping[str, str]
+"""A feature, several in the order of a module's arguments, or features by name of the argument."""
+
+
 def linen_model(
     module: nn.Module,
-    example: ArrayLike,
+    example: ArrayLike | Sequence[ArrayLike] | Mapping[str, ArrayLike],
     loss: Callable[[jax.Array, Batch], jax.Array],
     metrics: Callable[[jax.Array, Batch], dict[str, jax.Array]] | None = None,
     *,
-    inputs: str = "x",
+    inputs: Inputs = "x",
 ) -> Model:
-    """A model from a flax linen module that maps `batch[inputs]` to predictions.
+    """A model from a flax linen module that maps features of a batch to predictions.
 
     Args:
       module: The module. If its `__call__` takes `train`, it is called with
@@ -107,17 +120,20 @@ def linen_model(
         way round). If it takes `mask`, it is given the mask `[batch]` of the real examples;
         one with BatchNorm must take it, and hand it to its `BatchNorm` layers. Dropout draws
         from the `"dropout"` stream. Collections other than `"params"` are the model state.
-      example: An input of one batch, for its shape and dtype only: `[batch, ...]`.
+      example: An input of one batch, for its shape and dtype only: `[batch, ...]`. Of a module with
+        several inputs a tuple of them, or a dict by argument, as for `inputs`.
       loss: `loss(predictions, batch) -> losses [batch]`.
       metrics: `metrics(predictions, batch) -> {name: values [batch]}`; the loss alone
         if left out.
-      inputs: Name of the input feature.
+      inputs: Name of the input feature; of several a tuple, such as `("words", "tags")`, or a dict
+        of features by argument, such as `{"tokens": "words", "segments": "tags"}`.
 
     Returns:
       A `Model` whose params are the module's `"params"` collection.
 
     Raises:
-      ValueError: The module has batch statistics and its `__call__` does not take `mask`.
+      ValueError: The module has batch statistics, and its `__call__` does not take `mask`, or they
+        depend on what it leaves out; `example` and `inputs` are not alike.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn
     >>> model = linen_model(nn.Dense(1), jnp.zeros((1, 4)), lambda p, batch: p[:, 0] ** 2)
@@ -125,16 +141,17 @@ def linen_model(
     >>> jax.tree.map(jnp.shape, params)
     {'bias': (1,), 'kernel': (4, 1)}
     """
+    examples = _examples(example, inputs)
 
     def init_fn(key: jax.Array) -> tuple[PyTree, PyTree]:
-        mask = jnp.ones(jnp.shape(example)[0], bool)
+        zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in examples.items()}
+        mask = jnp.ones(next(iter(zeros.values())).shape[0], bool)
+        args, kwargs = _arguments(inputs, zeros)
         options = _call_options(module, train=False, mask=mask)
-        variables = module.init(key, jnp.zeros_like(example), **options)
+        variables = module.init(key, *args, **kwargs, **options)
         return variables["params"], {k: v for k, v in variables.items() if k != "params"}
 
     collections = sorted(jax.eval_shape(lambda: init_fn(jax.random.key(0)))[1])
-    if "batch_stats" in collections:
-        _require_mask(module)
 
     def variables(params: PyTree, model_state: PyTree) -> dict[str, Any]:
         if sorted(model_state) != collections:
@@ -147,21 +164,21 @@ def linen_model(
     def loss_fn(
         params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, PyTree]:
+        args, kwargs = _arguments(inputs, batch)
         predictions, updated = module.apply(
             variables(params, model_state),
-            batch[inputs],
+            *args,
             rngs={"dropout": key},
             mutable=collections,
+            **kwargs,
             **_call_options(module, train=True, mask=batch["mask"]),
         )
         return loss(predictions, batch), {**model_state, **updated}
 
     def predict(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
-        return module.apply(
-            variables(params, model_state),
-            batch[inputs],
-            **_call_options(module, train=False, mask=batch["mask"]),
-        )
+        args, kwargs = _arguments(inputs, batch)
+        options = _call_options(module, train=False, mask=batch["mask"])
+        return module.apply(variables(params, model_state), *args, **kwargs, **options)
 
     def metrics_fn(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
         predictions = predict(params, model_state, batch)
@@ -169,6 +186,23 @@ def linen_model(
             return {"loss": loss(predictions, batch)}
         return metrics(predictions, batch)
 
+    def batch_statistics(batch: Batch) -> PyTree:
+        params, model_state = init_fn(jax.random.key(0))
+        args, kwargs = _arguments(inputs, batch)
+        options = _call_options(module, train=True, mask=batch["mask"])
+        _, updated = module.apply(
+            variables(params, model_state),
+            *args,
+            rngs={"dropout": jax.random.key(1)},
+            mutable=collections,
+            **kwargs,
+            **options,
+        )
+        return updated["batch_stats"]
+
+    if "batch_stats" in collections:
+        _require_mask(module)
+        _require_masked_statistics(module, batch_statistics, examples)
     return Model(init_fn, loss_fn, metrics_fn, predict)
 
 
@@ -177,9 +211,9 @@ def nnx_model(
     loss: Callable[[jax.Array, Batch], jax.Array],
     metrics: Callable[[jax.Array, Batch], dict[str, jax.Array]] | None = None,
     *,
-    inputs: str = "x",
+    inputs: Inputs = "x",
 ) -> Model:
-    """A model from a flax nnx module that maps `batch[inputs]` to predictions.
+    """A model from a flax nnx module that maps features of a batch to predictions.
 
     The module lives only inside a step: it is put together from the params, the model state and
     streams of random numbers from the key of the step, called, and taken apart again.
@@ -193,7 +227,7 @@ def nnx_model(
       loss: `loss(predictions, batch) -> losses [batch]`.
       metrics: `metrics(predictions, batch) -> {name: values [batch]}`; the loss alone
         if left out.
-      inputs: Name of the input feature.
+      inputs: Name of the input feature; of several a tuple, or a dict of features by argument.
 
     Returns:
       A `Model` whose params are the values of the module's `nnx.Param`, in nested dicts by
@@ -254,7 +288,8 @@ def nnx_model(
         module = nnx.merge(graph, params, jax.tree.map(seed, streams), model_state, constants)
         module.train() if train else module.eval()
         options = _call_options(module, train=train, mask=batch["mask"], rngs=rngs)
-        predictions = module(batch[inputs], **options)
+        args, kwargs = _arguments(inputs, batch)
+        predictions = module(*args, **kwargs, **options)
         return predictions, split(module)[3]
 
     def loss_fn(
@@ -315,6 +350,41 @@ def _shown(batch: Batch) -> str:
     return ", ".join(f"{name} {_validate.form(x)}" for name, x in batch.items())
 
 
+def _examples(example: Any, inputs: Inputs) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each input feature, by its name."""
+    if isinstance(inputs, str):
+        pairs = [(inputs, example)]
+    elif isinstance(inputs, Mapping):
+        if not isinstance(example, Mapping) or set(example) != set(inputs):
+            raise ValueError(
+                f"inputs has the arguments {sorted(inputs)}; pass as example a dict with an array"
+                " for each of them."
+            )
+        pairs = [(name, example[argument]) for argument, name in inputs.items()]
+    else:
+        if not isinstance(example, (tuple, list)) or len(example) != len(inputs):
+            raise ValueError(
+                f"inputs names the features {list(inputs)}; pass as example a tuple with an array"
+                " for each of them."
+            )
+        pairs = list(zip(inputs, example, strict=True))
+    if isinstance(inputs, str) and isinstance(example, (tuple, list, Mapping)):
+        raise ValueError(
+            f"example is a {type(example).__name__}, and inputs one feature, {inputs!r}; pass an"
+            ' array, or inputs of several, such as ("a", "b").'
+        )
+    return {name: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for name, x in pairs}
+
+
+def _arguments(inputs: Inputs, batch: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The features that a module is called with: in their order, and by argument."""
+    if isinstance(inputs, str):
+        return [batch[inputs]], {}
+    if isinstance(inputs, Mapping):
+        return [], {argument: batch[name] for argument, name in inputs.items()}
+    return [batch[name] for name in inputs], {}
+
+
 def _call_options(module: object, *, train: bool, **given: Any) -> dict[str, Any]:
     """Of the arguments that tell a module about the call, those that its `__call__` takes."""
     parameters = inspect.signature(type(module).__call__).parameters
@@ -331,3 +401,41 @@ def _require_mask(module: object) -> None:
             " BatchNorm layers with it in as many dimensions as their input: mask=mask[:, None] for"
             " [batch, features], mask=mask[:, None, None, None] for images."
         )
+
+
+def _require_masked_statistics(
+    module: object,
+    batch_statistics: Callable[[Batch], PyTree],
+    examples: Mapping[str, jax.ShapeDtypeStruct],
+) -> None:
+    """Refuses a module whose batch statistics depend on an example that the mask leaves out."""
+    mask = np.array([True, True, False])
+
+    def of_padding(filler: int) -> PyTree:
+        batch = {"mask": jnp.asarray(mask)}
+        for name, x in examples.items():
+            rows = jnp.zeros((mask.size, *x.shape[1:]), x.dtype)
+            if jnp.issubdtype(x.dtype, jnp.floating):
+                rows += jax.random.normal(jax.random.key(2), rows.shape, x.dtype)
+            batch[name] = rows.at[~mask].set(filler)
+        return batch_statistics(batch)
+
+    name = type(module).__name__
+    remedy = (
+        "hand the mask to each BatchNorm in as many dimensions as its input has:"
+        " mask=mask[:, None] for [batch, features], mask=mask[:, None, None, None] for images."
+    )
+    try:
+        both = jit_once(lambda: [of_padding(filler) for filler in (0, 1)])()
+    except (TypeError, ValueError) as error:
+        told = f"module {name} failed on a batch with a mask: {str(error).splitlines()[0]}"
+        raise ValueError(f"{told}; {remedy}") from error
+    for (path, first), second in zip(
+        jax.tree.leaves_with_path(both[0]), jax.tree.leaves(both[1]), strict=True
+    ):
+        if not np.allclose(first, second, rtol=1e-3, atol=1e-5):
+            where = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"module {name} has batch statistics, {where}, that depend on an example which the"
+                f" mask leaves out; {remedy}"
+            )

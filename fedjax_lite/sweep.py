@@ -55,7 +55,8 @@ def sweep(
 
     Args:
       build: `build(**numbers) -> algorithm`, such as
-        `lambda rate: fl.fed_avg(model, optax.sgd(rate))`. Its arguments are traced scalars.
+        `lambda rate: fl.fed_avg(model, optax.sgd(rate))`. Its arguments are traced scalars; before,
+        it is called with the numbers of each run, so that it can refuse them.
       population: `dataset.resident()` or a `GeneratedPopulation`.
       sampler: Who takes part.
       num_rounds: Rounds of each run.
@@ -71,8 +72,8 @@ def sweep(
       A `SweepResult`.
 
     Raises:
-      ValueError: `keys` or one of the numbers has another shape than `[runs]`, or another argument
-        is out of range.
+      ValueError: `keys` or one of the numbers has another shape than `[runs]`, or an argument or a
+        number is out of range.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
     >>> model = fl.models.halfspace_classifier()
@@ -92,7 +93,8 @@ def sweep(
     num_rounds = _validate.integer("num_rounds", num_rounds, minimum=0)
     eval_every = _validate.integer("eval_every", eval_every, minimum=1)
     _validate.key("keys", keys, single=False)
-    arrays = {name: jnp.asarray(values) for name, values in (numbers or {}).items()}
+    hosted = [np.asarray(values) for values in (numbers or {}).values()]
+    arrays = dict(zip(numbers or {}, map(jnp.asarray, hosted), strict=True))
     for name, array in {"keys": keys, **arrays}.items():
         if array.ndim != 1 or array.shape != keys.shape:
             raise ValueError(
@@ -100,6 +102,9 @@ def sweep(
                 " for each run, [runs]."
             )
 
+    # Once with the numbers themselves: traced ones cannot be checked.
+    for values in {tuple(row) for row in zip(*map(np.ndarray.tolist, hosted), strict=True)}:
+        build(**dict(zip(arrays, values, strict=True)))
     runs = _program(build, sampler, num_rounds, evaluate, eval_every, lanes)
     states, recorded = runs(population, (keys, arrays))
     (rounds_0, first), (rounds_1, among), (rounds_2, last) = jax.device_get(recorded)

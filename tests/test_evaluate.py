@@ -406,3 +406,31 @@ def test_labels_outside_of_the_classes_are_refused():
         ValueError, match=r"y holds the labels -1, 3, and the model knows 3 classes"
     ):
         fl.evaluate(model, state, examples)
+
+
+def test_clients_may_keep_what_the_server_has_not():
+    """As in FedPer: the server keeps the body, each client its head, in a store."""
+    sizes = (3, 0, 5, 2)
+    dataset = regression_dataset(sizes)
+    heads = np.arange(4, dtype=np.float32)
+    body = np.array([1.0, -1.0, 2.0], np.float32)
+    model = fl.function_model(
+        lambda params, batch: (batch["x"] @ params["body"] * params["head"] - batch["y"]) ** 2
+    )
+    state = fl.ServerState(
+        params={"body": jnp.asarray(body)},
+        model_state={},
+        opt_state=(),
+        round=jnp.int32(0),
+        store={"head": jnp.asarray(heads)},
+    )
+    result = fl.evaluate_clients(
+        model,
+        state,
+        fl.cohort_of(dataset.resident(), np.arange(4)),
+        client_params=lambda state, entry: {**state.params, **entry},
+    )
+    for i in (0, 2, 3):
+        one = dataset[i]
+        expected = ((one["x"] @ body * heads[i] - one["y"]) ** 2).mean()
+        np.testing.assert_allclose(result.clients["loss"][i], expected, rtol=1e-5)

@@ -469,3 +469,63 @@ def test_what_functions_return_is_checked(loss, optimizer, error, message, popul
 def test_fed_prox_refuses_a_wrong_mu(mu):
     with pytest.raises(ValueError, match=r"mu is .*choose a number"):
         fl.fed_prox(fl.models.halfspace_classifier(), optax.sgd(0.1), mu=mu)
+
+
+class TwoInputs(nn.Module):
+    @nn.compact
+    def __call__(self, words, tags):
+        return nn.Dense(1)(words) + nn.Embed(3, 1)(tags)
+
+
+def test_modules_of_several_inputs():
+    words, tags = jnp.ones((2, 4)), jnp.array([0, 2])
+    batch = {"w": words, "t": tags, "mask": jnp.ones(2, bool)}
+    loss = lambda predictions, batch: predictions[:, 0]
+    in_order = fl.linen_model(TwoInputs(), (words, tags), loss, inputs=("w", "t"))
+    by_name = fl.linen_model(
+        TwoInputs(), {"tags": tags, "words": words}, loss, inputs={"words": "w", "tags": "t"}
+    )
+    params, _ = in_order.init(jax.random.key(0))
+    expected = TwoInputs().apply({"params": params}, words, tags)
+    for model in (in_order, by_name):
+        jax.tree.map(np.testing.assert_array_equal, model.init(jax.random.key(0))[0], params)
+        np.testing.assert_array_equal(model.predict(params, {}, batch), expected)
+        np.testing.assert_array_equal(
+            model.loss(params, {}, batch, jax.random.key(0))[0], expected[:, 0]
+        )
+    for example, inputs, message in (
+        ((words,), ("w", "t"), r"names the features \['w', 't'\]; pass as example a tuple"),
+        ((words, tags), {"words": "w", "tags": "t"}, r"arguments \['tags', 'words'\]; pass"),
+        ((words, tags), "w", r"example is a tuple, and inputs one feature, 'w'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fl.linen_model(TwoInputs(), example, loss, inputs=inputs)
+
+
+class Normalising(nn.Module):
+    shape: tuple[int, ...] | None
+
+    @nn.compact
+    def __call__(self, x, *, train, mask=None):
+        mask = None if self.shape is None else mask.reshape(self.shape)
+        x = nn.BatchNorm(use_running_average=not train)(x, mask=mask)
+        return nn.Dense(1)(x.reshape(x.shape[0], -1))
+
+
+def test_batch_statistics_must_heed_the_mask():
+    build = lambda shape: fl.linen_model(
+        Normalising(shape), np.zeros((1, 3, 3, 2), np.float32), lambda p, batch: p[:, 0]
+    )
+    build((-1, 1, 1, 1))
+    for shape, message in (
+        (None, "module Normalising has batch statistics, BatchNorm_0.mean, that depend"),
+        ((-1, 1), "BatchNorm_0.mean, that depend on an example which the mask leaves out; hand"),
+        ((-1,), "module Normalising failed on a batch with a mask"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(shape)
+
+
+def test_a_loss_is_a_function():
+    with pytest.raises(TypeError, match="loss is 3; pass a function"):
+        fl.function_model(3)

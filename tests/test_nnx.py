@@ -243,3 +243,21 @@ def test_what_is_no_module_to_train_is_refused():
 def test_nnx_is_imported_by_those_who_use_it():
     program = "import sys, fedjax_lite; sys.exit('flax.nnx' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_modules_of_several_inputs():
+    class Two(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(2, 1, rngs=rngs)
+
+        def __call__(self, first, second):
+            return self.layer(first) - second
+
+    batch = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 1)), "mask": jnp.ones(3, bool)}
+    create = lambda rngs: Two(rngs)
+    predicted = []
+    for inputs in (("a", "b"), {"second": "b", "first": "a"}):
+        model = fl.nnx_model(create, squared, inputs=inputs)
+        predicted.append(model.predict(*model.init(jax.random.key(0)), batch))
+    np.testing.assert_array_equal(*predicted)
+    assert predicted[0].shape == (3, 1)

@@ -64,3 +64,16 @@ def test_refuses(options, message):
     arguments = {"keys": keys, "numbers": {"rate": [0.1, 0.2]}, **setting(2), **options}
     with pytest.raises(ValueError, match=message):
         fl.sweep(build, **arguments)
+
+
+def test_numbers_are_checked_as_where_an_algorithm_is_built():
+    model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2)
+    with pytest.raises(ValueError, match="mu is -1"):
+        fl.sweep(
+            lambda mu: fl.fed_prox(model, optax.sgd(0.1), mu=mu),
+            fl.FederatedDataset.from_clients({"a": {"x": [1.0]}}).resident(),
+            fl.samplers.uniform(1, 1),
+            2,
+            keys=jax.random.split(jax.random.key(0), 3),
+            numbers={"mu": [0.1, -1.0, 0.1]},
+        )
