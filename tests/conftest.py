@@ -4,6 +4,8 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 # PyTorch need not spread over cores that other test processes are busy on.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Commands keep compiled programs in the user's cache folder, not so those that are tested.
+os.environ["FEDJAX_LITE_COMPILATION_CACHE"] = "off"
 
 import jax
 

@@ -14,6 +14,7 @@ import jax
 
 import fedjax_lite
 from fedjax_lite._extras import require
+from fedjax_lite.cli.cache import SWITCH, keep_programs
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError, exit_code
 from fedjax_lite.interrupts import signals_raised
 
@@ -65,20 +66,22 @@ def _main(args: Sequence[str] | None) -> None:
                 defaults[args[0]] = _parse([args[0], *arguments], commands)
             except UsageError as error:
                 raise UsageError(f"{path}: {error}") from None
-        match _parse(args, commands, defaults):
-            case Data() as options:
+        options = _parse(args, commands, defaults)
+        keep_programs()
+        match options:
+            case Data():
                 data(options)
-            case Baseline() as options:
+            case Baseline():
                 baseline(options)
-            case Plot() as options:
+            case Plot():
                 plot(options)
-            case Eval() as options:
+            case Eval():
                 evaluate(options)
-            case Sweep() as options:
+            case Sweep():
                 sweep(options)
-            case Train() as options:
+            case Train():
                 train(options)
-            case Quickstart() as options:
+            case Quickstart():
                 quickstart(options)
     except (UsageError, ImportError, MemoryError) as error:
         print(f"fedjax-lite: {error}", file=sys.stderr)
@@ -122,7 +125,8 @@ def _parse(
                 union,
                 prog="fedjax-lite",
                 description="Federated-learning simulation as pure JAX functions; --version tells"
-                " which versions.",
+                f" which versions. Compiled programs are kept for the next run; {SWITCH}=off in the"
+                " environment keeps none.",
                 args=args,
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
             )
