@@ -282,8 +282,8 @@ def _trainee(row: jax.Array, key: jax.Array) -> _Trainee:
     return _Trainee(Client(client_id, num_examples, offset), num_steps, keys)
 
 
-class _Lane(NamedTuple):
-    """One client's work."""
+class _Work(NamedTuple):
+    """The work of one client, or of a wave of clients `[lanes]`."""
 
     init: Callable[[_Trainee, PyTree], PyTree]
     step: Callable[[jax.Array, _Trainee, PyTree], PyTree]
@@ -299,7 +299,7 @@ def _lane(
     batching: Batching,
     rewrite: Rewrite,
     on_nonfinite: str,
-) -> _Lane:
+) -> _Work:
     def init(trainee: _Trainee, entry: PyTree) -> PyTree:
         return _validate.strong(client_update.init(shared, entry, trainee.keys[KEY_INIT]))
 
@@ -375,7 +375,7 @@ def _lane(
             output=result.client_output,
         )
 
-    return _Lane(init, step, measure, final)
+    return _Work(init, step, measure, final)
 
 
 def _check_result(result: ClientResult) -> ClientResult:
@@ -404,23 +404,14 @@ def _repeat(
     return jax.lax.scan(masked, state, jnp.arange(bound, dtype=end.dtype))[0]
 
 
-class _Wave(NamedTuple):
-    """The work of a wave of clients `[lanes]`, or of one alone.
+def _wave(lane: _Work, rewrite: Rewrite, *, alone: bool) -> _Work:
+    """The work of a wave: its `final` sums over clients, but for what is each client's own.
 
     One client alone goes without an axis of lanes, which would make its matrix products batched
     ones and cost copies of its params.
     """
-
-    init: Callable[[_Trainee, PyTree], PyTree]
-    step: Callable[[jax.Array, _Trainee, PyTree], PyTree]
-    measure: Callable[[_Trainee, PyTree], dict[str, jax.Array]]
-    final: Callable[[_Trainee, PyTree, PyTree], _Sent]
-
-
-def _wave(lane: _Lane, rewrite: Rewrite, *, alone: bool) -> _Wave:
-    """A wave of lanes, ready to run: its `final` sums, but for what is each client's own."""
     if alone:
-        return _Wave(rewrite(lane.init), rewrite(lane.step), lane.measure, rewrite(lane.final))
+        return _Work(rewrite(lane.init), rewrite(lane.step), lane.measure, rewrite(lane.final))
 
     def step(i: jax.Array, trainees: _Trainee, states: PyTree) -> PyTree:
         after = jax.vmap(lane.step, (None, 0, 0))(i, trainees, states)
@@ -435,10 +426,10 @@ def _wave(lane: _Lane, rewrite: Rewrite, *, alone: bool) -> _Wave:
         )
 
     init, measure = jax.vmap(lane.init), jax.vmap(lane.measure)
-    return _Wave(rewrite(init), rewrite(step), measure, rewrite(final))
+    return _Work(rewrite(init), rewrite(step), measure, rewrite(final))
 
 
-def _run_wave(wave: _Wave, bound: int | None, trainees: _Trainee, entries: PyTree) -> _Sent:
+def _run_wave(wave: _Work, bound: int | None, trainees: _Trainee, entries: PyTree) -> _Sent:
     """A wave from beginning to end."""
     states = wave.init(trainees, entries)
     before = wave.measure(trainees, states)
@@ -470,7 +461,7 @@ def _where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 
 
 def _sum_waves(
-    lane: _Lane,
+    lane: _Work,
     rewrite: Rewrite,
     waves: jax.Array,
     table: jax.Array,
