@@ -89,7 +89,9 @@ NAMES = {
     "FederatedAlgorithm": ["init", "round", "client_params"],
     "FederatedDataset": ["examples", "offsets", "client_ids"],
     "History": ["rounds", "evaluations"],
-    "Model": ["init", "loss", "metrics", "predict"],
+    "InterruptedTraining": ["message", "signal", "result"],
+    "Model": ["init", "loss", "metrics", "predict", "num_classes"],
+    "NonFiniteWarning": None,
     "Recorder": ["folder", "config", "tensorboard"],
     "RoundInfo": [
         *("loss", "update_norm", "num_clients", "num_examples", "num_empty", "num_nonfinite"),
