@@ -154,12 +154,12 @@ DRAWN = "; pass a state of an algorithm that was built with this model"
         (
             lambda: play(FED_AVG, clients=two_features()),
             TypeError,
-            r"model failed on a batch of x float32\[32, 2\], y .*mask bool\[32\]: .*; pass clie",
+            r"model failed on a batch of x float32\[1, 2\], y .*mask bool\[1\]: .*; pass clie",
         ),
         (
             lambda: play(OTHER),
             ValueError,
-            r"model failed on a batch of x float32\[32, 3\], .*\(3, 3\).*; pass clients or exam",
+            r"model failed on a batch of x float32\[30, 3\], .*\(3, 3\).*; pass clients or exam",
         ),
     ],
 )
