@@ -140,7 +140,8 @@ def jit_once(function: F) -> F:
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        if isinstance(jax.device_put(0), jax.core.Tracer):
+        leaves = [*jax.tree.leaves(args), jax.device_put(0)]  # The latter is traced in a program.
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return function(*args)  # Options of the compiler belong to the program around it.
         try:
             shapes = jax.eval_shape(plain, *args)
