@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from fedjax_lite import _validate, random
@@ -385,6 +386,10 @@ def _check_result(result: ClientResult) -> ClientResult:
             f"the metrics of client_update.final have {', '.join(map(repr, sorted(taken)))}, which"
             " every algorithm reports by itself; choose another name."
         )
+    for path, value in jax.tree.leaves_with_path(result.metrics):
+        if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float):
+            where = f"the metrics of client_update.final{jax.tree_util.keystr(path)}"
+            raise TypeError(f"{where} is {value!r}; report numbers and arrays.")
     return result
 
 

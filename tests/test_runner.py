@@ -210,3 +210,17 @@ def test_a_round_traces_what_a_client_does_once():
     cohort = fl.cohort_of(dataset.resident(), [0, 1])
     algorithm.round.trace(jax.random.key(0), algorithm.init(jnp.float32(0)), cohort)
     assert calls == ["loss"]
+
+
+def test_metrics_of_clients_are_numbers():
+    update = fl.ClientUpdate(
+        init=lambda server, entry, key: server.params,
+        step=lambda server, w, batch, key: w,
+        final=lambda server, w, num_examples: fl.ClientResult(w, 1.0, {"kind": "slow"}, {}),
+    )
+    model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2)
+    algorithm = fl.federated_algorithm(model, update, optax.sgd(1.0))
+    dataset = fl.FederatedDataset.from_clients({"a": {"x": [1.0]}})
+    cohort = fl.cohort_of(dataset.resident(), [0])
+    with pytest.raises(TypeError, match=r"final\['kind'\] is 'slow'; report numbers"):
+        algorithm.round.trace(jax.random.key(0), algorithm.init(jnp.float32(0)), cohort)
