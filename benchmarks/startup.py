@@ -193,7 +193,9 @@ def main() -> None:
     for case in options.case:
         report = measure(case, options.package, options.repeats)
         if options.json:
-            print(json.dumps(report), flush=True)
+            from benchmarks.timing import machine
+
+            print(json.dumps(report | machine("fedjax_lite", "jax", "optax")), flush=True)
         else:
             print(f"{case}: price {report['price']:.2f}, {report['total_s']:.2f} s in all")
             for name, seconds in (("ours", report), ("bare", report["bare"])):
