@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Tests compile much and compute little: LLVM need not try hard, and XLA:CPU's newer emitters take
@@ -13,3 +14,6 @@ import jax
 
 # Eight virtual devices where the backend is the CPU; elsewhere, what the machine has.
 jax.config.update("jax_num_cpu_devices", 8)
+# Traced programs are many objects that stay: to look through all of them at every turn takes long.
+gc.freeze()
+gc.set_threshold(100_000, 20, 100)
