@@ -23,9 +23,9 @@ def memory_errors(needs: Callable[[], Mapping[str, PyTree]]) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
             raise
-        told = ", ".join(f"{_size(tree)} for {name}" for name, tree in needs().items())
+        told = "".join(f"{_size(tree)} for {name}, and " for name, tree in needs().items())
         raise MemoryError(
-            f"too little memory ({str(error).splitlines()[0]}): {told}, and each lane needs the"
+            f"too little memory ({str(error).splitlines()[0]}): {told}each lane needs the"
             " params, their gradient, the state of the client optimizer and a batch of its own;"
             " lower batch_size, lanes or the size of the model, keep the store in the memory of"
             ' the host by memory_kind="pinned_host", or the data on disk by dataset.streamed().'

@@ -198,7 +198,8 @@ def train(
 
     key_init, *keys = jax.random.split(key, 3)
     if state is None:
-        state = algorithm.init(key_init, num_clients=population.num_clients)
+        with memory_errors(lambda: {"the data": getattr(population, "examples", {})}):
+            state = algorithm.init(key_init, num_clients=population.num_clients)
     run = _Run(
         # A round reuses the memory of the state before it, and the caller may hold this one.
         carry=copied(_Carry(state, None if ema_decay is None else trained(state))),

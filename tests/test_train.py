@@ -546,6 +546,10 @@ def test_too_little_memory_is_told_with_what_needs_it():
 
     with pytest.raises(MemoryError, match=r"allocating 9 bytes.*16 bytes for params.*batch_size"):
         fl.train(**setting(evaluate=evaluate))
+    # A model of 2^50 entries, drawn when the run begins.
+    model = regression_model()._replace(init=lambda key: (jnp.zeros(2**50), {}))
+    with pytest.raises(MemoryError, match=r"too little memory .* for the data, and each lane"):
+        fl.train(**setting(algorithm=fl.fed_avg(model, optax.sgd(0.1))))
 
 
 def test_results_are_printed_in_few_words():
