@@ -12,8 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-
 import jax
 import numpy as np
 import optax
