@@ -1,9 +1,17 @@
-"""Compiled programs that commands keep, in a process of its own with a cache folder of its own."""
+"""Compiled programs that commands keep, in cache folders of the tests' own."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import warnings
+from pathlib import Path
+
+import jax
+import pytest
+
+from fedjax_lite.cli import cache
 
 _PROGRAM = """
 import collections, json, pathlib, sys
@@ -34,6 +42,9 @@ run("lost")
 """
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("zstandard") is not None, reason="nothing is kept beside zstandard"
+)
 def test_a_second_run_compiles_nothing_and_a_damaged_cache_is_none(tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     for name in [name for name in environment if name.startswith("JAX_")]:
@@ -57,3 +68,23 @@ def test_a_second_run_compiles_nothing_and_a_damaged_cache_is_none(tmp_path):
     assert all(report["loss"] == reports[0]["loss"] for report in reports)
     told = [line for line in result.stderr.splitlines() if not line.startswith("round ")]
     assert told == []
+
+
+@pytest.mark.parametrize("without", ["nothing", "a home", "a checksum"])
+def test_nothing_is_kept_where_it_has_no_place_or_is_not_safe(tmp_path, monkeypatch, without):
+    for name in ("FEDJAX_LITE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    kept = {}
+    monkeypatch.setattr(jax.config, "update", kept.__setitem__)
+    found = ("zstandard",) if without == "a checksum" else ()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in found or None)
+
+    def home():
+        if without == "a home":
+            raise RuntimeError("Could not determine home directory.")
+        return tmp_path
+
+    monkeypatch.setattr(Path, "home", home)
+    with warnings.catch_warnings():
+        cache.keep_programs()
+    assert ("jax_compilation_cache_dir" in kept) == (without == "nothing")

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import platform
 import sys
@@ -22,18 +23,22 @@ def keep_programs() -> None:
     A second run of the same settings then compiles nothing. Left alone are a cache that the user
     has set up by JAX's own variables, and all of it if the environment variable
     `FEDJAX_LITE_COMPILATION_CACHE` is `off`. What cannot be read or written is compiled as ever.
+    Where `zstandard` is installed, nothing is kept: JAX then compresses by it, without a checksum,
+    and a program of which a bit has changed would crash the process.
     """
     theirs = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "false", "no"):
         return
     if any(name in os.environ for name in theirs):
         return
+    if any(map(importlib.util.find_spec, ("zstandard", "compression"))):  # The latter: 3.14.
+        return
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-    folder = _user_cache() / "fedjax_lite" / f"programs-{_machine()}"
     try:
+        folder = _user_cache() / "fedjax_lite" / f"programs-{_machine()}"
         folder.mkdir(parents=True, exist_ok=True)
         _prune(folder)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder.
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # All of them: a command compiles many small programs, and waits for each.
