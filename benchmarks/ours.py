@@ -88,7 +88,9 @@ def model_flops(case: Case, params: Any) -> float:
     """
     x = jax.ShapeDtypeStruct((case.batch_size, *case.image), jnp.float32)
     y = jax.ShapeDtypeStruct((case.batch_size,), jnp.int32)
-    cost: Any = jax.jit(batch_gradient(case)).lower(params, x, y).cost_analysis()
+    # Compilers for other devices do not say.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        cost: Any = jax.jit(batch_gradient(case)).lower(params, x, y).cost_analysis()
     return cost["flops"] / case.batch_size * int(case.sizes.sum())
 
 

@@ -1,8 +1,10 @@
-"""Convolutions and products in the forms that stay fast inside compiled loops on a CPU."""
+"""Convolutions and products in the forms that are fast where clients train."""
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.extend.core as jex_core
@@ -19,17 +21,26 @@ _KEPT = {"scan", "while", "cond", "custom_jvp_call", "custom_vjp_call"}
 # Measured with AVX-512: smaller kernels gain nothing, and more rows overflow the registers.
 _LARGE_KERNEL = 2**13
 _FEW_ROWS = 24
+# A patch is put together of as many slices; each is compiled, and a copy of the images in memory.
+_MOST_SLICES = 64
 
 
 def rewritten(
-    function: Callable[P, T], *, convolutions: bool = True, products: bool = True
+    function: Callable[P, T],
+    *,
+    convolutions: Literal["channels_last", "patches"] | None = "channels_last",
+    products: bool = True,
 ) -> Callable[P, T]:
-    """The same function, with its convolutions and products in the forms that XLA:CPU runs fast.
+    """The same function, with its convolutions and products in forms that run fast.
 
     XLA:CPU brings convolutions into its fast form, channels last, only where a program
     begins. In the body of a loop those of a gradient keep the layout that autodiff gave them
     and run about thirty times slower (jax-ml/jax issue 12868). This transposes the operands
     and the result of each convolution explicitly, which leaves the results as they are.
+
+    `vmap` over clients that each have a kernel of their own makes grouped convolutions, which
+    cuDNN runs group by group. Of the patches of the images, a convolution is one product, and
+    `vmap` makes a batched product of it. Apply this before `vmap`.
 
     The gradient of a dense layer has two products with the few rows of a batch. Rows times a
     transposed kernel becomes kernel times rows: XLA:CPU copies what stands on the right into
@@ -43,7 +54,8 @@ def rewritten(
 
     Args:
       function: A function of pytrees of arrays.
-      convolutions: Whether to rewrite convolutions.
+      convolutions: The form of convolutions, which `None` leaves as they are. As `"patches"`, those
+        in groups, and those of more than 64 places in the kernel and in the result, stay.
       products: Whether to rewrite products.
 
     Returns:
@@ -55,7 +67,7 @@ def rewritten(
     >>> bool((rewritten(conv)(x, w) == conv(x, w)).all())
     True
     """
-    rules = (_CONVOLUTIONS if convolutions else ()) + (_PRODUCTS if products else ())
+    rules = (_CONVOLUTIONS[convolutions] if convolutions else ()) + (_PRODUCTS if products else ())
 
     def after(*args: P.args, **kwargs: P.kwargs) -> T:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
@@ -156,12 +168,94 @@ def _convolve(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Arr
             ),
         },
     )
-    # Axis i of the canonical result belongs at out_spec's place for it.
+    return _from_channels_last(out, numbers)
+
+
+def _from_channels_last(out: jax.Array, numbers: jax.lax.ConvDimensionNumbers) -> jax.Array:
+    """The result N...C of a convolution in the layout that is due."""
     batch, features, *space = numbers.out_spec
     order = [0] * out.ndim
     for axis, place in enumerate((batch, *space, features)):
         order[place] = axis
     return jnp.transpose(out, order)
+
+
+def _sizes(aval: Any, spec: Sequence[int]) -> list[int]:
+    """The sizes of the spatial axes."""
+    return [aval.shape[axis] for axis in spec[2:]]
+
+
+def _has_few_patches(eqn: Any) -> bool:
+    if not _is_convolution(eqn):
+        return False
+    numbers, rhs, out = eqn.params["dimension_numbers"], eqn.invars[1].aval, eqn.outvars[0].aval
+    window, space = _sizes(rhs, numbers.rhs_spec), _sizes(out, numbers.out_spec)
+    whole = eqn.params["feature_group_count"] == eqn.params["batch_group_count"] == 1
+    return whole and 0 < min(math.prod(window), math.prod(space)) <= _MOST_SLICES
+
+
+def _multiply_patches(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
+    """A convolution as one product.
+
+    Patches are slices of the images, one for each place in the kernel. Or one for each place in the
+    result if those are fewer: the gradient of a kernel is a convolution whose kernel is as large as
+    the images and whose result is as large as a kernel.
+    """
+    numbers = params["dimension_numbers"]
+    batch, features, *space = numbers.lhs_spec
+    out_features, in_features, *places = numbers.rhs_spec
+    strides, steps = params["window_strides"], params["rhs_dilation"]
+    window = _sizes(rhs, numbers.rhs_spec)
+    padding: list[tuple[int, int, int]] = [(0, 0, 0)] * lhs.ndim
+    for axis, (low, high), dilation in zip(
+        space, params["padding"], params["lhs_dilation"], strict=True
+    ):
+        padding[axis] = (low, high, dilation - 1)
+    lhs = jax.lax.pad(lhs, jnp.zeros((), lhs.dtype), padding)
+    out_space = [
+        (size - (width - 1) * step - 1) // stride + 1
+        for size, width, step, stride in zip(
+            _sizes(lhs, numbers.lhs_spec), window, steps, strides, strict=True
+        )
+    ]
+    multiply = functools.partial(
+        jax.lax.dot_general,
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+    last = lhs.ndim - 1
+    if math.prod(window) <= math.prod(out_space):
+        images = jnp.transpose(lhs, (batch, *space, features))
+        patches = _slices(images, window, steps, out_space, strides)
+        kernel = jnp.transpose(rhs, (*places, in_features, out_features))
+        kernel = kernel.reshape(-1, kernel.shape[-1])
+        return _from_channels_last(multiply(patches, kernel, (((last,), (0,)), ((), ()))), numbers)
+    images = jnp.transpose(lhs, (features, *space, batch))
+    patches = _slices(images, out_space, strides, window, steps)
+    kernel = jnp.transpose(rhs, (in_features, *places, out_features))
+    summed = tuple(range(last))
+    out = multiply(patches, kernel, ((summed, summed), ((), ())))
+    out = out.reshape(*out_space, lhs.shape[batch], -1)
+    return _from_channels_last(jnp.moveaxis(out, -2, 0), numbers)
+
+
+def _slices(
+    images: jax.Array,
+    starts: Sequence[int],
+    apart: Sequence[int],
+    sizes: Sequence[int],
+    strides: Sequence[int],
+) -> jax.Array:
+    """Slices of the inner axes that start at so many places, side by side along the last one."""
+    slices = []
+    for start in itertools.product(*map(range, starts)):
+        first = [0, *(i * step for i, step in zip(start, apart, strict=True)), 0]
+        reach = [(size - 1) * stride + 1 for size, stride in zip(sizes, strides, strict=True)]
+        ends = [
+            i + n for i, n in zip(first, (images.shape[0], *reach, images.shape[-1]), strict=True)
+        ]
+        slices.append(jax.lax.slice(images, first, ends, (1, *strides, 1)))
+    return jnp.concatenate(slices, -1)
 
 
 def _summed_axes(eqn: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -224,7 +318,10 @@ def _sum_of_outer_products(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any
     return functools.reduce(jnp.add, sums).T.astype(dtype)
 
 
-_CONVOLUTIONS = (_Rule(_is_convolution, _convolve),)
+_CONVOLUTIONS = {
+    "channels_last": (_Rule(_is_convolution, _convolve),),
+    "patches": (_Rule(_has_few_patches, _multiply_patches),),
+}
 _PRODUCTS = (
     _Rule(_has_transposed_kernel, _kernel_times_rows),
     _Rule(_is_kernel_gradient, _sum_of_outer_products),

@@ -11,7 +11,7 @@ cohort. Each device has waves of its own, and one sum over the devices ends the 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,8 @@ def run_clients(
         only by the order of additions. By default 1 on CPUs and up to 64 elsewhere.
       mesh: Mesh with the axis `"clients"`; all devices by default. Changes the speed only.
       rewrite_convolutions: Whether to rewrite the convolutions of what a client computes and, on
-        CPUs, its products (see `rewrite.py`). Changes the speed only; by default on CPUs.
+        CPUs, its products (see `rewrite.py`). Changes the speed only; by default on CPUs, and on
+        GPUs with several lanes.
 
     Returns:
       The weighted sum, the total weight, the store and the metrics. A client without examples
@@ -116,7 +117,7 @@ def run_clients(
     mesh = resolve(mesh)
     num_devices = 1 if mesh is None else mesh.devices.size
     lanes = choose_lanes(lanes, shared, cohort.capacity, mesh)
-    rewrite = choose_rewrite(rewrite_convolutions, mesh)
+    rewrite = choose_rewrite(rewrite_convolutions, mesh, lanes)
     num_steps = count_steps(cohort.num_examples, batching)
     table = _deal(cohort, num_devices, lanes)
 
@@ -207,11 +208,16 @@ def _num_bytes(tree: PyTree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def choose_rewrite(rewrite_convolutions: bool | None, mesh: Mesh | None) -> Rewrite:
-    """What is applied to functions that run inside loops."""
-    on_cpu = _platform(mesh) == "cpu"
-    convolutions = on_cpu if rewrite_convolutions is None else rewrite_convolutions
-    return functools.partial(rewritten, convolutions=convolutions, products=convolutions and on_cpu)
+def choose_rewrite(rewrite_convolutions: bool | None, mesh: Mesh | None, lanes: int = 1) -> Rewrite:
+    """What is applied to functions of one client, or of none, that run inside loops."""
+    platform = _platform(mesh)
+    default = platform == "cpu" or (platform == "gpu" and lanes > 1)
+    if not (default if rewrite_convolutions is None else rewrite_convolutions):
+        return functools.partial(rewritten, convolutions=None, products=False)
+    form: Literal["channels_last", "patches"] = "channels_last" if platform == "cpu" else "patches"
+    # Products of several lanes are batched, which XLA:CPU runs in another way.
+    products = platform == "cpu" and lanes == 1
+    return functools.partial(rewritten, convolutions=form, products=products)
 
 
 def _platform(mesh: Mesh | None) -> str:
@@ -415,8 +421,9 @@ def _wave(lane: _Work, rewrite: Rewrite, *, alone: bool) -> _Work:
     One client alone goes without an axis of lanes, which would make its matrix products batched
     ones and cost copies of its params.
     """
+    lane = _Work(rewrite(lane.init), rewrite(lane.step), lane.measure, rewrite(lane.final))
     if alone:
-        return _Work(rewrite(lane.init), rewrite(lane.step), lane.measure, rewrite(lane.final))
+        return lane
 
     def step(i: jax.Array, trainees: _Trainee, states: PyTree) -> PyTree:
         after = jax.vmap(lane.step, (None, 0, 0))(i, trainees, states)
@@ -430,8 +437,7 @@ def _wave(lane: _Work, rewrite: Rewrite, *, alone: bool) -> _Work:
             update=update, weight=weight, model_state=model_state, statistics=statistics
         )
 
-    init, measure = jax.vmap(lane.init), jax.vmap(lane.measure)
-    return _Work(rewrite(init), rewrite(step), measure, rewrite(final))
+    return _Work(jax.vmap(lane.init), step, jax.vmap(lane.measure), final)
 
 
 def _run_wave(wave: _Work, bound: int | None, trainees: _Trainee, entries: PyTree) -> _Sent:

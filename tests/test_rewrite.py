@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,26 @@ def test_convolutions_and_their_gradients_are_the_same(case):
     found = convolutions(rewritten(function), image, kernel)
     assert len(found) == 3
     assert all(map(is_canonical, found))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_patches_of_convolutions_and_of_their_gradients_are_the_same(case):
+    function, image, kernel = gradients(case)
+    clients = [jnp.stack([x, -x, x / 2]) for x in (image, kernel)]
+    mapped = jax.vmap(rewritten(function, convolutions="patches"))
+    chex.assert_trees_all_close(
+        mapped(*clients), jax.vmap(function)(*clients), rtol=2e-5, atol=2e-5
+    )
+    assert len(convolutions(mapped, *clients)) == (3 if case == "groups" else 0)
+
+
+def test_kernels_of_many_places_stay_convolutions():
+    def function(x, kernel):
+        return jax.lax.conv(x, kernel, (1, 1), "VALID")
+
+    patches = rewritten(function, convolutions="patches")
+    assert len(convolutions(patches, jnp.ones((1, 1, 20, 20)), jnp.ones((1, 1, 9, 9)))) == 1
+    assert len(convolutions(patches, jnp.ones((1, 1, 15, 15)), jnp.ones((1, 1, 9, 9)))) == 0
 
 
 @pytest.mark.parametrize("dimensions", [1, 3])

@@ -96,8 +96,9 @@ class _SpeedOptions(TypedDict, total=False):
         Option(
             None,
             "Put the convolutions of a local step into the layout that is fast inside loops on a"
-            " CPU, about thirty times faster, and on CPUs its matrix products into forms that are;"
-            " changes the speed only. By default on CPUs.",
+            " CPU, about thirty times faster, and its matrix products into forms that are;"
+            " elsewhere, put convolutions as products with patches of the images. Changes the"
+            " speed only. By default on CPUs, and on GPUs with several lanes.",
         ),
     ]
 
