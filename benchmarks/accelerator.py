@@ -3,12 +3,13 @@
     python -m benchmarks.accelerator [--minutes M] [--question NAME ...] [--small] [--out FILE]
 
 Each question runs in a process of its own, for as long as it may and until the minutes are up. Its
-answers are lines of JSON, on stdout and in the file, written as they come: nothing that has been
-measured is lost, whatever comes after it. `--small` asks the same of a few small clients, which
+answers are lines of JSON, on stdout and in the file, written as they come, first the machine and
+last how it ended: nothing that has been measured is lost, whatever comes after it. `--small` asks the same of a few small clients, which
 shows in a minute on a CPU that the questions can be asked.
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import itertools
@@ -33,7 +34,7 @@ import optax
 import fedjax_lite as fl
 from benchmarks import cohort
 from benchmarks.cases import CASES, LEARNING_RATE, Case, dataset, initial_params
-from benchmarks.timing import interleaved
+from benchmarks.timing import interleaved, machine
 
 Row = dict[str, Any]
 _ROOT = Path(__file__).parents[1]
@@ -109,16 +110,16 @@ def ask_tests(small: bool) -> Iterator[Row]:
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True)
-    passed, last = 0, ""
+    passed, lines = 0, collections.deque[str](maxlen=20)
     for line in process.stdout or ():
-        last = line.strip() or last
+        lines.append(line.rstrip()[:500])
         passed += " PASSED " in line
         if "FAILED" in line or "ERROR" in line or line.startswith("E  "):
-            yield {"line": last[:500]}
+            yield {"line": lines[-1]}
         elif " PASSED " in line and passed % 50 == 0:
             yield {"passed": passed, "seconds": time.perf_counter() - began}
     seconds = time.perf_counter() - began
-    yield {"passed": passed, "ended": last, "rc": process.wait(), "seconds": seconds}
+    yield {"passed": passed, "ended": list(lines), "rc": process.wait(), "seconds": seconds}
 
 
 def ask_peers(small: bool, name: str) -> Iterator[Row]:
@@ -396,6 +397,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.ask:
         fl.configure_cpu()
+        print(json.dumps(machine("fedjax_lite", "jax", "optax")), flush=True)
         for row in QUESTIONS[options.ask].ask(options.small):
             print(json.dumps(row), flush=True)
         return

@@ -1,0 +1,29 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def ask(*options):
+    command = [sys.executable, "-m", "benchmarks.accelerator", "--small", *options]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def test_an_accelerator_is_asked_in_order_and_answers_are_kept(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    rows = ask("--question", "store", "--minutes", "5", "--out", str(file))
+    assert [row.get("memory_kind") for row in rows] == [None, "device", "pinned_host", None]
+    assert all(row["question"] == "store" for row in rows)
+    assert all(row["round_s"] > 0 for row in rows[1:3])
+    assert rows[-1]["rc"] == 0
+    assert [json.loads(line) for line in file.read_text().splitlines()] == rows
+
+
+def test_what_there_is_no_time_for_is_named_and_what_is_cut_off_ends():
+    rows = ask("--question", "store", "training", "--minutes", "0.01")
+    assert rows[-2]["question"] == "store"
+    assert rows[-2]["rc"] == -9
+    assert rows[-1:] == [{"question": "training", "setting": "default", "ended": "the time was up"}]
