@@ -4,8 +4,8 @@
 
 Each question runs in a process of its own, for as long as it may and until the minutes are up. Its
 answers are lines of JSON, on stdout and in the file, written as they come, first the machine and
-last how it ended: nothing that has been measured is lost, whatever comes after it. `--small` asks the same of a few small clients, which
-shows in a minute on a CPU that the questions can be asked.
+last how it ended: nothing that has been measured is lost, whatever comes after it. `--small` asks
+the same of a few small clients, which shows on a CPU that the questions can be asked.
 """
 
 import argparse
