@@ -132,9 +132,9 @@ class Paced:
 def jit_once(function: F) -> F:
     """`jax.jit` of a function that runs once in a process, or not much oftener.
 
-    On a CPU it is compiled without optimization, in a fifth of the time: drawing 200,000 params takes
-    0.2 seconds to compile and not 1.0, and then 0.02 and not 0.004. A function that JAX cannot trace, since it computes with
-    NumPy, runs as it is.
+    On a CPU it is compiled without optimization: drawing 200,000 params takes 0.2 seconds to
+    compile and not 1.0, and then 0.02 and not 0.004. A function that JAX cannot trace, since it
+    computes with NumPy, runs as it is.
     """
     plain, quick = jax.jit(function), jax.jit(function, compiler_options=_QUICK)
 
