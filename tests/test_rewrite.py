@@ -10,6 +10,7 @@ import pytest
 from problems import everyone
 
 import fedjax_lite as fl
+from fedjax_lite import runner
 from fedjax_lite.rewrite import rewritten
 
 NCHW, HWNC = ("NCHW", "OIHW", "NCHW"), ("HWNC", "OHWI", "CNHW")
@@ -270,7 +271,7 @@ def test_leaves_alone_what_has_nothing_to_rewrite():
     assert rewritten(function)(jnp.ones(3))["y"].shape == (3,)
 
 
-def with_and_without(model, shape, draw_label, lanes):
+def with_and_without(model, shape, draw_label, lanes, rewrites=(True, False)):
     """A round of two clients, rewritten and as it is, each with its arguments."""
     mesh, rng = fl.clients_mesh(1), np.random.default_rng(0)
     clients = {
@@ -279,7 +280,7 @@ def with_and_without(model, shape, draw_label, lanes):
     }
     cohort = everyone(fl.FederatedDataset.from_clients(clients).resident(mesh))
     options = {"batch_size": 2, "lanes": lanes, "mesh": mesh}
-    for rewrite in (True, False):
+    for rewrite in rewrites:
         algorithm = fl.fed_avg(model, optax.sgd(0.1), rewrite_convolutions=rewrite, **options)
         state = algorithm.init(jax.random.key(0))
         yield algorithm.round, jax.random.key(1), state, cohort
@@ -295,6 +296,23 @@ def test_a_round_is_the_same_with_and_without(lanes):
         assert all(map(is_canonical, convolutions(round, *args))) == rewrite
         params.append(round(*args)[0].params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *params)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_on_a_gpu_clients_side_by_side_multiply_patches(lanes, monkeypatch):
+    squared = lambda predictions, batch: (predictions[:, 0] - batch["y"]) ** 2
+    model = fl.linen_model(ConvNet(), jnp.zeros((1, 6, 6, 3)), squared)
+    draw = lambda rng, n: rng.normal(size=n)
+    monkeypatch.setattr(runner, "_platform", lambda mesh: "gpu")
+    rounds = with_and_without(model, (6, 6, 3), draw, lanes, rewrites=(None, True, False))
+    found, params = [], []
+    for round, *args in rounds:
+        found.append(len(convolutions(round, *args)))
+        params.append(round(*args)[0].params)
+    assert found[1] == 0 < found[2]
+    assert found[0] == found[1 if lanes > 1 else 2]
+    for others in params[1:]:
+        chex.assert_trees_all_close(params[0], others, rtol=1e-4, atol=1e-5)
 
 
 def convolve(x, kernel):
