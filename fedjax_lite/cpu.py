@@ -26,7 +26,9 @@ _FLAGS = {
     "--xla_cpu_collective_call_terminate_timeout_seconds": "86400",
 }
 _MAX_AHEAD = 2
-_QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+_QUICK: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # Later ones know no such option, and refuse it.
+    _QUICK["xla_cpu_use_fusion_emitters"] = False
 _MAX_QUICK_SIZE = 2**24  # Entries, beyond which drawing them takes longer than compiling.
 F = TypeVar("F", bound=Callable[..., Any])
 
