@@ -352,7 +352,7 @@ def answers(name: str, setting: str, small: bool, most_s: float) -> Iterator[Row
     command = [sys.executable, "-m", "benchmarks.accelerator", "--ask", name]
     command += ["--small"] if small else []
     # Several processes share a card: none may take all of its memory beforehand.
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(_ROOT)}
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     environment |= QUESTIONS[name].settings[setting]
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:

@@ -2,8 +2,8 @@ import gc
 import importlib.metadata
 import os
 
-# Tests compile much and compute little: LLVM need not try hard. So do XLA:CPU's older emitters,
-# with which tests take 40 % less time and rounds up to three times as much; they are gone from
+# Tests compile much and compute little: LLVM need not try hard, and XLA:CPU's older emitters do, by
+# which tests take 40 % less time though rounds run up to three times as long. They are gone from
 # jaxlib 0.11, which ends a program that asks for them.
 flags = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
