@@ -24,7 +24,7 @@ from benchmarks import ours, peers
 from benchmarks.cases import CASES, Case, Contestant, dataset, initial_params, torch_dense
 from benchmarks.layout import measure_layout
 from benchmarks.timing import interleaved, machine, usable_cores
-from fedjax_lite.runner import choose_lanes
+from fedjax_lite.engine.execution import Execution, choose_lanes
 
 
 def find_peers(
@@ -76,7 +76,9 @@ def measure(name: str, repeats: int, lanes: Sequence[int | None]) -> dict[str, A
     contestants: dict[str, Contestant] = {}
     compile_s: dict[int, float] = {}
     mesh = fl.clients_mesh()
-    for chosen in dict.fromkeys(choose_lanes(n, params, num_clients, mesh) for n in lanes):
+    for chosen in dict.fromkeys(
+        choose_lanes(Execution(n, mesh), params, num_clients) for n in lanes
+    ):
         for devices in sorted({1, num_devices}):
             contestants[f"ours, {chosen} lanes on {devices}"], compile_s[chosen] = ours.our_round(
                 case, data, params, devices, chosen

@@ -82,7 +82,9 @@ def measure(folder: Path, cohort_size: int, num_rounds: int) -> dict[str, Any]:
 
     def make(r: int) -> fl.Cohort:
         rng = np.random.default_rng((0, r))
-        return population.cohort(rng.choice(population.num_clients, cohort_size, replace=False))
+        return fl.cohort_of(
+            population, rng.choice(population.num_clients, cohort_size, replace=False)
+        )
 
     def cohorts_ms(count: int) -> float:
         times = []
@@ -103,7 +105,7 @@ def measure(folder: Path, cohort_size: int, num_rounds: int) -> dict[str, Any]:
     waited = 0.0
     first = asked = time.perf_counter()
     # Rounds that were not seen above: most of their rows are read from disk.
-    for cohort in fl.data.prefetch(make, range(num_rounds, 2 * num_rounds)):
+    for cohort in fl.prefetch(make, range(num_rounds, 2 * num_rounds)):
         jax.block_until_ready(cohort)
         waited += time.perf_counter() - asked
         state, _ = algorithm.round(

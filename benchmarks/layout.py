@@ -15,7 +15,7 @@ import optax
 import fedjax_lite as fl
 from benchmarks.cases import CASES, LEARNING_RATE, lognormal
 from benchmarks.timing import interleaved
-from fedjax_lite.runner import choose_lanes
+from fedjax_lite.engine.execution import Execution, choose_lanes
 
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
 
@@ -74,7 +74,7 @@ def _memory() -> dict[str, Any]:
     """Temporary bytes on a device of a round of 50 clients and of one of 10,000."""
     few, many = 50, 10_000
     # The same number of lanes for both: each lane has params of its own.
-    algorithm = _dense_algorithm(choose_lanes(None, {}, few, fl.clients_mesh()))
+    algorithm = _dense_algorithm(choose_lanes(Execution(mesh=fl.clients_mesh()), {}, few))
 
     def arguments(capacity: int) -> tuple[jax.Array, fl.ServerState, fl.Cohort]:
         slots = jnp.zeros(capacity, jnp.int32)

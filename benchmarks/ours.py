@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import fedjax_lite as fl
 from benchmarks.cases import LEARNING_RATE, Case, Contestant, Work
-from fedjax_lite.mesh import deal
-from fedjax_lite.rewrite import rewritten
+from fedjax_lite.xla.mesh import deal
+from fedjax_lite.xla.rewrite import rewritten
 
 
 def our_round(

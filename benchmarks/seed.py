@@ -24,7 +24,7 @@ import torch
 
 import fedjax_lite as fl
 from benchmarks.timing import Timing, interleaved, machine, usable_cores
-from fedjax_lite.quickstart import Simulation, halfspace_simulation, simulation
+from fedjax_lite.experiments.quickstart import Simulation, halfspace_simulation, simulation
 
 BATCH_SIZE, NUM_CLIENTS = 1000, 100
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]

@@ -100,7 +100,7 @@ def _bare(watch: Stopwatch, model: Any, examples: dict[str, Any]) -> None:
     import jax
     import jax.numpy as jnp
 
-    from fedjax_lite.rewrite import rewritten
+    from fedjax_lite.xla.rewrite import rewritten
 
     watch.lap("other_s")
     params, model_state = jax.block_until_ready(jax.jit(model.init)(jax.random.key(0)))

@@ -1,38 +1,52 @@
 """Federated-learning simulation as pure JAX functions: a round is one compiled step."""
 
-from fedjax_lite import data, metrics, models, partition, samplers, stopping
-from fedjax_lite.algorithms.apfl import apfl
-from fedjax_lite.algorithms.fed_avg import fed_avg, fed_prox
-from fedjax_lite.algorithms.fed_nova import fed_nova
-from fedjax_lite.algorithms.fed_sgd import fed_sgd
-from fedjax_lite.algorithms.scaffold import scaffold
-from fedjax_lite.algorithms.server import federated_algorithm
+from fedjax_lite import data, models, samplers
+from fedjax_lite.algorithms import (
+    apfl,
+    fed_avg,
+    fed_nova,
+    fed_prox,
+    fed_sgd,
+    federated_algorithm,
+    scaffold,
+)
 from fedjax_lite.base import (
     ClientResult,
     ClientUpdate,
+    Cohort,
     FederatedAlgorithm,
     RoundInfo,
     ServerState,
     UpdateTransform,
 )
-from fedjax_lite.checkpoint import Checkpoints, load_state
-from fedjax_lite.cohort import Cohort, cohort, cohort_of
-from fedjax_lite.cpu import UnconfiguredCPUWarning, configure_cpu
-from fedjax_lite.data.dataset import FederatedDataset
-from fedjax_lite.evaluate import ClientEvaluation, evaluate, evaluate_clients, summarize_clients
-from fedjax_lite.fine_tune import evaluate_fine_tuned
-from fedjax_lite.interrupts import InterruptedTraining
-from fedjax_lite.ledger import NonFiniteWarning
-from fedjax_lite.mesh import clients_mesh, replicate
-from fedjax_lite.model import Model, function_model, linen_model, nnx_model
-from fedjax_lite.records import Recorder
-from fedjax_lite.stopping import History
-from fedjax_lite.sweep import SweepResult, sweep
-from fedjax_lite.train import TrainResult, train
-from fedjax_lite.tune import TunedLanes, tune_lanes
-from fedjax_lite.updates.clipping import clip_by_norm
-from fedjax_lite.updates.pipeline import chain
-from fedjax_lite.updates.quantization import quantize_uniform
+from fedjax_lite.data import FederatedDataset, partition
+from fedjax_lite.engine import TunedLanes, cohort, cohort_of, prefetch, tune_lanes
+from fedjax_lite.evaluation import (
+    ClientEvaluation,
+    evaluate,
+    evaluate_clients,
+    evaluate_fine_tuned,
+    metrics,
+    summarize_clients,
+)
+from fedjax_lite.models.linen import linen_model
+from fedjax_lite.models.model import Model, function_model
+from fedjax_lite.models.nnx import nnx_model
+from fedjax_lite.runs import (
+    Checkpoints,
+    History,
+    InterruptedTraining,
+    NonFiniteWarning,
+    Recorder,
+    SweepResult,
+    TrainResult,
+    load_state,
+    stopping,
+    sweep,
+    train,
+)
+from fedjax_lite.updates import chain, clip_by_norm, quantize_uniform
+from fedjax_lite.xla import UnconfiguredCPUWarning, clients_mesh, configure_cpu, replicate
 
 __all__ = [
     "Checkpoints",
@@ -77,6 +91,7 @@ __all__ = [
     "models",
     "nnx_model",
     "partition",
+    "prefetch",
     "quantize_uniform",
     "replicate",
     "samplers",

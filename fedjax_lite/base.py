@@ -30,6 +30,48 @@ Batch = Mapping[str, jax.Array]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Cohort:
+    """The clients of one round: a list of slots, some of which may be empty.
+
+    A cohort says who takes part and where their rows are. It says nothing of lanes, and of
+    devices only if each has rows of its own: the runner deals the clients out inside the
+    compiled round.
+
+    Attributes:
+      client_ids: `[clients]`, int32, positions in the population (and in the `client_ids` of
+        the dataset that it came from); -1 marks an empty slot.
+      num_examples: `[clients]`, int32; 0 in empty slots.
+      offsets: `[clients]`, int32, the first row of each client in `examples`, or in the part of
+        `examples` that lies on the client's device.
+      examples: Features `[rows, ...]` by name; empty for generated clients.
+      num_clients: Size of the population (static).
+      device_slots: `[devices, slots of a device]`, int32, if the rows are spread over the devices
+        of a mesh, an equal part to each: the slots whose rows a device has, the largest clients
+        first, the number of slots marking none. `None` if each device has all rows.
+      sample: For generated clients, the function that draws a batch (static).
+    """
+
+    client_ids: jax.Array
+    num_examples: jax.Array
+    offsets: jax.Array
+    examples: dict[str, jax.Array]
+    num_clients: int = dataclasses.field(metadata={"static": True})
+    device_slots: jax.Array | None = None
+    sample: Callable[[jax.Array, jax.Array], dict[str, jax.Array]] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+
+    def __repr__(self) -> str:
+        return record(self, {**vars(self), "sample": None})
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots, empty ones included."""
+        return self.client_ids.shape[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ServerState:
     """What the server keeps from one round to the next.
 

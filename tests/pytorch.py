@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from fedjax_lite import random as fl_random
-from fedjax_lite.batches import KEY_DATA, Client, client_key, count_steps, read_batch
+from fedjax_lite.engine.batches import KEY_DATA, Client, client_key, count_steps, read_batch
+from fedjax_lite.xla import random as fl_random
 
 
 @functools.partial(jax.jit, static_argnames=("max_steps", "batching"))

@@ -59,6 +59,7 @@ NAMES = {
     "linen_model": ["module", "example", "loss", "metrics", "inputs"],
     "load_state": ["folder", "like", "averaged", "best"],
     "nnx_model": ["create", "loss", "metrics", "inputs"],
+    "prefetch": ["make", "rounds", "depth"],
     "quantize_uniform": ["num_levels"],
     "scaffold": [
         *("model", "client_optimizer", "server_optimizer", "option", "weighting"),
@@ -200,7 +201,6 @@ DATA = {
         *("num_clients", "vocabulary_size", "sequence_length", "noise", "end", "num_examples"),
         *("batch_size", "seed"),
     ],
-    "prefetch": ["make", "rounds", "depth"],
     "read": ["path", "format", "columns", "transform", "options"],
     "read_csv": ["path", "client_column", "columns", "transform"],
     "read_fedjax_sqlite": ["path", "transform", "max_client_bytes"],

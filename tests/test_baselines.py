@@ -8,10 +8,10 @@ import pytest
 
 import fedjax_lite as fl
 from fedjax_lite import data
-from fedjax_lite.baselines import BASELINES, settings_of
-from fedjax_lite.build import build
 from fedjax_lite.cli import digits, main
-from fedjax_lite.experiment import Experiment
+from fedjax_lite.experiments.baselines import BASELINES, settings_of
+from fedjax_lite.experiments.build import build
+from fedjax_lite.experiments.experiment import Experiment
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ import pytest
 from processes import contents, held_by_another_process, interrupted
 
 import fedjax_lite as fl
-from fedjax_lite.build import build
 from fedjax_lite.cli import main
-from fedjax_lite.experiment import Experiment, resolve
+from fedjax_lite.experiments.build import build
+from fedjax_lite.experiments.experiment import Experiment, resolve
 
 SMALL = ("--dataset=synthetic", "--num-clients=6", "--cohort-size=3", "--num-steps=2")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from problems import everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
-from fedjax_lite.batches import Batching, Client, count_steps, read_batch
+from fedjax_lite.engine.batches import Batching, Client, count_steps, read_batch
 
 
 @pytest.fixture(scope="module")

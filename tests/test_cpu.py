@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import fedjax_lite as fl
-from fedjax_lite import cpu
+from fedjax_lite.xla import cpu
 
 LOOP = """
 import os

@@ -12,7 +12,7 @@ from problems import SIZES, everyone, regression_dataset, regression_model
 from pytorch import close, torch_batches
 
 import fedjax_lite as fl
-from fedjax_lite.batches import Batching
+from fedjax_lite.engine.batches import Batching
 
 LR, MU, MOMENTUM = 0.05, 0.7, 0.6
 BATCHING = Batching(batch_size=4, num_epochs=2, shuffle=True)

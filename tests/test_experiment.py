@@ -8,8 +8,8 @@ import optax
 import pytest
 
 import fedjax_lite as fl
-from fedjax_lite.build import build
-from fedjax_lite.experiment import Experiment, resolve
+from fedjax_lite.experiments.build import build
+from fedjax_lite.experiments.experiment import Experiment, resolve
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import fedjax_lite as fl
-from fedjax_lite import random as fl_random
 from fedjax_lite.models.convolutional import max_pool
+from fedjax_lite.xla import random as fl_random
 
 
 def pooled(key, x):

@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 import fedjax_lite as fl
-from fedjax_lite.mesh import AXIS, sum_over_devices
+from fedjax_lite.xla.mesh import AXIS, sum_over_devices
 
 
 def test_sums_over_devices_keep_shapes_dtypes_and_whole_numbers():

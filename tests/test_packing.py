@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lite.packing import pack, unpack
+from fedjax_lite.xla.packing import pack, unpack
 
 
 @pytest.mark.parametrize("num_axes", [0, 1, 2])

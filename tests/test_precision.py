@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lite.precision import squared_norm
+from fedjax_lite.xla.precision import squared_norm
 
 # One entry, what is summed as it is, eight slabs, eight slabs and a rest of one to seven.
 SHAPES = [(), (0,), (5,), (4095,), (64, 64), (17, 257), (5000,), (9, 11, 53)]

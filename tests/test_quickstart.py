@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import fedjax_lite as fl
-from fedjax_lite.quickstart import digits_simulation, halfspace_simulation, simulation
+from fedjax_lite.experiments.quickstart import digits_simulation, halfspace_simulation, simulation
 
 
 def looped(task, seed, num_rounds):

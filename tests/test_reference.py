@@ -14,7 +14,7 @@ from problems import regression_dataset, regression_model
 from pytorch import close, torch_batches
 
 import fedjax_lite as fl
-from fedjax_lite.batches import Batching
+from fedjax_lite.engine.batches import Batching
 
 ROUNDS = 100
 DTYPES = {"float64": torch.float64, "float32": torch.float32}

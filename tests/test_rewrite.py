@@ -10,8 +10,8 @@ import pytest
 from problems import everyone
 
 import fedjax_lite as fl
-from fedjax_lite import runner
-from fedjax_lite.rewrite import rewritten
+from fedjax_lite.engine import runner
+from fedjax_lite.xla.rewrite import rewritten
 
 NCHW, HWNC = ("NCHW", "OIHW", "NCHW"), ("HWNC", "OHWI", "CNHW")
 CASES = {

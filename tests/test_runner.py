@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from problems import everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
-from fedjax_lite.runner import choose_lanes
+from fedjax_lite.engine.execution import Execution, choose_lanes
 
 ROWS, CLIENTS = 40, 9
 
@@ -66,7 +66,8 @@ def test_each_example_is_used_once_per_epoch(
     mesh = fl.clients_mesh(num_devices)
     if streamed:  # with room for all rows on each device, whoever owns them
         population = dataset.streamed(CLIENTS, mesh=mesh)
-        cohort = dataclasses.replace(population, row_capacity=ROWS).cohort(sorted(present))
+        population = dataclasses.replace(population, row_capacity=ROWS)
+        cohort = fl.cohort_of(population, sorted(present))
     else:
         cohort = everyone(dataset.resident(mesh), sorted(present), capacity=CLIENTS)
     state, info = algorithm.round(jax.random.key(0), algorithm.init(jnp.zeros(ROWS)), cohort)
@@ -94,8 +95,8 @@ def test_lanes_are_many_where_they_fill_the_chip_and_fit_it(platform, stats, cap
     device = types.SimpleNamespace(platform=platform, memory_stats=lambda: stats)
     mesh = types.SimpleNamespace(devices=np.array([device] * 2), local_devices=[device] * 2)
     params = {"w": jnp.zeros((256, 256)), "key": jax.random.key(0)}
-    assert choose_lanes(None, params, capacity, mesh) == expected
-    assert choose_lanes(3, params, capacity, mesh) == 3
+    assert choose_lanes(Execution(mesh=mesh), params, capacity) == expected
+    assert choose_lanes(Execution(3, mesh), params, capacity) == 3
 
 
 def custom(init=None, step=None, final=None, **options):

@@ -10,8 +10,8 @@ from problems import regression_dataset
 from scipy import stats
 
 import fedjax_lite as fl
-from fedjax_lite import random as fl_random
 from fedjax_lite.samplers._binomial import binomial, quantile
+from fedjax_lite.xla import random as fl_random
 
 samplers = fl.samplers
 LARGEST = 2**31 - 1

@@ -82,7 +82,7 @@ def test_entries_follow_clients_to_the_devices_that_have_their_rows():
     population = dataset.streamed(9, mesh=mesh)
     state = algorithm.init(jax.random.key(0), num_clients=10)
     for r, order in enumerate(ORDERS):
-        state, _ = algorithm.round(jax.random.key(r), state, population.cohort(order))
+        state, _ = algorithm.round(jax.random.key(r), state, fl.cohort_of(population, order))
     chex.assert_trees_all_close(
         jax.device_get(state.store), expected_store(dataset, ORDERS), rtol=1e-5
     )

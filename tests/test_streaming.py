@@ -21,8 +21,8 @@ import pytest
 from problems import SIZES, everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
-from fedjax_lite.data.streaming import device_rows, typical_rows
-from fedjax_lite.mesh import deal
+from fedjax_lite.data.population import device_rows, typical_rows
+from fedjax_lite.xla.mesh import deal
 
 COHORTS = ([3, 7, 0, 1], [9, 2, -1, 5], [1], [3, 3, 8], [], [4, 6, 2, 9])
 CAPACITY = 4
@@ -83,7 +83,7 @@ def test_rounds_are_those_with_resident_examples(tmp_path, num_devices, lanes, s
     assert streamed.num_clients == resident.num_clients
     federated = algorithm(num_devices, lanes, shuffle)
     compiled = federated.round._cache_size()
-    actual = train(federated, [streamed.cohort(ids) for ids in COHORTS])
+    actual = train(federated, [fl.cohort_of(streamed, ids) for ids in COHORTS])
     assert federated.round._cache_size() == compiled + 1  # whoever takes part
     expected = train(federated, [everyone(resident, ids, CAPACITY) for ids in COHORTS])
     chex.assert_trees_all_equal(actual, expected)
@@ -95,7 +95,7 @@ def test_a_device_has_the_rows_of_its_clients_and_zeros(num_devices):
     dataset = regression_dataset()
     streamed = dataset.streamed(CAPACITY, row_capacity=40, mesh=on_mesh(num_devices))
     for ids in COHORTS:
-        cohort = streamed.cohort(ids)
+        cohort = fl.cohort_of(streamed, ids)
         assert cohort.client_ids.tolist() == ids + [-1] * (CAPACITY - len(ids))
         for slot, i in enumerate(ids):
             if i >= 0:
@@ -127,7 +127,7 @@ def test_devices_share_the_rows():
 
 @eight_devices
 def test_a_cohort_for_another_mesh_is_refused():
-    cohort = regression_dataset().streamed(CAPACITY, mesh=on_mesh(2)).cohort([3, 7])
+    cohort = fl.cohort_of(regression_dataset().streamed(CAPACITY, mesh=on_mesh(2)), [3, 7])
     federated = algorithm()
     with pytest.raises(ValueError, match="lie on 2 devices, and the algorithm runs on 1; give"):
         federated.round(jax.random.key(0), federated.init(jax.random.key(0)), cohort)
@@ -145,7 +145,8 @@ def test_gradients_pass_through_rounds_with_rows_of_each_device():
         state = dataclasses.replace(start, params=params)
         return optax.tree.norm(federated.round(jax.random.key(0), state, cohort)[0].params)
 
-    actual = jax.grad(after)(start.params, dataset.streamed(CAPACITY, mesh=mesh).cohort([3, 0, 5]))
+    streamed = fl.cohort_of(dataset.streamed(CAPACITY, mesh=mesh), [3, 0, 5])
+    actual = jax.grad(after)(start.params, streamed)
     expected = jax.grad(after)(start.params, everyone(dataset.resident(mesh), [3, 0, 5], CAPACITY))
     chex.assert_trees_all_close(actual, expected, rtol=1e-5)
 
@@ -226,8 +227,8 @@ def test_not_a_number_stays_with_its_client(lanes):
     streamed = dataset.streamed(CAPACITY, row_capacity=64, mesh=on_mesh())
     federated = algorithm(lanes=lanes)
     # In the same buffer, and in the one before.
-    after = train(federated, [streamed.cohort(ids) for ids in ([2, 3, 4, 0], [2, 4, 0])])
-    alone = train(federated, [streamed.cohort(ids) for ids in ([2, 4, 0], [2, 4, 0])])
+    after = train(federated, [fl.cohort_of(streamed, ids) for ids in ([2, 3, 4, 0], [2, 4, 0])])
+    alone = train(federated, [fl.cohort_of(streamed, ids) for ids in ([2, 4, 0], [2, 4, 0])])
     assert after[0][1].num_nonfinite == 1
     assert after[1][1].num_nonfinite == 0
     chex.assert_tree_all_finite(after[1][0].params)
@@ -239,12 +240,12 @@ def test_a_cohort_that_does_not_fit_takes_a_longer_buffer_and_says_so():
     dataset = regression_dataset()
     streamed = dataset.streamed(CAPACITY, row_capacity=7, mesh=on_mesh())
     with pytest.warns(UserWarning, match=r"more rows .* its row_capacity 7: it is given 28, "):
-        exact = streamed.cohort([3, 7, 0])  # 12 + 9 + 7
+        exact = fl.cohort_of(streamed, [3, 7, 0])  # 12 + 9 + 7
     with pytest.warns(UserWarning, match=r"more rows .* its row_capacity 7: it is given 56, "):
-        long = streamed.cohort([3, 7, 0, 5])
+        long = fl.cohort_of(streamed, [3, 7, 0, 5])
     assert len(long.examples["x"]) == 56
     assert len(exact.examples["x"]) == 28
-    assert len(streamed.cohort([0]).examples["x"]) == 7
+    assert len(fl.cohort_of(streamed, [0]).examples["x"]) == 7
     expected = train(algorithm(), [everyone(dataset.resident(on_mesh()), [3, 7, 0, 5])])
     chex.assert_trees_all_equal(train(algorithm(), [long]), expected)
 
@@ -267,7 +268,7 @@ def test_dtypes_are_those_of_resident_examples(dtype):
     )
     resident, streamed = (
         dataset.resident(on_mesh()),
-        dataset.streamed(2, row_capacity=9, mesh=on_mesh()).cohort([0, 1]),
+        fl.cohort_of(dataset.streamed(2, row_capacity=9, mesh=on_mesh()), [0, 1]),
     )
     chex.assert_trees_all_equal(streamed.examples, resident.examples)
     chex.assert_trees_all_equal_dtypes(streamed.examples, resident.examples)
@@ -276,9 +277,9 @@ def test_dtypes_are_those_of_resident_examples(dtype):
 def test_refuses_integers_that_jax_would_cut_off():
     dataset = fl.FederatedDataset.from_clients({0: {"x": [2**40]}, 1: {"x": [1]}})
     streamed = dataset.streamed(1, mesh=on_mesh())
-    assert streamed.cohort([1]).examples["x"].tolist() == [1]
+    assert fl.cohort_of(streamed, [1]).examples["x"].tolist() == [1]
     with pytest.raises(ValueError, match="feature 'x' holds integers that do not fit int32"):
-        streamed.cohort([0])
+        fl.cohort_of(streamed, [0])
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_refuses_impossible_capacities_and_meshes():
 def test_prefetching_changes_nothing():
     streamed = regression_dataset().streamed(CAPACITY, mesh=on_mesh())
     expected = train(algorithm(), map(streamed.cohort, COHORTS))
-    ahead = fl.data.prefetch(lambda r: streamed.cohort(COHORTS[r]), range(len(COHORTS)))
+    ahead = fl.prefetch(lambda r: fl.cohort_of(streamed, COHORTS[r]), range(len(COHORTS)))
     chex.assert_trees_all_equal(train(algorithm(), ahead), expected)
 
 
@@ -320,11 +321,11 @@ def test_prefetch_keeps_the_order_whatever_the_timing(depth):
         return r * r
 
     made = []
-    for square in fl.data.prefetch(make, range(10), depth=depth):
+    for square in fl.prefetch(make, range(10), depth=depth):
         time.sleep(0.01 * (square % 4 == 0))
         made.append(square)
     assert made == [r * r for r in range(10)]
-    assert list(fl.data.prefetch(make, [], depth=depth)) == []
+    assert list(fl.prefetch(make, [], depth=depth)) == []
 
 
 def test_prefetch_works_ahead_by_its_depth():
@@ -336,7 +337,7 @@ def test_prefetch_works_ahead_by_its_depth():
             third.set()
         return r
 
-    ahead = fl.data.prefetch(make, itertools.count(), depth=2)
+    ahead = fl.prefetch(make, itertools.count(), depth=2)
     assert next(ahead) == 0
     assert third.wait(10)  # while the consumer of the first has not come back
     ahead.close()
@@ -351,7 +352,7 @@ def test_what_make_raises_is_raised_in_its_turn():
     def make(r):
         return 6 // (r - 2)
 
-    ahead = fl.data.prefetch(make, range(10), depth=5)
+    ahead = fl.prefetch(make, range(10), depth=5)
     assert [next(ahead), next(ahead)] == [-3, -6]
     with pytest.raises(ZeroDivisionError):
         next(ahead)
@@ -368,7 +369,7 @@ def test_leaving_the_loop_ends_the_thread(end):
         return r
 
     def loop():
-        for _ in fl.data.prefetch(make, itertools.count(), depth=50):
+        for _ in fl.prefetch(make, itertools.count(), depth=50):
             if end == "break":
                 break
             raise KeyboardInterrupt if end == "interrupt" else RuntimeError
@@ -386,7 +387,7 @@ def test_leaving_the_loop_ends_the_thread(end):
 
 def test_prefetch_refuses_to_be_behind():
     with pytest.raises(ValueError, match="depth is 0; choose an integer at least 1"):
-        fl.data.prefetch(str, range(3), depth=0)
+        fl.prefetch(str, range(3), depth=0)
 
 
 def test_the_benchmark_runs_small():

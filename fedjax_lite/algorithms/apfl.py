@@ -8,13 +8,8 @@ import optax
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
+from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import StoreOptions, complete, documented
-from fedjax_lite.algorithms.server import (
-    Weighting,
-    federated_algorithm,
-    resolve_server_optimizer,
-    resolve_weighting,
-)
 from fedjax_lite.base import (
     Batch,
     ClientResult,
@@ -23,17 +18,7 @@ from fedjax_lite.base import (
     PyTree,
     ServerState,
 )
-from fedjax_lite.local import (
-    ClientOptimizer,
-    LocalState,
-    batch_loss,
-    descend,
-    local_gradient,
-    local_result,
-    resolve_optimizer,
-    start,
-)
-from fedjax_lite.model import Model
+from fedjax_lite.models.model import Model
 
 
 class Personal(NamedTuple):
@@ -51,7 +36,7 @@ class Personal(NamedTuple):
 
 
 class _ClientState(NamedTuple):
-    local: LocalState
+    trained: local.LocalState
     own: Personal
     own_state: PyTree
     alpha_state: PyTree
@@ -60,12 +45,12 @@ class _ClientState(NamedTuple):
 @documented
 def apfl(
     model: Model,
-    client_optimizer: ClientOptimizer,
+    client_optimizer: local.ClientOptimizer,
     server_optimizer: optax.GradientTransformation | None = None,
     *,
     alpha: ArrayLike = 0.5,
     layerwise: bool = False,
-    weighting: Weighting = "examples",
+    weighting: server.Weighting = "examples",
     **options: Unpack[StoreOptions],
 ) -> FederatedAlgorithm:
     r"""APFL: clients learn models of their own, and how far to trust them.
@@ -121,8 +106,8 @@ def apfl(
     options = complete(apfl, options)
     alpha = _validate.number("alpha", alpha, maximum=1.0)
     _validate.choice("layerwise", layerwise, (True, False))
-    client_weight = resolve_weighting(weighting)
-    optimizer = resolve_optimizer(client_optimizer)
+    client_weight = server.resolve_weighting(weighting)
+    optimizer = local.resolve_optimizer(client_optimizer)
 
     def entry(params: PyTree) -> Personal:
         share = jnp.asarray(alpha, float)
@@ -147,25 +132,25 @@ def apfl(
         own = begin(shared, client_input)
         chosen = optimizer(shared)
         return _ClientState(
-            start(shared, chosen), own, chosen.init(own.params), chosen.init(own.alpha)
+            local.start(shared, chosen), own, chosen.init(own.params), chosen.init(own.alpha)
         )
 
     def client_step(
         shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
     ) -> _ClientState:
-        local, own, own_state, alpha_state = client_state
+        trained, own, own_state, alpha_state = client_state
         chosen = optimizer(shared)
-        loss = batch_loss(model, local.model_state, batch, key, mean=True)
+        loss = local.batch_loss(model, trained.model_state, batch, key, mean=True)
 
         def personal_loss(params: PyTree, alpha: PyTree) -> jax.Array:
-            return loss(_mix(params, local.params, alpha))[0]
+            return loss(_mix(params, trained.params, alpha))[0]
 
         own_gradient, alpha_gradient = jax.grad(personal_loss, (0, 1))(own.params, own.alpha)
         own_updates, own_state = chosen.update(own_gradient, own_state, own.params)
         alpha_updates, alpha_state = chosen.update(alpha_gradient, alpha_state, own.alpha)
-        gradient, aux = local_gradient(model, local.params, local, batch, key)
+        gradient, aux = local.gradient(model, trained.params, trained, batch, key)
         return _ClientState(
-            descend(chosen, local, gradient, aux, batch),
+            local.descend(chosen, trained, gradient, aux, batch),
             own._replace(
                 params=optax.apply_updates(own.params, own_updates),
                 alpha=optax.tree.clip(optax.apply_updates(own.alpha, alpha_updates), 0.0, 1.0),
@@ -178,14 +163,14 @@ def apfl(
         shared: ServerState, client_state: _ClientState, num_examples: jax.Array
     ) -> ClientResult:
         own = client_state.own._replace(num_rounds=client_state.own.num_rounds + 1)
-        result = local_result(shared, client_state.local, client_weight(num_examples))
+        result = local.result(shared, client_state.trained, client_weight(num_examples))
         mean_alpha = jnp.mean(jnp.stack(jax.tree.leaves(own.alpha)))
         return result._replace(client_output=own, metrics={**result.metrics, "alpha": mean_alpha})
 
-    return federated_algorithm(
+    return server.federated_algorithm(
         model,
         ClientUpdate(client_init, client_step, client_final),
-        resolve_server_optimizer(server_optimizer),
+        server.resolve_server_optimizer(server_optimizer),
         client_entry=entry,
         client_params=client_params,
         **options,

@@ -7,13 +7,8 @@ import optax
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
+from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
-from fedjax_lite.algorithms.server import (
-    Weighting,
-    federated_algorithm,
-    resolve_server_optimizer,
-    resolve_weighting,
-)
 from fedjax_lite.base import (
     Batch,
     ClientResult,
@@ -22,26 +17,16 @@ from fedjax_lite.base import (
     PyTree,
     ServerState,
 )
-from fedjax_lite.local import (
-    ClientOptimizer,
-    LocalState,
-    descend,
-    local_gradient,
-    local_result,
-    measure,
-    resolve_optimizer,
-    start,
-)
-from fedjax_lite.model import Model
+from fedjax_lite.models.model import Model
 
 
 @documented
 def fed_avg(
     model: Model,
-    client_optimizer: ClientOptimizer,
+    client_optimizer: local.ClientOptimizer,
     server_optimizer: optax.GradientTransformation | None = None,
     *,
-    weighting: Weighting = "examples",
+    weighting: server.Weighting = "examples",
     measure_clients: bool = False,
     **options: Unpack[LocalOptions],
 ) -> FederatedAlgorithm:
@@ -98,10 +83,10 @@ def fed_avg(
     4.5
     """
     options = complete(fed_avg, options)
-    return federated_algorithm(
+    return server.federated_algorithm(
         model,
         local_training(model, client_optimizer, weighting, measure_clients=measure_clients),
-        resolve_server_optimizer(server_optimizer),
+        server.resolve_server_optimizer(server_optimizer),
         **options,
     )
 
@@ -109,11 +94,11 @@ def fed_avg(
 @documented
 def fed_prox(
     model: Model,
-    client_optimizer: ClientOptimizer,
+    client_optimizer: local.ClientOptimizer,
     server_optimizer: optax.GradientTransformation | None = None,
     *,
     mu: ArrayLike,
-    weighting: Weighting = "examples",
+    weighting: server.Weighting = "examples",
     measure_clients: bool = False,
     **options: Unpack[LocalOptions],
 ) -> FederatedAlgorithm:
@@ -153,42 +138,44 @@ def fed_prox(
     """
     options = complete(fed_prox, options)
     mu = _validate.number("mu", mu)
-    return federated_algorithm(
+    return server.federated_algorithm(
         model,
         local_training(model, client_optimizer, weighting, mu=mu, measure_clients=measure_clients),
-        resolve_server_optimizer(server_optimizer),
+        server.resolve_server_optimizer(server_optimizer),
         **options,
     )
 
 
 def local_training(
     model: Model,
-    client_optimizer: ClientOptimizer,
-    weighting: Weighting = "examples",
+    client_optimizer: local.ClientOptimizer,
+    weighting: server.Weighting = "examples",
     *,
     mu: ArrayLike | None = None,
     measure_clients: bool = False,
 ) -> ClientUpdate:
     """The client update of `fed_avg`, or with `mu` that of `fed_prox`."""
-    client_weight = resolve_weighting(weighting)
-    optimizer = resolve_optimizer(client_optimizer)
+    client_weight = server.resolve_weighting(weighting)
+    optimizer = local.resolve_optimizer(client_optimizer)
 
-    def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> LocalState:
+    def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> local.LocalState:
         del client_input, key
-        return start(shared, optimizer(shared))
+        return local.start(shared, optimizer(shared))
 
     def client_step(
-        shared: ServerState, local: LocalState, batch: Batch, key: jax.Array
-    ) -> LocalState:
-        gradient, aux = local_gradient(model, local.params, local, batch, key)
+        shared: ServerState, trained: local.LocalState, batch: Batch, key: jax.Array
+    ) -> local.LocalState:
+        gradient, aux = local.gradient(model, trained.params, trained, batch, key)
         if mu is not None:
-            pull = optax.tree.sub(local.params, shared.params)
+            pull = optax.tree.sub(trained.params, shared.params)
             gradient = optax.tree.cast_like(optax.tree.add_scale(gradient, mu, pull), pull)
-        return descend(optimizer(shared), local, gradient, aux, batch)
+        return local.descend(optimizer(shared), trained, gradient, aux, batch)
 
     def client_final(
-        shared: ServerState, local: LocalState, num_examples: jax.Array
+        shared: ServerState, trained: local.LocalState, num_examples: jax.Array
     ) -> ClientResult:
-        return local_result(shared, local, client_weight(num_examples))
+        return local.result(shared, trained, client_weight(num_examples))
 
-    return ClientUpdate(client_init, client_step, client_final, measure(model, measure_clients))
+    return ClientUpdate(
+        client_init, client_step, client_final, local.measure(model, measure_clients)
+    )

@@ -8,14 +8,9 @@ import optax
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
+from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.fed_avg import local_training
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
-from fedjax_lite.algorithms.server import (
-    Weighting,
-    federated_algorithm,
-    resolve_server_optimizer,
-    resolve_weighting,
-)
 from fedjax_lite.base import (
     Batch,
     ClientResult,
@@ -24,12 +19,11 @@ from fedjax_lite.base import (
     PyTree,
     ServerState,
 )
-from fedjax_lite.local import ClientOptimizer, LocalState, resolve_optimizer
-from fedjax_lite.model import Model
+from fedjax_lite.models.model import Model
 
 
 class _ClientState(NamedTuple):
-    local: LocalState
+    trained: local.LocalState
     probe: jax.Array
     probe_state: PyTree
 
@@ -37,11 +31,11 @@ class _ClientState(NamedTuple):
 @documented
 def fed_nova(
     model: Model,
-    client_optimizer: ClientOptimizer,
+    client_optimizer: local.ClientOptimizer,
     server_optimizer: optax.GradientTransformation | None = None,
     *,
     mu: ArrayLike = 0.0,
-    weighting: Weighting = "examples",
+    weighting: server.Weighting = "examples",
     **options: Unpack[LocalOptions],
 ) -> FederatedAlgorithm:
     r"""FedNova: normalised averaging, for clients that take different numbers of steps.
@@ -89,9 +83,8 @@ def fed_nova(
     options = complete(fed_nova, options)
     mu = _validate.number("mu", mu)
     training = local_training(model, client_optimizer, weighting, mu=mu)
-    client_weight = resolve_weighting(weighting)
-    optimizer = resolve_optimizer(client_optimizer)
-    server = resolve_server_optimizer(server_optimizer)
+    client_weight = server.resolve_weighting(weighting)
+    optimizer = local.resolve_optimizer(client_optimizer)
 
     def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> _ClientState:
         probe = jnp.zeros(())
@@ -102,10 +95,10 @@ def fed_nova(
     def client_step(
         shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
     ) -> _ClientState:
-        local, probe, probe_state = client_state
+        trained, probe, probe_state = client_state
         update, probe_state = optimizer(shared).update(1 + mu * probe, probe_state, probe)
         return _ClientState(
-            training.step(shared, local, batch, key),
+            training.step(shared, trained, batch, key),
             optax.apply_updates(probe, update),
             probe_state,
         )
@@ -113,7 +106,7 @@ def fed_nova(
     def client_final(
         shared: ServerState, client_state: _ClientState, num_examples: jax.Array
     ) -> ClientResult:
-        result = training.final(shared, client_state.local, num_examples)
+        result = training.final(shared, client_state.trained, num_examples)
         weight, effective = client_weight(num_examples), -client_state.probe
         # With a rate of zero the delta is zero, too.
         scale = 1 / jnp.where(effective == 0, 1, effective)
@@ -123,10 +116,10 @@ def fed_nova(
             statistics={"weight": weight, "effective": weight * effective},
         )
 
-    return federated_algorithm(
+    return server.federated_algorithm(
         model,
         ClientUpdate(client_init, client_step, client_final),
-        _scaled_back(server),
+        _scaled_back(server.resolve_server_optimizer(server_optimizer)),
         **options,
     )
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_lite import _validate
+from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import RoundOptions, complete, documented
-from fedjax_lite.algorithms.server import Weighting, federated_algorithm, resolve_weighting
 from fedjax_lite.base import (
     Batch,
     ClientResult,
@@ -17,9 +17,8 @@ from fedjax_lite.base import (
     PyTree,
     ServerState,
 )
-from fedjax_lite.local import batch_loss
-from fedjax_lite.model import Model
-from fedjax_lite.precision import widen
+from fedjax_lite.models.model import Model
+from fedjax_lite.xla.precision import widen
 
 REDUCTIONS = ("mean", "sum")
 
@@ -36,7 +35,7 @@ def fed_sgd(
     server_optimizer: optax.GradientTransformation,
     *,
     reduction: Literal["mean", "sum"] = "mean",
-    weighting: Weighting | None = None,
+    weighting: server.Weighting | None = None,
     **options: Unpack[RoundOptions],
 ) -> FederatedAlgorithm:
     r"""FedSGD: the server steps along the gradients that clients compute at its params.
@@ -94,7 +93,7 @@ def fed_sgd(
             f'weighting is {weighting!r} with reduction="sum", which adds all gradients up; leave'
             ' weighting out, or choose reduction="mean".'
         )
-    client_weight = resolve_weighting(
+    client_weight = server.resolve_weighting(
         weighting or ("examples" if reduction == "mean" else "uniform")
     )
 
@@ -110,7 +109,9 @@ def fed_sgd(
     def client_step(
         shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
     ) -> _ClientState:
-        loss = batch_loss(model, client_state.model_state, batch, key, mean=reduction == "sum")
+        loss = local.batch_loss(
+            model, client_state.model_state, batch, key, mean=reduction == "sum"
+        )
         gradient, (total, model_state) = jax.grad(loss, has_aux=True)(shared.params)
         return _ClientState(
             gradient=optax.tree.add(client_state.gradient, gradient),
@@ -132,7 +133,7 @@ def fed_sgd(
             model_state=client_state.model_state,
         )
 
-    return federated_algorithm(
+    return server.federated_algorithm(
         model,
         ClientUpdate(client_init, client_step, client_final),
         server_optimizer,

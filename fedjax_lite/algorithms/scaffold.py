@@ -6,13 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import StoreOptions, complete, documented
-from fedjax_lite.algorithms.server import (
-    Weighting,
-    federated_algorithm,
-    resolve_server_optimizer,
-    resolve_weighting,
-)
 from fedjax_lite.base import (
     Batch,
     ClientResult,
@@ -21,17 +16,8 @@ from fedjax_lite.base import (
     PyTree,
     ServerState,
 )
-from fedjax_lite.local import (
-    ClientOptimizer,
-    LocalState,
-    descend,
-    local_gradient,
-    local_result,
-    resolve_optimizer,
-    start,
-)
-from fedjax_lite.model import Model
-from fedjax_lite.precision import widen
+from fedjax_lite.models.model import Model
+from fedjax_lite.xla.precision import widen
 
 
 class ScaffoldState(NamedTuple):
@@ -47,7 +33,7 @@ class ScaffoldState(NamedTuple):
 
 
 class _ClientState(NamedTuple):
-    local: LocalState
+    trained: local.LocalState
     control: PyTree
     total: PyTree
 
@@ -55,11 +41,11 @@ class _ClientState(NamedTuple):
 @documented
 def scaffold(
     model: Model,
-    client_optimizer: ClientOptimizer,
+    client_optimizer: local.ClientOptimizer,
     server_optimizer: optax.GradientTransformation | None = None,
     *,
     option: Literal[1, 2] = 2,
-    weighting: Weighting = "uniform",
+    weighting: server.Weighting = "uniform",
     **options: Unpack[StoreOptions],
 ) -> FederatedAlgorithm:
     r"""SCAFFOLD: FedAvg whose clients correct their gradients by control variates.
@@ -111,23 +97,22 @@ def scaffold(
     options = complete(scaffold, options)
     if option not in (1, 2):
         raise ValueError(f"option is {option!r}; choose 1 or 2.")
-    client_weight = resolve_weighting(weighting)
-    optimizer = resolve_optimizer(client_optimizer)
-    server = resolve_server_optimizer(server_optimizer)
+    client_weight = server.resolve_weighting(weighting)
+    optimizer = local.resolve_optimizer(client_optimizer)
 
     def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> _ClientState:
         del key
-        local = start(shared, optimizer(shared))
+        trained = local.start(shared, optimizer(shared))
         # Sums of many terms: in float32 at least.
-        return _ClientState(local, client_input, widen(optax.tree.zeros_like(client_input)))
+        return _ClientState(trained, client_input, widen(optax.tree.zeros_like(client_input)))
 
     def client_step(
         shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
     ) -> _ClientState:
-        local, control, total = client_state
-        gradient, aux = local_gradient(model, local.params, local, batch, key)
+        trained, control, total = client_state
+        gradient, aux = local.gradient(model, trained.params, trained, batch, key)
         if option == 1:
-            at_server, _ = local_gradient(model, shared.params, local, batch, key)
+            at_server, _ = local.gradient(model, shared.params, trained, batch, key)
             total = optax.tree.add_scale(total, batch["mask"].sum(), at_server)
         else:
             total = optax.tree.add(total, gradient)
@@ -135,24 +120,24 @@ def scaffold(
             lambda g, own, mean: g - own + mean, gradient, control, shared.opt_state.control
         )
         return _ClientState(
-            descend(optimizer(shared), local, corrected, aux, batch), control, total
+            local.descend(optimizer(shared), trained, corrected, aux, batch), control, total
         )
 
     def client_final(
         shared: ServerState, client_state: _ClientState, num_examples: jax.Array
     ) -> ClientResult:
-        local, control, total = client_state
-        count = local.num_examples if option == 1 else local.num_steps
+        trained, control, total = client_state
+        count = trained.num_examples if option == 1 else trained.num_steps
         after = optax.tree.scale(1 / jnp.maximum(count, 1).astype(float), total)
         after = optax.tree.cast_like(after, control)
-        return local_result(shared, local, client_weight(num_examples))._replace(
+        return local.result(shared, trained, client_weight(num_examples))._replace(
             client_output=after, statistics=optax.tree.sub(widen(after), widen(control))
         )
 
-    return federated_algorithm(
+    return server.federated_algorithm(
         model,
         ClientUpdate(client_init, client_step, client_final),
-        _with_control(server),
+        _with_control(server.resolve_server_optimizer(server_optimizer)),
         broadcast=lambda state: (state.params, state.model_state, state.opt_state.control),
         client_entry=optax.tree.zeros_like,
         **options,

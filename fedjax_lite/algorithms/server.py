@@ -8,25 +8,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_lite import _validate, local, random
+from fedjax_lite import _validate
+from fedjax_lite.algorithms import local
 from fedjax_lite.algorithms.options import StoreOptions, complete, documented
+from fedjax_lite.algorithms.report import round_info
 from fedjax_lite.base import (
     ClientUpdate,
+    Cohort,
     FederatedAlgorithm,
     PyTree,
     RoundInfo,
     ServerState,
     UpdateTransform,
 )
-from fedjax_lite.batches import DEFAULT_BATCH_SIZE, KEY_SERVER, Batching, adapt_batch_size
-from fedjax_lite.cohort import Cohort
-from fedjax_lite.cpu import Paced, jit_once, warn_if_unconfigured
-from fedjax_lite.mesh import replicate
-from fedjax_lite.model import Model
-from fedjax_lite.precision import squared_norm
-from fedjax_lite.runner import MEASURED, ON_NONFINITE, CohortResult, run_clients
-from fedjax_lite.store import MEMORY_KINDS, create_store
+from fedjax_lite.engine.batches import DEFAULT_BATCH_SIZE, KEY_SERVER, Batching, adapt_batch_size
+from fedjax_lite.engine.execution import Execution
+from fedjax_lite.engine.runner import ON_NONFINITE, run_clients
+from fedjax_lite.engine.store import create_store
+from fedjax_lite.models.model import Model
 from fedjax_lite.updates.pipeline import send_through
+from fedjax_lite.xla import random
+from fedjax_lite.xla.cpu import Paced, jit_once, warn_if_unconfigured
+from fedjax_lite.xla.mesh import replicate
 
 Weighting = Literal["examples", "uniform"] | Callable[[jax.Array], jax.Array]
 
@@ -137,30 +140,23 @@ def federated_algorithm(
     ([0, 1], True)
     """
     options = complete(federated_algorithm, options)
-    batch_size, lanes, mesh = options["batch_size"], options["lanes"], options["mesh"]
-    pipeline, memory_kind = options["pipeline"], options["memory_kind"]
-    on_nonfinite, differentiable = options["on_nonfinite"], options["differentiable"]
-    rewrite_convolutions = options["rewrite_convolutions"]
     _validate.instance("model", model, Model, "fl.function_model(loss)")
     _validate.instance("client_update", client_update, ClientUpdate)
-    _validate.choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
-    _validate.choice("memory_kind", memory_kind, MEMORY_KINDS)
-    server_optimizer = local.named("server_optimizer", _checked(server_optimizer))
     _validate.choice("average", average, (True, False))
     _validate.choice("shuffle", options["shuffle"], (True, False))
-    _validate.choice("differentiable", differentiable, (True, False))
-    _validate.choice("rewrite_convolutions", rewrite_convolutions, (True, False, None))
-    if pipeline is not None:
-        _validate.instance("pipeline", pipeline, UpdateTransform)
-        client_update = send_through(pipeline, client_update)
+    _validate.choice("on_nonfinite", options["on_nonfinite"], ON_NONFINITE)
+    execution, batch_size = Execution.of(options), options["batch_size"]
     batching = Batching(
         batch_size=DEFAULT_BATCH_SIZE if batch_size is None else batch_size,
         num_epochs=options["num_epochs"],
         num_steps=options["num_steps"],
         shuffle=options["shuffle"],
     )
-    if lanes is not None:
-        lanes = _validate.integer("lanes", lanes, minimum=1)
+    pipeline = options["pipeline"]
+    if pipeline is not None:
+        _validate.instance("pipeline", pipeline, UpdateTransform)
+        client_update = send_through(pipeline, client_update)
+    optimizer = local.named("server_optimizer", _checked(server_optimizer))
 
     @jit_once
     def build(key_or_params: PyTree, model_state: PyTree | None) -> tuple[ServerState, PyTree]:
@@ -177,7 +173,7 @@ def federated_algorithm(
         state = ServerState(
             params=params,
             model_state=model_state,
-            opt_state=server_optimizer.init(params),
+            opt_state=optimizer.init(params),
             round=jnp.int32(0),
             pipeline_state=() if pipeline is None else pipeline.init(params),
         )
@@ -199,25 +195,27 @@ def federated_algorithm(
                 " pass the size of the population."
             )
         state, entry = build(key_or_params, model_state)
-        state = replicate(state, mesh)
+        state = replicate(state, execution.mesh)
         if client_entry is None or num_clients is None:
             return state
         num_clients = _validate.integer("num_clients", num_clients, minimum=1)
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(entry))
-        store = create_store(entry, num_clients, memory_kind, mesh, traced=traced)
+        store = create_store(
+            entry, num_clients, execution.memory_kind, execution.mesh, traced=traced
+        )
         return dataclasses.replace(state, store=store)
 
     def check(key: jax.Array, state: ServerState, cohort: Cohort) -> None:
         _validate.key("key", key)
         _validate.instance("cohort", cohort, Cohort, "fl.cohort(key, population, 10)")
         _validate.instance("state", state, ServerState, "algorithm.init(key)")
-        _check_state(state, server_optimizer.init, pipeline and pipeline.init, client_entry)
+        _check_state(state, optimizer.init, pipeline and pipeline.init, client_entry)
 
     @jax.jit
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
         warn_if_unconfigured()
         check(key, state, cohort)
-        server = state_before = dataclasses.replace(state, store=())
+        server = dataclasses.replace(state, store=())
         result = run_clients(
             client_update,
             server,
@@ -225,67 +223,65 @@ def federated_algorithm(
             key,
             batching=adapt_batch_size(cohort, batching, batch_size),
             store=state.store,
-            on_nonfinite=on_nonfinite,
-            differentiable=differentiable,
-            lanes=lanes,
-            mesh=mesh,
-            rewrite_convolutions=rewrite_convolutions,
+            on_nonfinite=options["on_nonfinite"],
+            execution=execution,
         )
         skip = result.weight == 0
-        mean = 1 / jnp.where(skip, 1, result.weight)
-        aggregate = optax.tree.scale(mean, result.update) if average else result.update
+        weight = jnp.where(skip, 1, result.weight)
+        aggregate = optax.tree.scale(1 / weight, result.update) if average else result.update
         metrics: dict[str, jax.Array] = {}
+        after = server
         if pipeline is not None:
-            key_server = jax.random.fold_in(key, KEY_SERVER)
             aggregate, pipeline_state, metrics = pipeline.server(
-                key_server, server.pipeline_state, aggregate
+                jax.random.fold_in(key, KEY_SERVER), server.pipeline_state, aggregate
             )
-            server = dataclasses.replace(server, pipeline_state=pipeline_state)
-        _validate.same_form(
-            "the update of client_update.final",
-            aggregate,
-            server.params,
-            "return a difference of params.",
-            dtypes=False,
-        )
-        _validate.same_form(
-            "the model_state of client_update.final",
-            result.model_state,
-            server.model_state,
-            "return the model state that the client has come to, or that of the server.",
-            dtypes=False,
-        )
-        # A mean of float32 sums would leave optimizer state of another dtype than params have.
-        aggregate = optax.tree.cast_like(aggregate, server.params)
-        updates, opt_state = server_optimizer.update(
-            aggregate,
-            server.opt_state,
-            server.params,
-            statistics=result.statistics,
-            num_clients=cohort.num_clients,
-        )
-        stepped = dataclasses.replace(
-            server,
-            params=optax.apply_updates(server.params, updates),
-            model_state=jax.tree.map(
-                _round_like, optax.tree.scale(mean, result.model_state), server.model_state
-            ),
-            opt_state=opt_state,
-        )
-        after = jax.tree.map(lambda new, old: jnp.where(skip, old, new), stepped, state_before)
+            after = dataclasses.replace(server, pipeline_state=pipeline_state)
+        model_state = optax.tree.scale(1 / weight, result.model_state)
+        aggregate = _like_params(aggregate, server.params)
+        after = _step(optimizer, after, aggregate, model_state, result.statistics, cohort)
+        after = jax.tree.map(lambda new, old: jnp.where(skip, old, new), after, server)
+        after = dataclasses.replace(after, store=result.store, round=server.round + 1)
         down = (server.params, server.model_state) if broadcast is None else broadcast(server)
-        beside = _num_bits((server.model_state, result.statistics))
-        result.clients["bits_up"] = jnp.where(
-            result.clients["num_steps"] > 0,
-            beside + result.clients.get("bits_up", _num_bits(server.params)),
-            0.0,
-        )
-        result.clients["bits_down"] = jnp.where(cohort.client_ids >= 0, _num_bits(down), 0.0)
-        info = _round_info(cohort, result, aggregate, skip, on_nonfinite == "drop")
-        info = dataclasses.replace(info, metrics={**info.metrics, **metrics})
-        return dataclasses.replace(after, store=result.store, round=server.round + 1), info
+        left_out = result.clients["nonfinite"] & (options["on_nonfinite"] == "drop")
+        return after, round_info(cohort, result, aggregate, server, down, left_out, metrics)
 
     return FederatedAlgorithm(init, Paced(round, check), client_params)
+
+
+def _like_params(aggregate: PyTree, params: PyTree) -> PyTree:
+    """The aggregate in the dtypes of the params, checked to be of their form."""
+    remedy = "return a difference of params."
+    of = "the update of client_update.final"
+    _validate.same_form(of, aggregate, params, remedy, dtypes=False)
+    # A mean of float32 sums would leave optimizer state of another dtype than params have.
+    return optax.tree.cast_like(aggregate, params)
+
+
+def _step(
+    optimizer: optax.GradientTransformationExtraArgs,
+    server: ServerState,
+    aggregate: PyTree,
+    model_state: PyTree,
+    statistics: PyTree,
+    cohort: Cohort,
+) -> ServerState:
+    """The server's step along the aggregate."""
+    remedy = "return the model state that the client has come to, or that of the server."
+    of = "the model_state of client_update.final"
+    _validate.same_form(of, model_state, server.model_state, remedy, dtypes=False)
+    updates, opt_state = optimizer.update(
+        aggregate,
+        server.opt_state,
+        server.params,
+        statistics=statistics,
+        num_clients=cohort.num_clients,
+    )
+    return dataclasses.replace(
+        server,
+        params=optax.apply_updates(server.params, updates),
+        model_state=jax.tree.map(_round_like, model_state, server.model_state),
+        opt_state=opt_state,
+    )
 
 
 def _check_state(
@@ -311,38 +307,6 @@ def _check_state(
         _validate.same_form(f"state.{name}", given, expected, remedy, dtypes=False)
 
 
-def _num_bits(tree: PyTree) -> float:
-    return sum(8.0 * x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def _round_like(x: jax.Array, like: jax.Array) -> jax.Array:
     """`x` in the dtype of `like`; a mean of counters becomes the nearest one."""
     return (x if jnp.issubdtype(like.dtype, jnp.inexact) else jnp.round(x)).astype(like.dtype)
-
-
-def _round_info(
-    cohort: Cohort, result: CohortResult, aggregate: PyTree, skip: jax.Array, drop: bool
-) -> RoundInfo:
-    """What to report of a round."""
-    clients, nonfinite = result.clients, result.clients["nonfinite"]
-    left_out = nonfinite if drop else jnp.zeros_like(nonfinite)
-    trained = jnp.where(left_out, 0, clients["num_examples"].astype(float))
-    owned = jnp.where(left_out, 0, cohort.num_examples.astype(float))
-
-    def mean(values: jax.Array, counts: jax.Array) -> jax.Array:
-        total = jnp.where(left_out, 0, counts * values).sum()
-        return jnp.where(counts.sum() > 0, total / jnp.maximum(counts.sum(), 1), jnp.nan)
-
-    return RoundInfo(
-        loss=mean(clients["loss"], trained) if "loss" in clients else jnp.float32(jnp.nan),
-        update_norm=jnp.where(skip, 0, jnp.sqrt(squared_norm(jax.lax.stop_gradient(aggregate)))),
-        num_clients=(cohort.client_ids >= 0).sum(),
-        num_examples=clients["num_examples"].sum(),
-        num_empty=((cohort.client_ids >= 0) & (cohort.num_examples == 0)).sum(),
-        num_nonfinite=nonfinite.sum(),
-        skipped=skip,
-        clients=clients,
-        metrics={
-            name: mean(values, owned) for name, values in clients.items() if name.endswith(MEASURED)
-        },
-    )

@@ -16,7 +16,7 @@ import fedjax_lite
 from fedjax_lite._extras import require
 from fedjax_lite.cli.cache import SWITCH, keep_programs
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError, exit_code
-from fedjax_lite.interrupts import signals_raised
+from fedjax_lite.runs.interrupts import signals_raised
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -10,14 +10,14 @@ import rich.table
 from tyro.conf import Positional, arg
 
 import fedjax_lite as fl
-from fedjax_lite import baselines
-from fedjax_lite.baselines import BASELINES, settings_of
-from fedjax_lite.build import Built, build
 from fedjax_lite.cli import digits
 from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.running import print_report, run_recorded, unused_folder
-from fedjax_lite.experiment import Experiment
-from fedjax_lite.records import jsonable
+from fedjax_lite.experiments import baselines
+from fedjax_lite.experiments.baselines import BASELINES, settings_of
+from fedjax_lite.experiments.build import Built, build
+from fedjax_lite.experiments.experiment import Experiment
+from fedjax_lite.runs.records import jsonable
 
 _WIDTH = 200  # Of lines that go to a file.
 _SYNTHETIC = "synthetic data: speed only"

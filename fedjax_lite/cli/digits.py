@@ -13,14 +13,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import fedjax_lite as fl
-from fedjax_lite.build import Built, build
 from fedjax_lite.cli import plots
 from fedjax_lite.cli.curves import COLORS
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.records import cannot_write, new_folder
-from fedjax_lite.experiment import Experiment
-from fedjax_lite.files import locked, write_text
-from fedjax_lite.records import git_revision, jsonable, machine
+from fedjax_lite.experiments.build import Built, build
+from fedjax_lite.experiments.experiment import Experiment
+from fedjax_lite.runs.files import locked, write_text
+from fedjax_lite.runs.records import git_revision, jsonable, machine
 
 # Chosen at Dirichlet 0.3 with seeds 100 to 102: FedAdam's rates are the best of client .03 and .1
 # with server .003, .01 and .03; mu is the largest of .001, .01, .1 and 1 that costs no accuracy.

@@ -12,13 +12,13 @@ import rich.table
 from tyro.conf import Positional, arg
 
 import fedjax_lite as fl
-from fedjax_lite.baselines import BASELINES
-from fedjax_lite.build import Built, build, read_examples
-from fedjax_lite.checkpoint import read_checkpoint
 from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.runs import settings_of_training
-from fedjax_lite.experiment import Experiment
-from fedjax_lite.records import jsonable
+from fedjax_lite.experiments.baselines import BASELINES
+from fedjax_lite.experiments.build import Built, build, read_examples
+from fedjax_lite.experiments.experiment import Experiment
+from fedjax_lite.runs.checkpoint import read_checkpoint
+from fedjax_lite.runs.records import jsonable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from matplotlib.colors import ListedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 
 from fedjax_lite.data.synthetic import HALFSPACE_BIAS, HALFSPACE_WEIGHTS, halfspace_batch
-from fedjax_lite.files import replacing
+from fedjax_lite.runs.files import replacing
 
 _BLUE, _ORANGE, _DARK, _GREY = "#2f6db3", "#e07b39", "#20242c", "#8a919c"
 _MAX_BARS, _MAX_COLUMNS = 40, 800

@@ -19,10 +19,10 @@ from fedjax_lite.cli.plot import panels, title
 from fedjax_lite.cli.progress import progress
 from fedjax_lite.cli.records import new_folder, open_folder
 from fedjax_lite.cli.runs import read_run
-from fedjax_lite.cpu import configure_cpu
-from fedjax_lite.mesh import replicate
-from fedjax_lite.quickstart import Simulation, digits_simulation, halfspace_simulation
-from fedjax_lite.records import jsonable, machine
+from fedjax_lite.experiments.quickstart import Simulation, digits_simulation, halfspace_simulation
+from fedjax_lite.runs.records import jsonable, machine
+from fedjax_lite.xla.cpu import configure_cpu
+from fedjax_lite.xla.mesh import replicate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,16 +12,16 @@ import rich.console
 import rich.table
 
 import fedjax_lite as fl
-from fedjax_lite.build import Built
 from fedjax_lite.cli.curves import draw
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.plot import panels, title
 from fedjax_lite.cli.progress import progress
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import read_run
-from fedjax_lite.files import write_text
-from fedjax_lite.records import Recorder, jsonable
-from fedjax_lite.stopping import StopRule
+from fedjax_lite.experiments.build import Built
+from fedjax_lite.runs.files import write_text
+from fedjax_lite.runs.records import Recorder, jsonable
+from fedjax_lite.runs.stopping import StopRule
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 

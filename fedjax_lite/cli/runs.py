@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedjax_lite.cli.errors import UsageError
-from fedjax_lite.experiment import Experiment
+from fedjax_lite.experiments.experiment import Experiment
 
 # What `train` records beside the settings of an experiment.
 RULES = ("target", "patience", "max_seconds", "ema_decay")

@@ -37,7 +37,7 @@ class Source:
     shapes: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
     def options(self) -> dict[str, Any]:
-        """The options that are set, as `fedjax_lite.data.read` takes them."""
+        """The options that are set, as `fl.data.read` takes them."""
         given = {"split": self.split, "client_column": self.client_column}
         options: dict[str, Any] = {name: value for name, value in given.items() if value}
         if self.columns:

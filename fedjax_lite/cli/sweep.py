@@ -19,7 +19,6 @@ import rich.table
 import tyro
 
 import fedjax_lite as fl
-from fedjax_lite.build import algorithm_of, build
 from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.curves import MAX_CURVES, draw
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
@@ -27,9 +26,10 @@ from fedjax_lite.cli.plot import panels, title
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import group_seeds, name_groups, number, read_object, read_run
 from fedjax_lite.cli.train import as_option
-from fedjax_lite.experiment import Experiment, resolve
-from fedjax_lite.files import locked, write_text
-from fedjax_lite.records import Recorder, jsonable, machine
+from fedjax_lite.experiments.build import algorithm_of, build
+from fedjax_lite.experiments.experiment import Experiment, resolve
+from fedjax_lite.runs.files import locked, write_text
+from fedjax_lite.runs.records import Recorder, jsonable, machine
 
 # What can be an argument of a compiled program; the rest decides what is compiled.
 _TRACED = {

@@ -12,16 +12,16 @@ import rich.console
 import rich.table
 
 import fedjax_lite as fl
-from fedjax_lite.build import Built, build
 from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.running import print_report, run_recorded, unused_folder
 from fedjax_lite.cli.runs import RULES, read_settings
-from fedjax_lite.experiment import Experiment
-from fedjax_lite.mesh import resolve as resolve_mesh
-from fedjax_lite.records import jsonable, machine
-from fedjax_lite.runner import choose_lanes
-from fedjax_lite.stopping import StopRule
+from fedjax_lite.engine.execution import Execution, choose_lanes
+from fedjax_lite.experiments.build import Built, build
+from fedjax_lite.experiments.experiment import Experiment
+from fedjax_lite.runs.records import jsonable, machine
+from fedjax_lite.runs.stopping import StopRule
+from fedjax_lite.xla.mesh import resolve as resolve_mesh
 
 # What a run that goes on may change.
 _FREE = {"rounds", "eval_every", "lanes", "target", "patience", "max_seconds"}
@@ -177,10 +177,9 @@ def _dry_run(built: Built, settings: dict[str, Any], *, as_json: bool) -> None:
         "clients": built.population.num_clients,
         "slots_of_a_cohort": built.sampler.capacity,
         "lanes": choose_lanes(
-            built.experiment.lanes,
+            Execution(built.experiment.lanes, resolve_mesh(None)),
             dataclasses.replace(state, store=()),
             built.sampler.capacity,
-            resolve_mesh(None),
         ),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "shapes": {

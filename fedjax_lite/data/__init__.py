@@ -9,10 +9,14 @@ from fedjax_lite.data.frames import read_pandas
 from fedjax_lite.data.hdf5 import read_tff_hdf5
 from fedjax_lite.data.huggingface import read_huggingface
 from fedjax_lite.data.leaf import read_leaf
-from fedjax_lite.data.population import GeneratedPopulation, Population, ResidentPopulation
+from fedjax_lite.data.population import (
+    GeneratedPopulation,
+    Population,
+    ResidentPopulation,
+    StreamedPopulation,
+)
 from fedjax_lite.data.sequences import noisy_successors
 from fedjax_lite.data.sqlite import read_fedjax_sqlite, read_tff_sqlite
-from fedjax_lite.data.streaming import StreamedPopulation, prefetch
 from fedjax_lite.data.synthetic import gaussian_images, halfspace, halfspace_batch, synthetic
 from fedjax_lite.data.tables import read_csv, read_npz
 from fedjax_lite.data.writer import Writer
@@ -33,7 +37,6 @@ __all__ = [
     "halfspace",
     "halfspace_batch",
     "noisy_successors",
-    "prefetch",
     "preprocess",
     "read",
     "read_csv",

@@ -99,7 +99,7 @@ def cifar100(
 
     Returns:
       Features `x` `[rows, crop, crop, 3]`, float32, and `y` and `coarse` `[rows]`, int32: one of
-      100 classes, and the one of 20 groups that it is in (see `fedjax_lite.partition.pachinko`).
+      100 classes, and the one of 20 groups that it is in (see `fl.partition.pachinko`).
 
     Raises:
       FileNotFoundError: There is no file; the message says where to fetch it.
@@ -221,7 +221,7 @@ def stackoverflow(
 
 
 def cifar10(folder: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """CIFAR-10 from its binary files, to be split by `fedjax_lite.partition`.
+    """CIFAR-10 from its binary files, to be split by `fl.partition`.
 
     Args:
       folder: `cifar-10-batches-bin`, with `data_batch_1.bin` to `data_batch_5.bin` and

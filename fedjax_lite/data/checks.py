@@ -1,7 +1,7 @@
 """What a feature may hold, and what the parts of a data set must agree on."""
 
 import collections
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -175,3 +175,40 @@ def no_nan(
                 f" {counts[0]} of them of client {client_ids[owners[0]]!r}; mend them with map(),"
                 " or allow them."
             )
+
+
+def pairs(clients: Any) -> Iterator[tuple[Any, Any]]:
+    """Clients and their features, from what `from_clients` takes."""
+    refuse_table("clients", clients)
+    if not isinstance(clients, Iterable) or isinstance(clients, (str, bytes)):
+        raise TypeError(
+            f"clients is of type {type(clients).__name__}; pass a dict of features by client id."
+        )
+    for i, item in enumerate(clients.items() if isinstance(clients, Mapping) else clients):
+        if isinstance(item, Mapping):
+            yield i, item
+        elif isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], Hashable):
+            yield item[0], item[1]
+        else:
+            raise TypeError(
+                f"clients[{i}] is of type {type(item).__name__}; pass a dict of features by name,"
+                ' such as {"x": ..., "y": ...}, for each client.'
+            )
+
+
+def refuse_table(name: str, table: Any) -> None:
+    """Says what to call with other libraries' tables, told by what they have: none is imported."""
+    if hasattr(table, "get_group"):
+        column = repr(table.keys) if isinstance(getattr(table, "keys", None), str) else "..."
+        remedy = f"pass the frame itself: fl.data.read(frame, client_column={column})."
+    elif hasattr(table, "column_names") or hasattr(table, "iloc"):
+        remedy = "read it: fl.data.read(table, client_column=...)."
+    elif any(kind.__module__.startswith("torch.utils.data") for kind in type(table).__mro__):
+        remedy = (
+            "stack its examples and deal them out: FederatedDataset.from_rows("
+            '{"x": np.stack([x for x, _ in dataset]), "y": np.array([y for _, y in dataset])},'
+            " fl.partition.iid(len(dataset), num_clients, seed=0))."
+        )
+    else:
+        return
+    raise TypeError(f"{name} is of type {type(table).__name__}; {remedy}")

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +14,15 @@ from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite.data import checks, storage
-from fedjax_lite.data.population import ResidentPopulation, told
-from fedjax_lite.data.streaming import StreamedPopulation, device_rows, typical_rows
+from fedjax_lite.data.population import (
+    ResidentPopulation,
+    StreamedPopulation,
+    device_rows,
+    told,
+    typical_rows,
+)
 from fedjax_lite.data.writer import Writer
-from fedjax_lite.mesh import replicate, resolve
+from fedjax_lite.xla.mesh import replicate, resolve
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,7 +30,7 @@ class FederatedDataset:
     """Examples of many clients, on the host.
 
     Built by `from_arrays`, `from_clients` or `from_rows`, which check what they are given, read by
-    `fedjax_lite.data.read`, or mapped from disk by `open`.
+    `fl.data.read`, or mapped from disk by `open`.
 
     Attributes:
       examples: Features `[rows, ...]` by name, NumPy arrays, client after client.
@@ -60,7 +65,7 @@ class FederatedDataset:
         >>> dataset.client_ids, dataset["b"]["x"].tolist()
         (('a', 'b'), [1, 3])
         """
-        _refuse_table("examples", examples)
+        checks.refuse_table("examples", examples)
         _validate.features("examples", examples)
         if not isinstance(client_ids, Iterable):
             raise TypeError(
@@ -113,7 +118,7 @@ class FederatedDataset:
         names: list[Hashable] = []
         sizes: list[int] = []
         parts: list[dict[str, np.ndarray]] = []
-        for client_id, features in _pairs(clients):
+        for client_id, features in checks.pairs(clients):
             arrays = checks.of_client(client_id, features, parts[0] if parts else None)
             names.append(client_id)
             sizes.append(len(next(iter(arrays.values()))) if arrays else 0)
@@ -132,7 +137,7 @@ class FederatedDataset:
         *,
         client_ids: Sequence[Hashable] | None = None,
     ) -> "FederatedDataset":
-        """Deals rows out as a partitioner says (see `fedjax_lite.partition`).
+        """Deals rows out as a partitioner says (see `fl.partition`).
 
         Args:
           examples: Features `[rows, ...]` by name.
@@ -143,7 +148,7 @@ class FederatedDataset:
           ValueError: There are no rows, the lengths differ, or an index is out of range.
           TypeError: `examples` is no dict of features.
         """
-        _refuse_table("examples", examples)
+        checks.refuse_table("examples", examples)
         _validate.features("examples", examples)
         arrays = {name: np.asarray(value) for name, value in examples.items()}
         parts = [np.asarray(part) for part in rows]
@@ -199,7 +204,7 @@ class FederatedDataset:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = False) -> "FederatedDataset":
-        """Opens a folder that `save` or `fedjax_lite.data.convert` wrote, memory-mapped.
+        """Opens a folder that `save` or `fl.data.convert` wrote, memory-mapped.
 
         Size and header of every file are checked, and the SHA-256 of those up to 32 MiB. Larger
         ones are hashed if asked, as that reads them whole; else their rows are read when used.
@@ -445,7 +450,7 @@ class FederatedDataset:
         memory. Each device holds the rows of the clients that it trains, and each of several
         processes (`jax.distributed`) reads those of its own devices, for which all of them open
         the same data set and ask for the same cohorts. Cohorts of a training loop are best made
-        by `fedjax_lite.data.prefetch`.
+        by `fl.prefetch`.
 
         Args:
           cohort_capacity: Slots of a cohort, the largest number of clients in it.
@@ -461,8 +466,9 @@ class FederatedDataset:
         Raises:
           ValueError: A capacity is out of range.
 
+        >>> import fedjax_lite as fl
         >>> dataset = FederatedDataset.from_clients({"a": {"x": [1.0, 2.0]}, "b": {"x": [3.0]}})
-        >>> dataset.streamed(2).cohort([1, -1]).num_examples.tolist()
+        >>> fl.cohort_of(dataset.streamed(2), [1, -1]).num_examples.tolist()
         [1, 0]
         """
         cohort_capacity = _validate.integer(
@@ -480,40 +486,3 @@ class FederatedDataset:
             row_capacity=device_rows(row_capacity, int(self.num_examples.max()), num_devices),
             mesh=mesh,
         )
-
-
-def _pairs(clients: Any) -> Iterator[tuple[Any, Any]]:
-    """Clients and their features, from what `from_clients` takes."""
-    _refuse_table("clients", clients)
-    if not isinstance(clients, Iterable) or isinstance(clients, (str, bytes)):
-        raise TypeError(
-            f"clients is of type {type(clients).__name__}; pass a dict of features by client id."
-        )
-    for i, item in enumerate(clients.items() if isinstance(clients, Mapping) else clients):
-        if isinstance(item, Mapping):
-            yield i, item
-        elif isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], Hashable):
-            yield item[0], item[1]
-        else:
-            raise TypeError(
-                f"clients[{i}] is of type {type(item).__name__}; pass a dict of features by name,"
-                ' such as {"x": ..., "y": ...}, for each client.'
-            )
-
-
-def _refuse_table(name: str, table: Any) -> None:
-    """Says what to call with other libraries' tables, told by what they have: none is imported."""
-    if hasattr(table, "get_group"):
-        column = repr(table.keys) if isinstance(getattr(table, "keys", None), str) else "..."
-        remedy = f"pass the frame itself: fl.data.read(frame, client_column={column})."
-    elif hasattr(table, "column_names") or hasattr(table, "iloc"):
-        remedy = "read it: fl.data.read(table, client_column=...)."
-    elif any(kind.__module__.startswith("torch.utils.data") for kind in type(table).__mro__):
-        remedy = (
-            "stack its examples and deal them out: FederatedDataset.from_rows("
-            '{"x": np.stack([x for x, _ in dataset]), "y": np.array([y for _, y in dataset])},'
-            " fl.partition.iid(len(dataset), num_clients, seed=0))."
-        )
-    else:
-        return
-    raise TypeError(f"{name} is of type {type(table).__name__}; {remedy}")

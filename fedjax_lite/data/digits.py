@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from fedjax_lite import partition
 from fedjax_lite._extras import require
+from fedjax_lite.data import partition
 from fedjax_lite.data.dataset import FederatedDataset
 
 

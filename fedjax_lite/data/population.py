@@ -1,10 +1,13 @@
-"""Populations: what a cohort is drawn from, as values that live on the device."""
+"""Populations: what a cohort is drawn from."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from fedjax_lite import _validate
 from fedjax_lite._repr import record, shapes
@@ -82,3 +85,58 @@ class GeneratedPopulation:
 jax.tree_util.register_static(GeneratedPopulation)
 
 Population = ResidentPopulation | GeneratedPopulation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class StreamedPopulation:
+    """Clients whose examples stay on the host; see `FederatedDataset.streamed`.
+
+    Attributes:
+      examples: Features `[rows, ...]` by name, NumPy arrays, client after client.
+      offsets: `[num_clients + 1]`, int64; client i owns rows
+        `offsets[i]:offsets[i + 1]`.
+      cohort_capacity: Slots of a cohort.
+      row_capacity: Rows of a cohort that a device holds, unused ones included.
+      mesh: Where cohorts are put; on the one device that there is if `None`.
+    """
+
+    examples: dict[str, np.ndarray]
+    offsets: np.ndarray
+    cohort_capacity: int
+    row_capacity: int
+    mesh: Mesh | None = None
+
+    def __repr__(self) -> str:
+        capacities = (
+            f"{name}={getattr(self, name)}" for name in ("cohort_capacity", "row_capacity")
+        )
+        return told(self, *capacities)
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.offsets) - 1
+
+
+def device_rows(row_capacity: int, largest: int, num_devices: int) -> int:
+    """Rows that each device needs room for, if a cohort has at most `row_capacity` in all.
+
+    Args:
+      row_capacity: Rows of a cohort.
+      largest: Rows of the largest client, by which devices may differ.
+      num_devices: How many devices share them.
+    """
+    return min(row_capacity, (row_capacity + (num_devices - 1) * largest) // num_devices)
+
+
+def typical_rows(sizes: np.ndarray, cohort_capacity: int) -> int:
+    """Rows enough for nearly all cohorts drawn uniformly, and for all if that costs no more.
+
+    The mean plus six standard deviations, or the sum of the largest clients if that is less.
+
+    Args:
+      sizes: `[clients]`, numbers of examples.
+      cohort_capacity: Clients in a cohort.
+    """
+    largest = np.partition(sizes, sizes.size - cohort_capacity)[-cohort_capacity:]
+    typical = cohort_capacity * sizes.mean() + 6 * math.sqrt(cohort_capacity) * sizes.std()
+    return min(int(largest.sum()), math.ceil(typical))

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lite import _validate, random
+from fedjax_lite import _validate
 from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.data.population import GeneratedPopulation
+from fedjax_lite.xla import random
 
 HALFSPACE_BIAS, HALFSPACE_WEIGHTS = 0.3, (0.2, 0.8)
 
@@ -179,7 +180,7 @@ def gaussian_images(
 
     Returns:
       The clients, which draw fresh examples in every round; and `draw(key, size)`, which draws
-      examples of balanced classes: to evaluate on, or to split with `fedjax_lite.partition`
+      examples of balanced classes: to evaluate on, or to split with `fl.partition`
       where clients are to have a fixed data set. Features are `x` `[batch, *image_shape]`,
       floating, and `y` `[batch]`, int32.
 

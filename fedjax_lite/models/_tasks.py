@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from fedjax_lite import _validate
 from fedjax_lite.base import Batch
 from fedjax_lite.data.preprocess import EOS, NUM_SPECIAL, PAD
-from fedjax_lite.model import Model, linen_model
+from fedjax_lite.models.linen import linen_model
+from fedjax_lite.models.model import Model
 
 
 def classifier(module: nn.Module, input_shape: Sequence[int], num_classes: int) -> Model:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lite import _validate
-from fedjax_lite.fusion import apart
-from fedjax_lite.model import Model
 from fedjax_lite.models._tasks import classifier
+from fedjax_lite.models.model import Model
+from fedjax_lite.xla.fusion import apart
 
 
 def max_pool(x: jax.Array) -> jax.Array:

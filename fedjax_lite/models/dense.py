@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lite.base import Batch
-from fedjax_lite.model import Model, function_model
 from fedjax_lite.models._tasks import classifier
+from fedjax_lite.models.model import Model, function_model
 
 
 def halfspace_classifier(negative_slope: float = 0.2) -> Model:

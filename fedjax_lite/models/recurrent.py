@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from fedjax_lite import _validate
 from fedjax_lite.data.preprocess import SHAKESPEARE_VOCABULARY_SIZE
-from fedjax_lite.model import Model
 from fedjax_lite.models._tasks import language_model, near_zero
+from fedjax_lite.models.model import Model
 
 _Carry = tuple[jax.Array, jax.Array]
 

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lite import _validate
-from fedjax_lite.model import Model
 from fedjax_lite.models._tasks import language_model, near_zero
+from fedjax_lite.models.model import Model
 
 _GLOROT = nn.initializers.glorot_uniform()
 

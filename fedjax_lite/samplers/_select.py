@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fedjax_lite import _validate, random
+from fedjax_lite import _validate
 from fedjax_lite._repr import record
+from fedjax_lite.xla import random
 
 MAX_CLIENTS = 2**31 - 1
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fedjax_lite import _validate, random
+from fedjax_lite import _validate
 from fedjax_lite.samplers._binomial import binomial, check_rate, draw, quantile
 from fedjax_lite.samplers._select import (
     Choice,
@@ -15,6 +15,7 @@ from fedjax_lite.samplers._select import (
     check_size,
     resolve_sizes,
 )
+from fedjax_lite.xla import random
 
 
 def sequential(num_clients: int, cohort_size: int) -> Sampler:

@@ -6,8 +6,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from fedjax_lite import _validate
 from fedjax_lite.base import PyTree, UpdateTransform
-from fedjax_lite.precision import squared_norm, widen
 from fedjax_lite.updates.pipeline import stateless
+from fedjax_lite.xla.precision import squared_norm, widen
 
 
 def clip_by_norm(max_norm: ArrayLike) -> UpdateTransform:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Batch, ClientResult, ClientUpdate, PyTree, UpdateTransform
-from fedjax_lite.precision import squared_norm
+from fedjax_lite.xla.precision import squared_norm
 
 
 def chain(*transforms: UpdateTransform) -> UpdateTransform:

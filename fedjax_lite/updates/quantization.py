@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from fedjax_lite import _validate
 from fedjax_lite.base import PyTree, UpdateTransform
-from fedjax_lite.precision import widen
 from fedjax_lite.updates.pipeline import stateless
+from fedjax_lite.xla.precision import widen
 
 
 def quantize_uniform(num_levels: int = 256) -> UpdateTransform:

@@ -1,0 +1,36 @@
+"""Ways to split a data set over clients: which rows each client gets."""
+
+from fedjax_lite.data.partition.by_class import pathological, shards
+from fedjax_lite.data.partition.by_dirichlet import dirichlet, dirichlet_by_client, pachinko
+from fedjax_lite.data.partition.by_size import (
+    exponential,
+    iid,
+    linear,
+    log_normal,
+    power_law,
+    sizes,
+    square,
+)
+from fedjax_lite.data.partition.by_value import continuous, grouped, natural
+
+__all__ = [
+    "continuous",
+    "dirichlet",
+    "dirichlet_by_client",
+    "exponential",
+    "grouped",
+    "iid",
+    "linear",
+    "log_normal",
+    "natural",
+    "pachinko",
+    "pathological",
+    "power_law",
+    "shards",
+    "sizes",
+    "square",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,179 @@
+"""The work of one client, as the runner sees it: what it starts from, its steps, what it sends."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_lite import _validate
+from fedjax_lite.base import ClientResult, ClientUpdate, Cohort, PyTree
+from fedjax_lite.engine.batches import (
+    KEY_DATA,
+    KEY_INIT,
+    KEY_STEP,
+    Batching,
+    Client,
+    read_batch,
+    steps_per_epoch,
+)
+from fedjax_lite.engine.execution import Rewrite
+from fedjax_lite.engine.store import check_output
+from fedjax_lite.xla import random
+from fedjax_lite.xla.precision import squared_norm
+
+_REPORTED = {"num_examples", "num_steps", "update_norm", "weight", "nonfinite", "bits_down"}
+
+
+class Sent(NamedTuple):
+    """What comes back from one client, weighted, or from a wave of them."""
+
+    update: PyTree
+    weight: jax.Array
+    model_state: PyTree
+    statistics: PyTree
+    metrics: dict[str, jax.Array]
+    output: PyTree
+
+    @property
+    def summed(self) -> tuple[PyTree, jax.Array, PyTree, PyTree]:
+        """What is added up over clients."""
+        return self.update, self.weight, self.model_state, self.statistics
+
+
+class Trainee(NamedTuple):
+    """A client whose turn it is, or those of a wave.
+
+    Attributes:
+      client: Who it is.
+      num_steps: How many local steps it takes, int32.
+      keys: Its keys of this round `[3]`, by purpose.
+    """
+
+    client: Client
+    num_steps: jax.Array
+    keys: jax.Array
+
+
+class Work(NamedTuple):
+    """The work of one client, or of a wave of clients `[lanes]`."""
+
+    init: Callable[[Trainee, PyTree], PyTree]
+    step: Callable[[jax.Array, Trainee, PyTree], PyTree]
+    measure: Callable[[Trainee, PyTree], dict[str, jax.Array]]
+    final: Callable[[Trainee, PyTree, PyTree], Sent]
+
+
+def client_work(
+    client_update: ClientUpdate,
+    shared: PyTree,
+    cohort: Cohort,
+    store: PyTree,
+    batching: Batching,
+    rewrite: Rewrite,
+    on_nonfinite: str,
+) -> Work:
+    """The work of one client of a cohort.
+
+    Args:
+      client_update: What a client computes.
+      shared: What the server broadcasts.
+      cohort: Who takes part, with the rows that this device has.
+      store: What clients keep, for the form of what they return; `()` if that is not kept.
+      batching: What a client runs through.
+      rewrite: What is applied to functions that run inside loops.
+      on_nonfinite: As in `run_clients`.
+    """
+
+    def init(trainee: Trainee, entry: PyTree) -> PyTree:
+        return _validate.strong(client_update.init(shared, entry, trainee.keys[KEY_INIT]))
+
+    def step(step: jax.Array, trainee: Trainee, client_state: PyTree) -> PyTree:
+        batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.client, step, batching)
+        key_step = random.fold_in_pair(trainee.keys[KEY_STEP], 0, step)
+        after = client_update.step(shared, client_state, batch, key_step)
+        _validate.same_form(
+            "what client_update.step returned",
+            after,
+            client_state,
+            "return a client state like that of init.",
+        )
+        return after
+
+    def measure(trainee: Trainee, client_state: PyTree) -> dict[str, jax.Array]:
+        values = client_update.measure
+        if values is None:
+            return {}
+        # The order of the examples does not matter here, and no gradient passes.
+        in_order = dataclasses.replace(batching, shuffle=False)
+        shared_, state = jax.lax.stop_gradient((shared, client_state))
+
+        def sums(i: jax.Array) -> dict[str, jax.Array]:
+            batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.client, i, in_order)
+            with _validate.reading(batch):
+                measured = values(shared_, state, batch)
+            for name, value in measured.items():
+                _validate.per_example(f"metric {name!r}", value.shape, batch["mask"].shape[0])
+            return {name: jnp.where(batch["mask"], x, 0).sum() for name, x in measured.items()}
+
+        num_examples = trainee.client.num_examples
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, jnp.int32(0))
+        )
+        add = rewrite(lambda i, total: jax.tree.map(jnp.add, total, sums(i)))
+        total = jax.lax.fori_loop(0, steps_per_epoch(num_examples, batching), add, zeros)
+        return jax.tree.map(lambda x: x / jnp.maximum(num_examples, 1), total)
+
+    def final(trainee: Trainee, client_state: PyTree, measured: PyTree) -> Sent:
+        result = client_update.final(shared, client_state, trainee.client.num_examples)
+        result = _validate.strong(_check_result(result))
+        check_output(result.client_output, store)
+        # No gradient: that of a norm is not a number at zero, whatever it is multiplied with.
+        norm = jax.lax.stop_gradient(result.norm)
+        if norm is None:
+            norm = jnp.sqrt(squared_norm(jax.lax.stop_gradient(result.update)))
+        weight = _validate.scalar("the weight of client_update.final", result.weight)
+        others = (result.model_state, result.statistics, result.client_output)
+        floats = [x for x in jax.tree.leaves(others) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        finite = jnp.isfinite(norm + squared_norm(jax.lax.stop_gradient(floats)) + weight)
+        finite &= weight >= 0  # Below zero, a client would pull the mean to the other side.
+        left_out = ~finite if on_nonfinite == "drop" else jnp.bool_(False)
+        weight = jnp.where(left_out, 0, weight)
+        counts = weight != 0
+
+        def weighted(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda x: jnp.where(left_out, 0, weight * x), tree)
+
+        metrics = {
+            **result.metrics,
+            **measured,
+            "update_norm": norm,
+            "weight": weight,
+            "nonfinite": jnp.where(finite, 0.0, 1.0),
+        }
+        return Sent(
+            update=weighted(result.update),
+            weight=weight,
+            model_state=weighted(result.model_state),
+            statistics=jax.tree.map(lambda x: jnp.where(counts, x, 0), result.statistics),
+            metrics=metrics,
+            output=result.client_output,
+        )
+
+    return Work(rewrite(init), rewrite(step), measure, rewrite(final))
+
+
+def _check_result(result: ClientResult) -> ClientResult:
+    _validate.instance("what client_update.final returned", result, ClientResult)
+    if taken := _REPORTED.intersection(result.metrics):
+        raise ValueError(
+            f"the metrics of client_update.final have {', '.join(map(repr, sorted(taken)))}, which"
+            " every algorithm reports by itself; choose another name."
+        )
+    for path, value in jax.tree.leaves_with_path(result.metrics):
+        if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float):
+            where = f"the metrics of client_update.final{jax.tree_util.keystr(path)}"
+            raise TypeError(f"{where} is {value!r}; report numbers and arrays.")
+    return result

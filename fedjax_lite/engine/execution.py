@@ -1,0 +1,117 @@
+"""How a round is carried out: what changes its speed, and not its result."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from fedjax_lite import _validate
+from fedjax_lite.base import PyTree
+from fedjax_lite.engine.store import MEMORY_KINDS
+from fedjax_lite.xla.mesh import resolve
+from fedjax_lite.xla.rewrite import rewritten
+
+_MOST_LANES = 64
+Rewrite = Callable[[Callable[..., PyTree]], Callable[..., PyTree]]
+
+
+class Execution(NamedTuple):
+    """How a round is carried out; two that differ give the same result, up to rounding.
+
+    Attributes:
+      lanes: How many clients a device trains side by side; by default 1 on CPUs and up to 64
+        elsewhere.
+      mesh: Mesh with the axis `"clients"`; all devices by default.
+      rewrite_convolutions: Whether to rewrite the convolutions of what a client computes and, on
+        CPUs, its products (see `xla/rewrite.py`); by default on CPUs, and on GPUs with several
+        lanes.
+      differentiable: Whether loops have a length known when compiling, and skip what exceeds a
+        client's own, as reverse-mode differentiation needs.
+      memory_kind: Where the store lies, `"device"` or `"pinned_host"`.
+    """
+
+    lanes: int | None = None
+    mesh: Mesh | None = None
+    rewrite_convolutions: bool | None = None
+    differentiable: bool = False
+    memory_kind: str = "device"
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Execution":
+        """That of an algorithm's options, checked.
+
+        Raises:
+          ValueError: One of them is out of range.
+        """
+        execution = cls(**{name: options[name] for name in cls._fields if name in options})
+        _validate.choice("memory_kind", execution.memory_kind, MEMORY_KINDS)
+        _validate.choice("differentiable", execution.differentiable, (True, False))
+        rewrite = execution.rewrite_convolutions
+        _validate.choice("rewrite_convolutions", rewrite, (True, False, None))
+        if execution.lanes is None:
+            return execution
+        return execution._replace(lanes=_validate.integer("lanes", execution.lanes, minimum=1))
+
+    @property
+    def num_devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.devices.size
+
+
+def resolved(execution: Execution, shared: PyTree, capacity: int) -> Execution:
+    """The same with a mesh and a number of lanes, for a cohort of so many slots.
+
+    Args:
+      execution: What was asked for.
+      shared: What the server broadcasts, by whose size the default number of lanes goes.
+      capacity: Slots of the cohort.
+    """
+    execution = execution._replace(mesh=resolve(execution.mesh))
+    return execution._replace(lanes=choose_lanes(execution, shared, capacity))
+
+
+def choose_lanes(execution: Execution, shared: PyTree, capacity: int) -> int:
+    """The number of lanes on a mesh: what was asked for, or the default."""
+    lanes = execution.lanes
+    if lanes is None:
+        # On a CPU a second lane only turns matrix products and convolutions into batched ones,
+        # which run slower per client; elsewhere many lanes fill the chip.
+        lanes = 1 if _platform(execution) == "cpu" else _fitting_lanes(shared, execution)
+    return min(lanes, -(-capacity // execution.num_devices))
+
+
+def _fitting_lanes(shared: PyTree, execution: Execution) -> int:
+    """How many lanes fit half the memory of a device; the other half is for data and activations.
+
+    A lane is taken to need four times what the server broadcasts: params, gradients, the state of
+    the client optimizer, the update.
+    """
+    devices = jax.local_devices() if execution.mesh is None else execution.mesh.local_devices
+    stats = devices[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return _MOST_LANES
+    lane_bytes = max(1, 4 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shared)))
+    return min(_MOST_LANES, max(1, stats["bytes_limit"] // 2 // lane_bytes))
+
+
+def choose_rewrite(execution: Execution) -> Rewrite:
+    """What is applied to functions of one client, or of none, that run inside loops.
+
+    Args:
+      execution: With its mesh; of one whose `lanes` are `None`, that of a single lane.
+    """
+    platform, alone = _platform(execution), execution.lanes in (None, 1)
+    wanted = execution.rewrite_convolutions
+    if wanted is None:
+        wanted = platform == "cpu" or (platform == "gpu" and not alone)
+    if not wanted:
+        return functools.partial(rewritten, convolutions=None, products=False)
+    form: Literal["channels_last", "patches"] = "channels_last" if platform == "cpu" else "patches"
+    # Products of several lanes are batched, which XLA:CPU runs in another way.
+    return functools.partial(rewritten, convolutions=form, products=platform == "cpu" and alone)
+
+
+def _platform(execution: Execution) -> str:
+    mesh = execution.mesh
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform

@@ -1,0 +1,146 @@
+"""Runs a client update over a cohort: the one place where clients are mapped.
+
+Clients are sorted by size, and so by their number of local steps, dealt to the devices, and grouped
+into waves of `lanes` clients. A wave runs its clients side by side for as many steps as its
+longest one has, which is known only when the round runs; neighbours in the sorted order have
+nearly equal lengths, so that almost no step is padding. Waves follow one another, and only the
+running sum of the updates is carried from one to the next, so that memory does not grow with the
+cohort. Each device has waves of its own, and one sum over the devices ends the round.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from fedjax_lite.base import ClientUpdate, Cohort, PyTree
+from fedjax_lite.engine.batches import Batching, bound_steps, count_processed, count_steps
+from fedjax_lite.engine.client import client_work
+from fedjax_lite.engine.execution import Execution, choose_rewrite, resolved
+from fedjax_lite.engine.store import check_store
+from fedjax_lite.engine.waves import CohortResult, exchange, schedule, sum_waves
+from fedjax_lite.xla import random
+from fedjax_lite.xla.mesh import AXIS, deal, sum_over_devices
+
+ON_NONFINITE = ("drop", "keep")
+_DEFAULT = Execution()
+
+
+def run_clients(
+    client_update: ClientUpdate,
+    shared: PyTree,
+    cohort: Cohort,
+    key: jax.Array,
+    *,
+    batching: Batching,
+    store: PyTree = (),
+    keep_output: bool = True,
+    on_nonfinite: str = "drop",
+    execution: Execution = _DEFAULT,
+) -> CohortResult:
+    """Runs the local steps of every client of a cohort and sums what the clients send.
+
+    Args:
+      client_update: What one client computes.
+      shared: What the server broadcasts to the clients.
+      cohort: Who takes part.
+      key: Typed key of the round; clients derive theirs from it by their id.
+      batching: What a client runs through.
+      store: What clients keep between rounds, arrays `[num_clients, ...]`.
+      keep_output: Whether what clients return for the store replaces what they had.
+      on_nonfinite: `"drop"` leaves out a client whose update has a norm that is not finite (or
+        whose model state, statistics, weight or output is not), `"keep"` lets it through.
+      execution: How; changes the speed, and results only by the order of additions.
+
+    Returns:
+      The weighted sum, the total weight, the store and the metrics. A client without examples
+      takes no step, has weight zero and zeros for metrics, and keeps what it had.
+
+    Raises:
+      ValueError: The store is of another population than the cohort, or not of the form of what
+        clients send; the rows of the cohort lie on another mesh; `differentiable` without a bound
+        on the number of steps.
+    """
+    check_store(store, cohort.num_clients)
+    execution = resolved(execution, shared, cohort.capacity)
+    mesh, rewrite = execution.mesh, choose_rewrite(execution)
+    num_steps = count_steps(cohort.num_examples, batching)
+    table = _deal(cohort, execution)
+
+    def run_waves(
+        table: jax.Array,
+        examples: dict[str, jax.Array],
+        num_steps: jax.Array,
+        shared: PyTree,
+        cohort: Cohort,
+        key: jax.Array,
+        store: PyTree,
+    ) -> CohortResult:
+        cohort = dataclasses.replace(cohort, examples=examples)
+        bound = bound_steps(cohort, batching) if execution.differentiable else None
+        kept_store = store if keep_output else ()
+        client = client_work(
+            client_update, shared, cohort, kept_store, batching, rewrite, on_nonfinite
+        )
+        result = sum_waves(
+            client,
+            schedule(cohort, num_steps, table),
+            table,
+            key,
+            store,
+            cohort.capacity,
+            keep_output=keep_output,
+            bound=bound,
+        )
+        if mesh is None:
+            return result
+        store = result.store
+        if execution.num_devices > 1:
+            store = exchange(store, table, result.clients["weight"], cohort)
+        return sum_over_devices(result._replace(store=()))._replace(store=store)
+
+    without_examples = dataclasses.replace(cohort, examples={})
+    replicated = (num_steps, shared, without_examples, random.fast(key), store)
+    if mesh is None:
+        result = run_waves(table[0], cohort.examples, *replicated)
+    else:
+        # With check_vma on, a gradient with respect to replicated params is summed over the
+        # devices by autodiff: inside local training, at every step, by devices that take
+        # different numbers of steps. Off, gradients inside the body stay the device's own.
+        # The table, replicated too, is dealt on each device: split, it would be sent around.
+        rows = PartitionSpec() if cohort.device_slots is None else PartitionSpec(AXIS)
+        result = jax.shard_map(
+            lambda table, examples, rest: run_waves(
+                table[jax.lax.axis_index(AXIS)], examples, *rest
+            ),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), rows, PartitionSpec()),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )(table, cohort.examples, replicated)
+    clients = {
+        **result.clients,
+        "nonfinite": result.clients["nonfinite"] > 0,
+        "num_examples": count_processed(cohort.num_examples, batching),
+        "num_steps": num_steps,
+    }
+    return result._replace(clients=clients)
+
+
+def _deal(cohort: Cohort, execution: Execution) -> jax.Array:
+    """Which client runs where: slots `[devices, waves, lanes]`; the capacity means none."""
+    num_devices, lanes = execution.num_devices, execution.lanes
+    assert lanes is not None  # Resolved.
+    table = cohort.device_slots
+    if table is None:
+        table = deal(cohort.num_examples, num_devices)
+    elif table.shape[0] != num_devices:
+        raise ValueError(
+            f"the rows of the cohort lie on {table.shape[0]} devices, and the algorithm runs on"
+            f" {num_devices}; give dataset.streamed() and the algorithm the same mesh."
+        )
+    waves = -(-table.shape[1] // lanes)
+    unused = waves * lanes - table.shape[1]
+    table = jnp.pad(table, ((0, 0), (0, unused)), constant_values=cohort.capacity)
+    return table.reshape(num_devices, waves, lanes)

@@ -1,0 +1,219 @@
+"""Waves of clients: those that start and end together, side by side, one wave after the other."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lite.base import Cohort, PyTree
+from fedjax_lite.engine.batches import KEY_DATA, KEY_INIT, KEY_STEP, Client, client_key
+from fedjax_lite.engine.client import Sent, Trainee, Work
+from fedjax_lite.engine.store import read, write
+from fedjax_lite.xla.mesh import AXIS
+from fedjax_lite.xla.packing import pack, unpack
+
+MEASURED = ("_before", "_after")
+
+
+class CohortResult(NamedTuple):
+    """What a cohort's clients add up to.
+
+    Attributes:
+      update: Sum over clients of weight times update.
+      weight: Sum of the weights, scalar.
+      model_state: Sum over clients of weight times model state.
+      statistics: Sum over clients of what they send beside.
+      store: What clients keep, with that of the cohort's clients brought up to date.
+      clients: Per-client metrics `[clients, ...]` in cohort order: those of the client update,
+        and `num_examples`, `num_steps`, `update_norm`, `weight`, `nonfinite`.
+    """
+
+    update: PyTree
+    weight: jax.Array
+    model_state: PyTree
+    statistics: PyTree
+    store: PyTree
+    clients: dict[str, jax.Array]
+
+
+def schedule(cohort: Cohort, num_steps: jax.Array, table: jax.Array) -> jax.Array:
+    """What is to be known of the clients in a table of slots, int32 `[waves, lanes, 4]`.
+
+    Id, number of examples, offset and number of steps: one array, of which a wave reads one row,
+    and not four.
+    """
+    fields = jnp.stack([cohort.client_ids, cohort.num_examples, cohort.offsets, num_steps], 1)
+    # A slot that is none takes no step.
+    return fields.at[table].get(mode="fill", fill_value=0)
+
+
+def _trainee(row: jax.Array, key: jax.Array) -> Trainee:
+    """The client of a row `[4]`, or of rows `[lanes, 4]`, in a round with this key."""
+    client_id, num_examples, offset, num_steps = jnp.moveaxis(row, -1, 0)
+    purposes = jnp.array([KEY_INIT, KEY_DATA, KEY_STEP])
+    keys = client_key(key, client_id[..., None], purposes)
+    return Trainee(Client(client_id, num_examples, offset), num_steps, keys)
+
+
+def _repeat(
+    end: jax.Array,
+    body: Callable[[jax.Array, PyTree], PyTree],
+    state: PyTree,
+    bound: int | None,
+) -> PyTree:
+    """`fori_loop(0, end, body, state)`, or the same as a scan up to a static bound."""
+    if bound is None:
+        return jax.lax.fori_loop(0, end, body, state)
+
+    def masked(state: PyTree, i: jax.Array) -> tuple[PyTree, None]:
+        return jax.lax.cond(i < end, body, lambda i, state: state, i, state), None
+
+    return jax.lax.scan(masked, state, jnp.arange(bound, dtype=end.dtype))[0]
+
+
+def _wave(lane: Work, *, alone: bool) -> Work:
+    """The work of a wave: its `final` sums over clients, but for what is each client's own.
+
+    One client alone goes without an axis of lanes, which would make its matrix products batched
+    ones and cost copies of its params.
+    """
+    if alone:
+        return lane
+
+    def step(i: jax.Array, trainees: Trainee, states: PyTree) -> PyTree:
+        after = jax.vmap(lane.step, (None, 0, 0))(i, trainees, states)
+        return _where(i < trainees.num_steps, after, states)
+
+    def final(trainees: Trainee, states: PyTree, measured: PyTree) -> Sent:
+        sent = jax.vmap(lane.final)(trainees, states, measured)
+        sent = _where(trainees.num_steps > 0, sent, jax.tree.map(jnp.zeros_like, sent))
+        update, weight, model_state, statistics = jax.tree.map(lambda x: x.sum(0), sent.summed)
+        return sent._replace(
+            update=update, weight=weight, model_state=model_state, statistics=statistics
+        )
+
+    return Work(jax.vmap(lane.init), step, jax.vmap(lane.measure), final)
+
+
+def _run_wave(wave: Work, bound: int | None, trainees: Trainee, entries: PyTree) -> Sent:
+    """A wave from beginning to end."""
+    states = wave.init(trainees, entries)
+    before = wave.measure(trainees, states)
+    states = _repeat(
+        trainees.num_steps.max(),
+        lambda i, states: wave.step(i, trainees, states),
+        states,
+        bound,
+    )
+    return wave.final(trainees, states, _measured(before, wave.measure(trainees, states)))
+
+
+def _measured(before: dict[str, jax.Array], after: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What was measured before and after, by the names that it is reported under."""
+    return {
+        name + when: x
+        for when, measured in zip(MEASURED, (before, after), strict=True)
+        for name, x in measured.items()
+    }
+
+
+def _where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where the condition `[lanes]` holds, else `old`, for arrays `[lanes, ...]`."""
+
+    def where(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(condition.reshape((-1,) + (1,) * (x.ndim - 1)), x, y)
+
+    return jax.tree.map(where, new, old)
+
+
+def sum_waves(
+    lane: Work,
+    waves: jax.Array,
+    table: jax.Array,
+    key: jax.Array,
+    store: PyTree,
+    capacity: int,
+    *,
+    keep_output: bool,
+    bound: int | None,
+) -> CohortResult:
+    """Runs one device's waves and sums what their clients send.
+
+    Args:
+      lane: One client's work.
+      waves: The clients `[waves, lanes, 4]`; see `schedule`.
+      table: Their slots `[waves, lanes]`; the capacity means none.
+      key: Key of the round.
+      store: What clients keep.
+      capacity: Number of slots of the cohort.
+      keep_output: Whether the store is kept up to date.
+      bound: Length of the loops if they are to be differentiated.
+    """
+    if alone := table.shape[1] == 1:
+        table, waves = table[:, 0], waves[:, 0]
+    work, num_axes = _wave(lane, alone=alone), table.ndim - 1
+
+    def trainees_of(wave: jax.Array) -> Trainee:
+        return _trainee(jax.lax.dynamic_index_in_dim(waves, wave, keepdims=False), key)
+
+    def form() -> tuple[PyTree, dict[str, jax.Array]]:
+        """What a wave sends, its steps left out, which change no shape."""
+        trainees = trainees_of(jnp.int32(0))
+        states = work.init(trainees, read(store, trainees.client.id))
+        measured = work.measure(trainees, states)
+        sent = work.final(trainees, states, _measured(measured, measured))
+        return sent.summed, sent.metrics
+
+    def add_wave(wave: jax.Array, carry: tuple[PyTree, PyTree, PyTree]) -> PyTree:
+        total, per_client, kept_store = carry
+        trainees = trainees_of(wave)
+        current = kept_store if keep_output else store
+        sent = _run_wave(work, bound, trainees, read(current, trainees.client.id))
+        total = jax.tree.map(jnp.add, total, sent.summed)
+        per_client = [
+            jax.lax.dynamic_update_index_in_dim(all_, x, wave, 0)
+            for all_, x in zip(per_client, pack(sent.metrics, num_axes), strict=True)
+        ]
+        if keep_output:
+            kept = sent.metrics["weight"] != 0
+            kept_store = write(kept_store, trainees.client.id, kept, sent.output)
+        return total, per_client, kept_store
+
+    summed, metrics = jax.eval_shape(form)
+    packed = jax.eval_shape(functools.partial(pack, num_axes=num_axes), metrics)
+    # Sorted by length, the waves without a step are the last ones: they need not run.
+    longest = waves[..., 3].reshape(table.shape[0], -1).max(1)
+    (update, weight, model_state, statistics), per_client, kept_store = _repeat(
+        (longest > 0).sum(dtype=jnp.int32),
+        add_wave,
+        (
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), summed),
+            [jnp.zeros((table.shape[0], *x.shape), x.dtype) for x in packed],
+            store if keep_output else (),
+        ),
+        None if bound is None else table.shape[0],
+    )
+
+    def in_cohort_order(x: jax.Array) -> jax.Array:
+        return jnp.zeros((capacity, x.shape[-1]), x.dtype).at[table].set(x, mode="drop")
+
+    clients = unpack([in_cohort_order(x) for x in per_client], metrics, num_axes)
+    return CohortResult(update, weight, model_state, statistics, kept_store, clients)
+
+
+def exchange(store: PyTree, table: jax.Array, weights: jax.Array, cohort: Cohort) -> PyTree:
+    """The store with what the clients of all devices keep, from the copies of each device."""
+    if not jax.tree.leaves(store):
+        return store
+    slots = jnp.minimum(table, cohort.capacity - 1)
+    client_ids = cohort.client_ids[slots]
+    kept = (table < cohort.capacity) & (weights[slots] != 0)
+
+    # A wave at a time, so that memory does not grow with the cohort.
+    def one_wave(wave: jax.Array, store: PyTree) -> PyTree:
+        new = (client_ids[wave], kept[wave], read(store, client_ids[wave]))
+        return write(store, *jax.lax.all_gather(new, AXIS, tiled=True))
+
+    return jax.lax.fori_loop(0, table.shape[0], one_wave, store)

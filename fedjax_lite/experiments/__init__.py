@@ -1,0 +1,1 @@
+"""Whole experiments as values: the settings of a run, and published baselines."""

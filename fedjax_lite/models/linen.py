@@ -1,0 +1,115 @@
+"""Models from flax linen modules."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from fedjax_lite.base import Batch, PyTree
+from fedjax_lite.models import modules
+from fedjax_lite.models.model import Model
+
+
+def linen_model(
+    module: nn.Module,
+    example: ArrayLike | Sequence[ArrayLike] | Mapping[str, ArrayLike],
+    loss: Callable[[jax.Array, Batch], jax.Array],
+    metrics: Callable[[jax.Array, Batch], dict[str, jax.Array]] | None = None,
+    *,
+    inputs: modules.Inputs = "x",
+) -> Model:
+    """A model from a flax linen module that maps features of a batch to predictions.
+
+    Args:
+      module: The module. If its `__call__` takes `train`, it is called with
+        `train=True` by the loss and `train=False` by the metrics (`deterministic`, the other
+        way round). If it takes `mask`, it is given the mask `[batch]` of the real examples;
+        one with BatchNorm must take it, and hand it to its `BatchNorm` layers. Dropout draws
+        from the `"dropout"` stream. Collections other than `"params"` are the model state.
+      example: An input of one batch, for its shape and dtype only: `[batch, ...]`. Of a module with
+        several inputs a tuple of them, or a dict by argument, as for `inputs`.
+      loss: `loss(predictions, batch) -> losses [batch]`.
+      metrics: `metrics(predictions, batch) -> {name: values [batch]}`; the loss alone
+        if left out.
+      inputs: Name of the input feature; of several a tuple, such as `("words", "tags")`, or a dict
+        of features by argument, such as `{"tokens": "words", "segments": "tags"}`.
+
+    Returns:
+      A `Model` whose params are the module's `"params"` collection.
+
+    Raises:
+      ValueError: The module has batch statistics, and its `__call__` does not take `mask`, or they
+        depend on what it leaves out; `example` and `inputs` are not alike.
+
+    >>> import jax, jax.numpy as jnp, flax.linen as nn
+    >>> model = linen_model(nn.Dense(1), jnp.zeros((1, 4)), lambda p, batch: p[:, 0] ** 2)
+    >>> params, model_state = model.init(jax.random.key(0))
+    >>> jax.tree.map(jnp.shape, params)
+    {'bias': (1,), 'kernel': (4, 1)}
+    """
+    features = modules.examples(example, inputs)
+
+    def init_fn(key: jax.Array) -> tuple[PyTree, PyTree]:
+        zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in features.items()}
+        mask = jnp.ones(next(iter(zeros.values())).shape[0], bool)
+        args, kwargs = modules.arguments(inputs, zeros)
+        options = modules.call_options(module, train=False, mask=mask)
+        variables = module.init(key, *args, **kwargs, **options)
+        return variables["params"], {k: v for k, v in variables.items() if k != "params"}
+
+    collections = sorted(jax.eval_shape(lambda: init_fn(jax.random.key(0)))[1])
+
+    def variables(params: PyTree, model_state: PyTree) -> dict[str, Any]:
+        if sorted(model_state) != collections:
+            raise ValueError(
+                f"model_state has the collections {sorted(model_state)}, and the module"
+                f" {collections}; pass algorithm.init a key, or model_state= beside the params."
+            )
+        return {"params": params, **model_state}
+
+    def loss_fn(
+        params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, PyTree]:
+        args, kwargs = modules.arguments(inputs, batch)
+        predictions, updated = module.apply(
+            variables(params, model_state),
+            *args,
+            rngs={"dropout": key},
+            mutable=collections,
+            **kwargs,
+            **modules.call_options(module, train=True, mask=batch["mask"]),
+        )
+        return loss(predictions, batch), {**model_state, **updated}
+
+    def predict(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
+        args, kwargs = modules.arguments(inputs, batch)
+        options = modules.call_options(module, train=False, mask=batch["mask"])
+        return module.apply(variables(params, model_state), *args, **kwargs, **options)
+
+    def metrics_fn(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        predictions = predict(params, model_state, batch)
+        if metrics is None:
+            return {"loss": loss(predictions, batch)}
+        return metrics(predictions, batch)
+
+    def batch_statistics(batch: Batch) -> PyTree:
+        params, model_state = init_fn(jax.random.key(0))
+        args, kwargs = modules.arguments(inputs, batch)
+        options = modules.call_options(module, train=True, mask=batch["mask"])
+        _, updated = module.apply(
+            variables(params, model_state),
+            *args,
+            rngs={"dropout": jax.random.key(1)},
+            mutable=collections,
+            **kwargs,
+            **options,
+        )
+        return updated["batch_stats"]
+
+    if "batch_stats" in collections:
+        modules.require_mask(module)
+        modules.require_masked_statistics(module, batch_statistics, features)
+    return Model(init_fn, loss_fn, metrics_fn, predict)

@@ -1,0 +1,120 @@
+"""Models from flax nnx modules."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lite import _validate
+from fedjax_lite.base import Batch, PyTree
+from fedjax_lite.models import modules
+from fedjax_lite.models.model import Model
+from fedjax_lite.xla import random
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+
+def nnx_model(
+    create: Callable[["nnx.Rngs"], "nnx.Module"],
+    loss: Callable[[jax.Array, Batch], jax.Array],
+    metrics: Callable[[jax.Array, Batch], dict[str, jax.Array]] | None = None,
+    *,
+    inputs: modules.Inputs = "x",
+) -> Model:
+    """A model from a flax nnx module that maps features of a batch to predictions.
+
+    The module lives only inside a step: it is put together from the params, the model state and
+    streams of random numbers from the key of the step, called, and taken apart again.
+
+    Args:
+      create: `create(rngs) -> module`, such as `lambda rngs: MLP(64, 10, rngs=rngs)`. The module
+        is called after `module.train()` by the loss, and after `module.eval()` by the metrics,
+        where all that is random comes from one fixed key. Of `train`, `deterministic`, `rngs`
+        and `mask`, the `[batch]` of the real examples, its `__call__` is given what it takes; one
+        with BatchNorm must take `mask`, and hand it to its `BatchNorm` layers.
+      loss: `loss(predictions, batch) -> losses [batch]`.
+      metrics: `metrics(predictions, batch) -> {name: values [batch]}`; the loss alone
+        if left out.
+      inputs: Name of the input feature; of several a tuple, or a dict of features by argument.
+
+    Returns:
+      A `Model` whose params are the values of the module's `nnx.Param`, in nested dicts by
+      attribute. Other variables are the model state, but for random streams and what `sow`
+      leaves. Arrays that are no variables are constants, those of `create(nnx.Rngs(0))`.
+
+    Raises:
+      TypeError: `create` is a module, or does not return one.
+      ValueError: The module has batch statistics and its `__call__` does not take `mask`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> model = nnx_model(lambda rngs: nnx.Linear(4, 1, rngs=rngs), lambda p, batch: p[:, 0] ** 2)
+    >>> params, model_state = model.init(jax.random.key(0))
+    >>> jax.tree.map(jnp.shape, params)
+    {'bias': (1,), 'kernel': (4, 1)}
+    """
+    from flax import nnx  # At the top, it would slow `import fedjax_lite` down by a sixth.
+
+    kept = nnx.All(nnx.Variable, nnx.Not(nnx.Intermediate))
+
+    def split(module: nnx.Module) -> tuple[Any, ...]:
+        graph, *states = nnx.split(module, nnx.Param, nnx.RngState, kept, ...)
+        return graph, *map(nnx.to_pure_dict, states)
+
+    if isinstance(create, nnx.Module):
+        name = type(create).__name__
+        raise TypeError(
+            f"create is a module, a {name}; pass a function that makes one, such as"
+            f" lambda rngs: {name}(..., rngs=rngs)."
+        )
+    # Not in the abstract: nnx takes traced arrays that are no variables for static attributes.
+    module = create(nnx.Rngs(0))
+    _validate.instance("what create(rngs) returned", module, nnx.Module)
+    graph, params, streams, model_state, constants = split(module)
+    structure: Any = jax.tree.structure((params, model_state))
+    if nnx.state(module, nnx.BatchStat):
+        modules.require_mask(module)
+
+    def init_fn(key: jax.Array) -> tuple[PyTree, PyTree]:
+        _, params, _, model_state, _ = split(create(nnx.Rngs(key)))
+        return params, model_state
+
+    def apply(
+        params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, *, train: bool
+    ) -> tuple[Any, PyTree]:
+        given = jax.tree.structure((params, model_state))
+        if given != structure:  # nnx would go by the order of the leaves alone.
+            raise ValueError(
+                f"params and model_state have the structure {given}, and the module {structure};"
+                " pass algorithm.init a key, or model_state= beside the params."
+            )
+        rngs = nnx.Rngs(key)
+
+        def seed(x: jax.Array) -> jax.Array:
+            return jax.random.split(rngs(), x.shape) if random.is_key(x) else jnp.zeros_like(x)
+
+        module = nnx.merge(graph, params, jax.tree.map(seed, streams), model_state, constants)
+        module.train() if train else module.eval()
+        options = modules.call_options(module, train=train, mask=batch["mask"], rngs=rngs)
+        args, kwargs = modules.arguments(inputs, batch)
+        predictions = module(*args, **kwargs, **options)
+        return predictions, split(module)[3]
+
+    def loss_fn(
+        params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, PyTree]:
+        predictions, after = apply(params, model_state, batch, key, train=True)
+        return loss(predictions, batch), after
+
+    def predict(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
+        return apply(params, model_state, batch, jax.random.key(0), train=False)[0]
+
+    def metrics_fn(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        predictions = predict(params, model_state, batch)
+        if metrics is None:
+            return {"loss": loss(predictions, batch)}
+        return metrics(predictions, batch)
+
+    return Model(init_fn, loss_fn, metrics_fn, predict)

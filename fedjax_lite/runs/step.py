@@ -1,0 +1,73 @@
+"""The one compiled step that training repeats: a cohort is drawn, and its round is played."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.typing import ArrayLike
+
+from fedjax_lite.base import Cohort, FederatedAlgorithm, PyTree, RoundInfo, ServerState
+from fedjax_lite.engine.cohorts import cohort_of
+from fedjax_lite.runs.ledger import trained
+from fedjax_lite.samplers import Sampler
+
+Keys = tuple[jax.Array, jax.Array]
+"""Typed keys of the sampler and of the rounds."""
+
+
+class Carry(NamedTuple):
+    """What a step takes and returns: the state, and the average of what is trained in it."""
+
+    state: ServerState
+    averaged: PyTree
+
+
+def draw(
+    sampler: Sampler, population: Any, keys: Keys, round: ArrayLike
+) -> tuple[Cohort, jax.Array]:
+    """The cohort of a round, and how many clients there was no slot for."""
+    key_sampler, key_rounds = keys
+    selection = sampler.select(key_sampler, round)
+    key_cohort, _ = jax.random.split(jax.random.fold_in(key_rounds, round))
+    return cohort_of(population, selection.client_ids, key=key_cohort), selection.num_dropped
+
+
+def play_round(
+    algorithm: FederatedAlgorithm, sampler: Sampler, keys: Keys, state: ServerState, source: Any
+) -> tuple[ServerState, RoundInfo, jax.Array]:
+    """The round that is next; a pure function.
+
+    Args:
+      algorithm: The algorithm.
+      sampler: Who takes part.
+      keys: Typed keys of the sampler and of the rounds.
+      state: The state, with the number of rounds done.
+      source: A population, or what `draw` returns for one whose clients stay on the host.
+
+    Returns:
+      The state, the info of the round, and how many clients there was no slot for.
+    """
+    drawn = source if isinstance(source, tuple) else draw(sampler, source, keys, state.round)
+    cohort, num_dropped = drawn
+    _, key_round = jax.random.split(jax.random.fold_in(keys[1], state.round))
+    state, info = algorithm.round(key_round, state, cohort)
+    return state, info, num_dropped
+
+
+# A second run of the same algorithm need not compile again.
+@functools.lru_cache(maxsize=8)
+def build_step(
+    algorithm: FederatedAlgorithm, sampler: Sampler, ema_decay: float | None
+) -> jax.stages.Wrapped:
+    """`step(carry, keys, source) -> (carry, info, num_dropped)`, with all of a round in it."""
+
+    @functools.partial(jax.jit, donate_argnames="carry")
+    def step(carry: Carry, keys: Keys, source: Any) -> tuple[Carry, RoundInfo, jax.Array]:
+        state, info, num_dropped = play_round(algorithm, sampler, keys, carry.state, source)
+        averaged = carry.averaged
+        if ema_decay is not None:
+            averaged = optax.incremental_update(trained(state), averaged, 1 - ema_decay)
+        return Carry(state, averaged), info, num_dropped
+
+    return step

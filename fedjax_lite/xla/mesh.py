@@ -1,0 +1,134 @@
+"""The devices that a round runs on."""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+from fedjax_lite import _validate
+from fedjax_lite.xla import random
+from fedjax_lite.xla.packing import pack, unpack
+
+AXIS = "clients"
+T = TypeVar("T")
+_SMALL = 2**14
+
+
+def clients_mesh(num_devices: int | None = None) -> Mesh:
+    """A mesh with the one axis `"clients"`.
+
+    Args:
+      num_devices: How many devices; all of them if left out.
+
+    Raises:
+      ValueError: `num_devices` is not within the number of devices.
+    """
+    devices = jax.devices()
+    if num_devices is not None:
+        num_devices = _validate.integer("num_devices", num_devices, minimum=1, maximum=len(devices))
+    devices = devices[:num_devices]
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def resolve(mesh: Mesh | None) -> Mesh | None:
+    """The mesh to run on: the one given, else all devices; `None` for a single device.
+
+    Inside a `shard_map`, where each device goes its own way, the default is that one device.
+
+    Raises:
+      ValueError: The mesh has not the one axis `"clients"`, of type Auto.
+    """
+    if mesh is None:
+        alone = jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes
+        return None if alone else clients_mesh()
+    _validate.instance("mesh", mesh, Mesh)
+    if mesh.axis_names != (AXIS,) or mesh.axis_types != (AxisType.Auto,):
+        raise ValueError(
+            f"mesh has the axes {mesh.axis_names} of types {mesh.axis_types}; pass one with the"
+            f' single axis "{AXIS}" of type Auto, such as fl.clients_mesh().'
+        )
+    return mesh
+
+
+def sum_over_devices(tree: T) -> T:
+    """The sum over the devices of a mesh, inside of `shard_map`.
+
+    Devices wait for each other once per array: for small ones, longer than the sum takes. They
+    are summed as one.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    small = [x for x in leaves if x.size <= _SMALL]
+    summed = iter(unpack(jax.lax.psum(pack(small), AXIS), small))
+    return jax.tree.unflatten(
+        structure,
+        [next(summed) if x.size <= _SMALL else jax.lax.psum(x, AXIS) for x in leaves],
+    )
+
+
+def replicate(tree: T, mesh: Mesh | None = None) -> T:
+    """Copies arrays to every device that rounds run on: all of them, or those of a mesh.
+
+    Of several processes, each passes the same values; JAX compares them.
+    """
+    mesh = resolve(mesh)
+    if mesh is None:
+        return tree
+    return put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def put(tree: T, sharding: Sharding) -> T:
+    """`device_put` that puts typed keys onto the devices of other processes too."""
+
+    def put_key(key: jax.Array) -> jax.Array:
+        data = jax.device_put(jax.random.key_data(key), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+    tree = jax.tree.map(lambda x: put_key(x) if random.is_key(x) else x, tree)
+    return jax.device_put(tree, sharding)
+
+
+def copied(tree: T) -> T:
+    """Copies of arrays, committed to where they are.
+
+    What a jitted function returns is committed; given arrays that are not, it would compile again
+    when it is given its own result.
+    """
+
+    def copy(x: Any) -> jax.Array:
+        if random.is_key(x):
+            return jax.random.wrap_key_data(
+                copy(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+            )
+        x = jnp.asarray(x)
+        return jax.device_put(x, x.sharding, may_alias=False)
+
+    return jax.tree.map(copy, tree)
+
+
+def deal(sizes: jax.Array | np.ndarray, num_devices: int) -> Any:
+    """Slots of each device `[devices, slots of a device]`; the number of slots marks none.
+
+    Dealt by falling size, there and back, so that no device has more rows than another by more
+    than the largest client has.
+
+    Args:
+      sizes: `[slots]`, numbers of examples, of NumPy on the host or of JAX in a round.
+      num_devices: How many devices share them.
+    """
+    xp: Any = np if isinstance(sizes, np.ndarray) else jnp
+    own = -(-len(sizes) // num_devices)
+    order = xp.argsort(-sizes, stable=True).astype(np.int32)
+    dealt = xp.pad(order, (0, own * num_devices - len(sizes)), constant_values=len(sizes))
+    dealt = dealt.reshape(own, num_devices)
+    # Every other row backwards, or the first device would get all the large ones.
+    backwards = (np.arange(own) % 2 == 1)[:, None]
+    return xp.where(backwards, dealt[:, ::-1], dealt).T
+
+
+def local_positions(mesh: Mesh | None) -> list[int]:
+    """Which of the devices that rounds run on are those of this process."""
+    if mesh is None:
+        return [0]
+    return [i for i, d in enumerate(mesh.devices.flat) if d.process_index == jax.process_index()]
