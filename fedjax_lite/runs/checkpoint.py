@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,19 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite._extras import require
 from fedjax_lite.base import PyTree, ServerState
-from fedjax_lite.data.population import GeneratedPopulation, ResidentPopulation
-from fedjax_lite.data.population import StreamedPopulation
 from fedjax_lite.runs.files import locked
 from fedjax_lite.runs.identity import DifferentRunError, Identity, compare, digest, forms
 from fedjax_lite.runs.ledger import trained, without_extras
-from fedjax_lite.samplers import Sampler
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,5 +343,3 @@ def _errors_of_orbax(folder: Path) -> Iterator[None]:
         raise
     finally:
         logger.setLevel(level)
-
-

@@ -14,10 +14,10 @@ from fedjax_lite import _validate
 from fedjax_lite.base import FederatedAlgorithm, PyTree, ServerState
 from fedjax_lite.data.population import Population
 from fedjax_lite.runs.ledger import flatten, numbers_of
-from fedjax_lite.xla.mesh import AXIS, clients_mesh
-from fedjax_lite.samplers import Sampler
-from fedjax_lite.runs.stopping import History, Row
 from fedjax_lite.runs.step import play_round
+from fedjax_lite.runs.stopping import History, Row
+from fedjax_lite.samplers import Sampler
+from fedjax_lite.xla.mesh import AXIS, clients_mesh
 
 
 class SweepResult(NamedTuple):

@@ -7,32 +7,27 @@ import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
-import optax
-from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
-from fedjax_lite._repr import record
 from fedjax_lite.base import FederatedAlgorithm, PyTree, RoundInfo, ServerState
+from fedjax_lite.data.dataset import FederatedDataset
+from fedjax_lite.data.population import GeneratedPopulation, ResidentPopulation, StreamedPopulation
+from fedjax_lite.engine.streaming import prefetch
 from fedjax_lite.runs.checkpoint import CheckpointFolder, Checkpoints
 from fedjax_lite.runs.identity import identify
-from fedjax_lite.runs.result import InterruptedTraining, TrainResult
-from fedjax_lite.base import Cohort
-from fedjax_lite.engine.cohorts import cohort_of
-from fedjax_lite.data.dataset import FederatedDataset
-from fedjax_lite.data.population import GeneratedPopulation, ResidentPopulation
-from fedjax_lite.data.population import StreamedPopulation
-from fedjax_lite.engine.streaming import prefetch
 from fedjax_lite.runs.interrupts import first_signal
 from fedjax_lite.runs.ledger import Ledger, trained, without_extras
+from fedjax_lite.runs.result import InterruptedTraining, TrainResult
 from fedjax_lite.runs.step import Carry, Keys, build_step, draw
+from fedjax_lite.runs.stopping import History, Row, StopRule
+from fedjax_lite.samplers import Sampler
 from fedjax_lite.xla.memory import memory_errors
 from fedjax_lite.xla.mesh import copied, put
-from fedjax_lite.samplers import Sampler
-from fedjax_lite.runs.stopping import History, Row, StopRule
+
 
 def train(
     algorithm: FederatedAlgorithm,
@@ -174,7 +169,9 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_errors(lambda: _needs(state, population)))
         if checkpoints is not None:
-            traced = run.step.trace(run.carry, run.keys, draw_ahead(run.done) if streamed else population)
+            traced = run.step.trace(
+                run.carry, run.keys, draw_ahead(run.done) if streamed else population
+            )
             settings = {**checkpoints.settings, "ema_decay": ema_decay, "best": best}
             identity = identify(state, population, sampler, key, traced.jaxpr, settings)
             run.folder = stack.enter_context(CheckpointFolder(checkpoints, identity))
