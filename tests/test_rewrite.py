@@ -10,7 +10,7 @@ import pytest
 from problems import everyone
 
 import fedjax_lite as fl
-from fedjax_lite.engine import runner
+from fedjax_lite.engine import execution
 from fedjax_lite.xla.rewrite import rewritten
 
 NCHW, HWNC = ("NCHW", "OIHW", "NCHW"), ("HWNC", "OHWI", "CNHW")
@@ -303,7 +303,7 @@ def test_on_a_gpu_clients_side_by_side_multiply_patches(lanes, monkeypatch):
     squared = lambda predictions, batch: (predictions[:, 0] - batch["y"]) ** 2
     model = fl.linen_model(ConvNet(), jnp.zeros((1, 6, 6, 3)), squared)
     draw = lambda rng, n: rng.normal(size=n)
-    monkeypatch.setattr(runner, "_platform", lambda mesh: "gpu")
+    monkeypatch.setattr(execution, "_platform", lambda execution: "gpu")
     rounds = with_and_without(model, (6, 6, 3), draw, lanes, rewrites=(None, True, False))
     found, params = [], []
     for round, *args in rounds:

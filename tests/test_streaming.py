@@ -210,7 +210,7 @@ def test_cohorts_made_ahead_keep_their_rows():
     dataset = fl.FederatedDataset.from_rows({"x": np.arange(40000, dtype=np.float32)}, rows)
     streamed = dataset.streamed(2, mesh=on_mesh())
     pairs = list(itertools.permutations(range(8), 2))
-    cohorts = list(map(streamed.cohort, pairs))
+    cohorts = list(map(functools.partial(fl.cohort_of, streamed), pairs))
     total = jax.jit(lambda cohort: cohort.examples["x"].sum())
     totals = list(map(total, cohorts))
     for pair, cohort, x in zip(pairs, cohorts, totals, strict=True):
@@ -309,7 +309,7 @@ def test_refuses_impossible_capacities_and_meshes():
 
 def test_prefetching_changes_nothing():
     streamed = regression_dataset().streamed(CAPACITY, mesh=on_mesh())
-    expected = train(algorithm(), map(streamed.cohort, COHORTS))
+    expected = train(algorithm(), map(functools.partial(fl.cohort_of, streamed), COHORTS))
     ahead = fl.prefetch(lambda r: fl.cohort_of(streamed, COHORTS[r]), range(len(COHORTS)))
     chex.assert_trees_all_equal(train(algorithm(), ahead), expected)
 
