@@ -44,6 +44,7 @@ def _main(args: Sequence[str] | None) -> None:
         from fedjax_lite.cli.config import settings_from_file
         from fedjax_lite.cli.data import Data, data
         from fedjax_lite.cli.eval import Eval, evaluate
+        from fedjax_lite.cli.list import List, list_choices
         from fedjax_lite.cli.plot import Plot, plot
         from fedjax_lite.cli.quickstart import Quickstart, quickstart
         from fedjax_lite.cli.sweep import Sweep, sweep
@@ -57,6 +58,7 @@ def _main(args: Sequence[str] | None) -> None:
             "plot": Plot,
             "baseline": Baseline,
             "data": Data,
+            "list": List,
         }
         defaults = {}
         given = settings_from_file(args, {"train": Train, "sweep": Sweep})
@@ -73,6 +75,8 @@ def _main(args: Sequence[str] | None) -> None:
                 data(options)
             case Baseline():
                 baseline(options)
+            case List():
+                list_choices(options)
             case Plot():
                 plot(options)
             case Eval():

@@ -15,8 +15,8 @@ from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.running import print_report, run_recorded, unused_folder
 from fedjax_lite.experiments import baselines
 from fedjax_lite.experiments.baselines import BASELINES, settings_of
-from fedjax_lite.experiments.build import Built, build
-from fedjax_lite.experiments.experiment import Experiment
+from fedjax_lite.experiments.experiment import Experiment, build
+from fedjax_lite.experiments.settings import Settings
 from fedjax_lite.runs.records import jsonable
 
 _WIDTH = 200  # Of lines that go to a file.
@@ -90,7 +90,7 @@ def baseline(options: Baseline) -> None:
         raise UsageError(f"--resume {options.resume} holds no checkpoints; choose that of a run")
     try:
         built = _build(chosen, options)
-        settings = {**dataclasses.asdict(built.experiment), "baseline": options.name}
+        settings = {**dataclasses.asdict(built.settings), "baseline": options.name}
         if options.synthetic:
             settings["note"] = _SYNTHETIC
         report = run_recorded(
@@ -125,7 +125,7 @@ def _refuse(options: Baseline, names: tuple[str, ...]) -> None:
             raise UsageError(f"--{name.replace('_', '-')} does nothing with {kind}; leave it out")
 
 
-def _build(chosen: baselines.Baseline, options: Baseline) -> Built:
+def _build(chosen: baselines.Baseline, options: Baseline) -> Experiment:
     settings: dict[str, Any] = {**settings_of(chosen, options.data), "seed": options.seed}
     if options.rounds is not None:
         settings["rounds"] = options.rounds
@@ -134,7 +134,7 @@ def _build(chosen: baselines.Baseline, options: Baseline) -> Built:
     datasets = chosen.load(options.data, options.test) if options.data else None
     if options.test is not None:
         settings["test"] = str(options.test)
-    return build(Experiment(**settings), datasets)
+    return build(Settings(**settings), datasets)
 
 
 def _command(options: Baseline) -> str:

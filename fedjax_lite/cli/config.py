@@ -118,7 +118,7 @@ def _arguments(path: Path, settings: dict[Any, Any], command: str, options: type
     arguments = []
     for key, value in settings.items():
         name = str(key).replace("-", "_")
-        if isinstance(value, dict) and name != "columns":
+        if isinstance(value, dict):
             raise UsageError(f"{path}: {key} holds settings of its own; write them at the top")
         if name == "baseline":
             raise UsageError(
@@ -139,11 +139,6 @@ def _arguments(path: Path, settings: dict[Any, Any], command: str, options: type
 def _argument(name: str, value: Any, hint: Any) -> list[str]:
     """A setting as it would be given on the command line."""
     option = f"--{name.replace('_', '-')}"
-    if name == "columns" and isinstance(value, dict):
-        value = [
-            f"{feature}={','.join([*map(str, of), '']) if isinstance(of, list) else of}"
-            for feature, of in value.items()
-        ]
     if hint is bool:
         if not isinstance(value, bool):
             raise ValueError(f"is {value!r}; write true or false")

@@ -17,8 +17,8 @@ from fedjax_lite.cli import plots
 from fedjax_lite.cli.curves import COLORS
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.records import cannot_write, new_folder
-from fedjax_lite.experiments.build import Built, build
-from fedjax_lite.experiments.experiment import Experiment
+from fedjax_lite.experiments.experiment import Experiment, build
+from fedjax_lite.experiments.settings import Settings
 from fedjax_lite.runs.files import locked, write_text
 from fedjax_lite.runs.records import git_revision, jsonable, machine
 
@@ -26,14 +26,14 @@ from fedjax_lite.runs.records import git_revision, jsonable, machine
 # with server .003, .01 and .03; mu is the largest of .001, .01, .1 and 1 that costs no accuracy.
 _ALGORITHMS: dict[str, dict[str, Any]] = {
     "FedAvg": {},
-    "FedAdam": {"server_optimizer": "adam", "server_lr": 0.03},
-    "FedProx": {"algorithm": "fed-prox", "mu": 0.1},
+    "FedAdam": {"server_optimizer": "adam(0.03, b1=0.9, b2=0.99, eps=1e-3)"},
+    "FedProx": {"algorithm": "fed_prox(mu=0.1)"},
 }
 _SPLITS: dict[str, dict[str, Any]] = {
     "IID": {"partition": "iid"},
-    "Dirichlet 1.0": {"alpha": 1.0},
-    "Dirichlet 0.3": {"alpha": 0.3},
-    "Dirichlet 0.1": {"alpha": 0.1},
+    "Dirichlet 1.0": {"partition": "dirichlet(alpha=1.0, min_examples=1)"},
+    "Dirichlet 0.3": {"partition": "dirichlet(alpha=0.3, min_examples=1)"},
+    "Dirichlet 0.1": {"partition": "dirichlet(alpha=0.1, min_examples=1)"},
 }
 _NUM_SEEDS = 5
 ABOUT = {
@@ -60,7 +60,7 @@ def compare(out: Path | None, rounds: int | None, seed: int, *, as_json: bool) -
     began = time.perf_counter()
     try:
         algorithms = {
-            name: build(Experiment(**settings, rounds=100 if rounds is None else rounds, seed=seed))
+            name: build(Settings(**settings, rounds=100 if rounds is None else rounds, seed=seed))
             for name, settings in _ALGORITHMS.items()
         }
         # With an alpha of 0.1, a client may be left without images: some seeds are refused.
@@ -73,7 +73,7 @@ def compare(out: Path | None, rounds: int | None, seed: int, *, as_json: bool) -
     out = out or new_folder("digits-baseline")
     runs: list[dict[str, Any]] = []
     report = {
-        "config": {name: dataclasses.asdict(one.experiment) for name, one in algorithms.items()},
+        "config": {name: dataclasses.asdict(one.settings) for name, one in algorithms.items()},
         "splits": _SPLITS,
         "seeds": list(range(seed, seed + _NUM_SEEDS)),
         **machine(),
@@ -107,17 +107,17 @@ def compare(out: Path | None, rounds: int | None, seed: int, *, as_json: bool) -
         print(f"\n{table}\n{report['seconds']:.0f} s on {report['device']}; files in {out}")
 
 
-def _clients(dealt: dict[str, Any], seed: int) -> Built:
+def _clients(dealt: dict[str, Any], seed: int) -> Experiment:
     """Clients of one split. A fifth of all images is held out before the others are dealt.
 
     So all populations have one shape, and share the programs of the algorithms.
     """
     one, rest = fl.data.digits(1, seed=seed)
     datasets = (one, fl.FederatedDataset.from_clients({0: rest}))
-    return build(Experiment(**dealt, data_seed=seed, seed=seed), datasets)
+    return build(Settings(**dealt, data_seed=seed, seed=seed), datasets)
 
 
-def _train(algorithm: Built, clients: Built) -> list[tuple[int, float]]:
+def _train(algorithm: Experiment, clients: Experiment) -> list[tuple[int, float]]:
     """Rounds and accuracies of one run."""
     assert clients.held_out is not None
     examples = fl.replicate(jax.tree.map(np.asarray, dict(clients.held_out.examples)))
@@ -125,10 +125,10 @@ def _train(algorithm: Built, clients: Built) -> list[tuple[int, float]]:
         algorithm.algorithm,
         clients.population,
         algorithm.sampler,
-        algorithm.experiment.rounds,
-        key=jax.random.key(clients.experiment.seed),
+        algorithm.settings.rounds,
+        key=jax.random.key(clients.settings.seed),
         evaluate=lambda state: fl.evaluate(algorithm.model, state, examples),
-        eval_every=algorithm.experiment.eval_every,
+        eval_every=algorithm.settings.eval_every,
     )
     return [(row["round"], row["accuracy"]) for row in result.history.evaluations]
 

@@ -15,8 +15,9 @@ import fedjax_lite as fl
 from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.runs import settings_of_training
 from fedjax_lite.experiments.baselines import BASELINES
-from fedjax_lite.experiments.build import Built, build, read_examples
-from fedjax_lite.experiments.experiment import Experiment
+from fedjax_lite.experiments.experiment import Experiment, build
+from fedjax_lite.experiments.loading import read_examples
+from fedjax_lite.experiments.settings import Settings
 from fedjax_lite.runs.checkpoint import read_checkpoint
 from fedjax_lite.runs.records import jsonable
 
@@ -29,13 +30,14 @@ class Eval:
 
     Attributes:
       run: The folder of the run.
-      dataset: Path of a data set to evaluate on; by default the examples that the run held out.
+      dataset: A data set to evaluate on, a path or an expression as for train; by default the
+        examples that the run held out.
       best: Take the model with the highest accuracy of all evaluations, not the last one.
       json: Print one JSON object, and nothing else, on stdout.
     """
 
     run: Annotated[Positional[Path], arg(metavar="DIR")]
-    dataset: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="")] = None
+    dataset: Annotated[str | None, arg(metavar="STR", help_behavior_hint="")] = None
     best: bool = False
     json: bool = False
 
@@ -52,11 +54,7 @@ def evaluate(options: Eval) -> None:
     fl.configure_cpu()
     try:
         built = _build(recorded)
-        held_out = (
-            read_examples("dataset", options.dataset, built.experiment)
-            if options.dataset
-            else built.held_out
-        )
+        held_out = read_examples(options.dataset) if options.dataset else built.held_out
         round, state = _restore(options, built)
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -67,7 +65,7 @@ def evaluate(options: Eval) -> None:
         report |= _measure(built.model, state, held_out)
     # The best state is kept without what clients keep.
     if built.personal is not None and options.dataset is None and not options.best:
-        found = built.personal(state, jax.random.key(built.experiment.seed))
+        found = built.personal(state, jax.random.key(built.settings.seed))
         report["personal_accuracy"] = float(found.pooled["accuracy"])
     if options.json:
         print(json.dumps(jsonable(report)))
@@ -75,22 +73,18 @@ def evaluate(options: Eval) -> None:
         _print_report(report)
 
 
-def _build(recorded: dict[str, Any]) -> Built:
+def _build(recorded: dict[str, Any]) -> Experiment:
     """The simulation that a run is of."""
-    names = {field.name for field in dataclasses.fields(Experiment)}
-    settings: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in recorded.items()
-        if name in names
-    }
+    names = {field.name for field in dataclasses.fields(Settings)}
+    settings: dict[str, Any] = {name: recorded[name] for name in names & set(recorded)}
     datasets = None
     if "baseline" in recorded and "note" not in recorded:  # Of files, which it reads by itself.
         data, test = Path(recorded["dataset"]), Path(recorded["test"])
         datasets = BASELINES[recorded["baseline"]].load(data, None if test == data else test)
-    return build(Experiment(**settings), datasets)
+    return build(Settings(**settings), datasets)
 
 
-def _restore(options: Eval, built: Built) -> tuple[int, fl.ServerState]:
+def _restore(options: Eval, built: Experiment) -> tuple[int, fl.ServerState]:
     """The number of rounds done, and the state that evaluations are of."""
     like = built.algorithm.init(jax.random.key(0), num_clients=built.population.num_clients)
     restored = read_checkpoint(options.run / "checkpoints", like)

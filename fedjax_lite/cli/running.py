@@ -18,7 +18,7 @@ from fedjax_lite.cli.plot import panels, title
 from fedjax_lite.cli.progress import progress
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import read_run
-from fedjax_lite.experiments.build import Built
+from fedjax_lite.experiments.experiment import Experiment
 from fedjax_lite.runs.files import write_text
 from fedjax_lite.runs.records import Recorder, jsonable
 from fedjax_lite.runs.stopping import StopRule
@@ -39,7 +39,7 @@ def unused_folder(out: Path | None, name: str) -> Path:
 
 
 def run_recorded(
-    built: Built,
+    built: Experiment,
     out: Path,
     settings: dict[str, Any],
     *,
@@ -90,15 +90,15 @@ def run_recorded(
 
     try:
         with recorder:
-            with progress(built.experiment.rounds, stderr=stderr) as show:
+            with progress(built.settings.rounds, stderr=stderr) as show:
                 result = fl.train(
                     built.algorithm,
                     built.population,
                     built.sampler,
-                    built.experiment.rounds,
-                    key=jax.random.key(built.experiment.seed),
+                    built.settings.rounds,
+                    key=jax.random.key(built.settings.seed),
                     evaluate=built.evaluate,
-                    eval_every=built.experiment.eval_every,
+                    eval_every=built.settings.eval_every,
                     on_round=on_round,
                     on_eval=on_eval,
                     on_resume=recorder.on_resume,
@@ -110,7 +110,7 @@ def run_recorded(
                 )
             personal = None
             if built.personal is not None:
-                key = jax.random.key(built.experiment.seed)
+                key = jax.random.key(built.settings.seed)
                 personal = built.personal(result.averaged or result.state, key)
             _write_clients(built, result, personal, out)
             groups = [[read_run(out)]]
@@ -139,7 +139,7 @@ def run_recorded(
 
 
 def _write_clients(
-    built: Built, result: fl.TrainResult, personal: fl.ClientEvaluation | None, out: Path
+    built: Experiment, result: fl.TrainResult, personal: fl.ClientEvaluation | None, out: Path
 ) -> None:
     """Writes how the model, and that of its own, does on the held-out examples of each client."""
     if built.held_out is None:

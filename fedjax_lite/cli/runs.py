@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedjax_lite.cli.errors import UsageError
-from fedjax_lite.experiments.experiment import Experiment
+from fedjax_lite.experiments.expressions import flattened
+from fedjax_lite.experiments.settings import Settings
 
 # What `train` records beside the settings of an experiment.
 RULES = ("target", "patience", "max_seconds", "ema_decay")
@@ -88,7 +89,7 @@ def settings_of_training(folder: Path) -> dict[str, Any]:
       UsageError: It was recorded from Python, or its `config.json` is damaged.
     """
     settings = read_settings(folder)
-    known = {field.name for field in dataclasses.fields(Experiment)}
+    known = {field.name for field in dataclasses.fields(Settings)}
     unknown = [name for name in settings if name not in {*known, *RULES, "baseline", "note"}]
     if unknown:
         raise UsageError(
@@ -110,7 +111,7 @@ def group_seeds(runs: Sequence[Run]) -> list[list[Run]]:
 
 def name_groups(groups: Sequence[Sequence[Run]]) -> list[str]:
     """A name for each group: the settings that others have not, or else the folder's name."""
-    settings = [group[0].settings for group in groups]
+    settings = [_flat(group[0].settings) for group in groups]
     differing = [
         name
         for name in dict.fromkeys(name for one in settings for name in one)
@@ -123,6 +124,14 @@ def name_groups(groups: Sequence[Sequence[Run]]) -> list[str]:
     if len(set(names)) == len(names) and all(0 < len(name) <= 60 for name in names):
         return names
     return [group[0].folder.resolve().name for group in groups]
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by name, with the arguments of expressions by names of their own."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= flattened(name, value) if isinstance(value, str) else {name: value}
+    return flat
 
 
 def number(value: Any) -> float:

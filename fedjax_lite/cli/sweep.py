@@ -6,13 +6,15 @@ import errno
 import itertools
 import json
 import os
+import re
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
@@ -26,35 +28,40 @@ from fedjax_lite.cli.plot import panels, title
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import group_seeds, name_groups, number, read_object, read_run
 from fedjax_lite.cli.train import as_option
-from fedjax_lite.experiments.build import algorithm_of, build
-from fedjax_lite.experiments.experiment import Experiment, resolve
+from fedjax_lite.experiments import expressions
+from fedjax_lite.experiments.experiment import algorithm_of, build
+from fedjax_lite.experiments.settings import Calls, Settings, calls_of
+from fedjax_lite.experiments.tables import ROLES
+from fedjax_lite.experiments.varying import (
+    TRACED,
+    group_by_program,
+    numbers_of,
+    varied_settings,
+    with_numbers,
+)
 from fedjax_lite.runs.files import locked, write_text
 from fedjax_lite.runs.records import Recorder, jsonable, machine
 
-# What can be an argument of a compiled program; the rest decides what is compiled.
-_TRACED = {
-    *("seed", "client_lr", "client_momentum", "client_weight_decay", "clip", "mu"),
-    *("clip_update", "own_share"),
-    *("server_lr", "server_momentum", "server_b1", "server_b2", "server_eps"),
-}
 _VARY = tyro.conf.arg(metavar="NAME=VALUES", help_behavior_hint="")
 
 
 @told_briefly
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sweep(Experiment):
+class Sweep(Settings):
     """Run all combinations of some settings, and record, compare and draw them.
 
-    Seeds and other numbers of the training vary within one compiled program; what changes the data,
-    the model or the shape of the program takes one for each value. Evaluations are of the server's
+    Settings are those of train. Seeds, and numbers of the algorithm, of optimizers and of updates,
+    vary within one compiled program; what changes the data, the model or the shape of the program
+    takes one for each value. Evaluations are of the server's
     model, not of models that clients have for themselves. A sweep that was interrupted goes on from
     the last program that had ended, by the same command with its folder as --out.
 
     Attributes:
       config: File of settings, .yaml or .json, as for train; also the config.json of a run. Those
         on the command line go before.
-      vary: A setting and its values: client_lr=0.01,0.03,0.1 or, for whole numbers, seed=0:8, which
-        leaves 8 out. Can be given several times, for all combinations.
+      vary: A setting, or an argument in one, and its values, such as algorithm=fed_avg,scaffold or
+        client_optimizer.learning_rate=0.03,0.1 or algorithm.mu=0.01,0.1 or, for whole numbers,
+        seed=0:8, which leaves 8 out. Can be given several times, for all combinations.
       out: Folder for the runs, one folder for each, for sweep.json and for pictures; it must not
         exist, or hold the same sweep. A new one under runs/ by default.
       json: Print one JSON object, and nothing else, on stdout.
@@ -64,6 +71,13 @@ class Sweep(Experiment):
     vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _VARY] = ()
     out: Path | None = None
     json: bool = False
+
+
+class _Run(NamedTuple):
+    """One of the runs: what it has of what varies, and all its settings."""
+
+    values: dict[str, Any]
+    settings: Settings
 
 
 def sweep(options: Sweep) -> None:
@@ -78,16 +92,19 @@ def sweep(options: Sweep) -> None:
         raise UsageError("--vary is given twice for a setting, or not at all; name each once")
     if options.fine_tune_epochs is not None or "fine_tune_epochs" in varied:
         raise UsageError("--fine-tune-epochs does nothing in a sweep; leave it out")
-    names = [field.name for field in dataclasses.fields(Experiment)]
-    base = Experiment(**{name: getattr(options, name) for name in names})
+    names = [field.name for field in dataclasses.fields(Settings)]
+    base = Settings(**{name: getattr(options, name) for name in names})
     try:
         runs = [
-            resolve(dataclasses.replace(base, **dict(zip(varied, values, strict=True))))
-            for values in itertools.product(*varied.values())
+            _Run(values, varied_settings(base, values))
+            for values in (
+                dict(zip(varied, chosen, strict=True))
+                for chosen in itertools.product(*varied.values())
+            )
         ]
     except ValueError as error:
         raise UsageError(as_option(str(error))) from None
-    programs = _programs(runs)
+    programs = group_by_program([run.settings for run in runs])
     about = jsonable({"config": dataclasses.asdict(base), "vary": varied})
     out = options.out or new_folder("sweep")
     with contextlib.ExitStack() as stack:
@@ -119,22 +136,22 @@ def _run_all(
     options: Sweep,
     out: Path,
     about: dict[str, Any],
-    runs: Sequence[Experiment],
+    runs: Sequence[_Run],
     programs: Sequence[Sequence[int]],
 ) -> None:
     """Runs, records, draws and reports what is not recorded yet."""
     varied = about["vary"]
-    structural = sorted(set(varied) - _TRACED)
+    structural = sorted(name for name in varied if not _is_traced(runs[0], name))
     told = f", since {', '.join(structural)} cannot vary within one" if len(programs) > 1 else ""
     console = rich.console.Console(stderr=options.json)
     console.print(f"{len(runs)} runs in {_count(len(programs), 'program')}{told}")
     began = time.perf_counter()
-    folders = [_folder(out, i, list(varied), run) for i, run in enumerate(runs)]
+    folders = [_folder(out, i, run) for i, run in enumerate(runs)]
     for places in programs:
-        if all(_is_complete(folders[place], runs[place]) for place in places):
+        if all(_is_complete(folders[place], runs[place].settings) for place in places):
             continue
         try:
-            histories = _run([runs[place] for place in places])
+            histories = _run([runs[place].settings for place in places])
         except KeyboardInterrupt as interrupt:
             raise InterruptedRunError(
                 f"interrupted; the same command with --out {out} goes on", interrupt
@@ -143,7 +160,7 @@ def _run_all(
             raise UsageError(as_option(str(error))) from None
         write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
         for place, history in zip(places, histories, strict=True):
-            _record(folders[place], runs[place], history)
+            _record(folders[place], runs[place].settings, history)
     run_s = time.perf_counter() - began
 
     recorded = [read_run(folder) for folder in folders]
@@ -158,7 +175,7 @@ def _run_all(
         "run_s": run_s,
         "runs": [
             {
-                **{name: getattr(run, name) for name in varied},
+                **run.values,
                 "folder": folder.name,
                 "rounds": list(found.evaluations),
                 "loss": [row["loss"] for row in found.evaluations.values()],
@@ -176,69 +193,67 @@ def _run_all(
 
 
 def _values(text: str) -> tuple[str, tuple[Any, ...]]:
-    """A setting and its values, from `name=a,b` or `name=begin:end`.
+    """A setting, or an argument of one, and its values, from `name=a,b` or `name=begin:end`.
 
     Raises:
       UsageError: It is none, or has values of another type.
     """
     name, equals, listed = text.partition("=")
     name = name.replace("-", "_")
-    hints = typing.get_type_hints(Experiment)
+    hints = typing.get_type_hints(Settings)
+    root, dot, _ = name.partition(".")
     if not equals or not listed:
         raise UsageError(f"--vary is {text!r}; write a setting and its values, as client_lr=0.1,1")
-    if name not in hints:
-        raise UsageError(f"--vary is {text!r}; choose one of {', '.join(hints)}")
-    kinds = {hints[name], *typing.get_args(hints[name])}
-    if any(typing.get_origin(kind) is tuple for kind in kinds):
-        raise UsageError(
-            f"--vary is {text!r}, and {name} takes several values; run a sweep for each"
-        )
-    convert = next((kind for kind in (int, float) if kind in kinds), str)
+    if root not in hints or (dot and root not in Calls._fields):
+        choices = ", ".join(Calls._fields if dot else hints)
+        raise UsageError(f"--vary is {text!r}; choose one of {choices}")
+    parts = expressions.split(listed)
+    if len(parts) == 1 and re.fullmatch(r"-?\d+:-?\d+", listed):
+        parts = list(map(str, range(*map(int, listed.split(":")))))
+    kinds = {hints[root], *typing.get_args(hints[root])}
+    convert = next((kind for kind in (int, float) if kind in kinds and not dot), str)
     try:
-        if convert is int and ":" in listed:
-            values: tuple[Any, ...] = tuple(range(*map(int, listed.split(":"))))
-        else:
-            values = tuple(map(convert, listed.split(",")))
-    except (ValueError, TypeError):
-        raise UsageError(
-            f"--vary is {text!r}, but {name} takes {convert.__name__} values; separate them by"
-            " commas, or write whole numbers as begin:end"
-        ) from None
-    if not values or len(set(values)) < len(values):
+        values: list[Any] = list(map(convert, parts))
+        if dot:
+            values = [expressions.literal(ROLES[root], part) for part in parts]
+    except ValueError as error:
+        told = error if dot else f"{name} takes {convert.__name__} values; separate them by commas"
+        raise UsageError(f"--vary is {text!r}, but {told}, or write begin:end") from None
+    if any(isinstance(value, float) for value in values):
+        values = [float(value) if type(value) is int else value for value in values]
+    if not values or len(set(map(str, values))) < len(values):
         raise UsageError(f"--vary is {text!r}; name at least one value, and each once")
-    return name, values
+    return name, tuple(values)
 
 
-def _programs(runs: Sequence[Experiment]) -> list[list[int]]:
-    """The places of runs that one program can run: those that differ in traced numbers alone."""
-    groups: dict[Experiment, list[int]] = {}
-    for place, run in enumerate(runs):
-        # Whether a number is there at all, or zero, changes the program.
-        shape: dict[str, Any] = {name: bool(getattr(run, name)) for name in _TRACED - {"seed"}}
-        alike = dataclasses.replace(run, seed=0, **shape)
-        groups.setdefault(alike, []).append(place)
-    return list(groups.values())
+def _is_traced(run: _Run, name: str) -> bool:
+    """Whether a setting varies within a program."""
+    if name in ("seed", "client_lr", "server_lr"):
+        return True
+    return name.partition(".")[0] in TRACED and isinstance(run.values[name], float)
 
 
-def _run(runs: Sequence[Experiment]) -> list[fl.History]:
+def _run(runs: Sequence[Settings]) -> list[fl.History]:
     """The histories of runs that one program can run."""
     built = build(runs[0])
-    numbers = {
-        name: np.array([getattr(run, name) for run in runs], np.float32)
-        for name in _TRACED - {"seed"}
-        if len({getattr(run, name) for run in runs}) > 1
-    }
-    keys = jax.vmap(jax.random.key)(np.array([run.seed for run in runs]))
+    of_runs = [numbers_of(calls_of(run)) for run in runs]
+    varying = [at for at in of_runs[0] if len({numbers[at] for numbers in of_runs}) > 1]
 
     def algorithm(**numbers: Any) -> fl.FederatedAlgorithm:
-        return algorithm_of(dataclasses.replace(built.experiment, **numbers), built.model)
+        by_place = {tuple(name.split(".")): number for name, number in numbers.items()}
+        return algorithm_of(with_numbers(built.calls, by_place), built.settings, built.model)
 
+    numbers = {
+        ".".join(at): np.array([numbers[at] for numbers in of_runs], np.float32) for at in varying
+    }
+    if numbers and not _can_be_traced(algorithm, numbers):
+        return _one_by_one(runs, of_runs)
     result = fl.sweep(
         algorithm,
         built.population,
         built.sampler,
         runs[0].rounds,
-        keys=keys,
+        keys=jax.vmap(jax.random.key)(np.array([run.seed for run in runs])),
         numbers=numbers,
         evaluate=built.evaluate,
         eval_every=runs[0].eval_every,
@@ -246,13 +261,41 @@ def _run(runs: Sequence[Experiment]) -> list[fl.History]:
     return result.histories
 
 
-def _folder(out: Path, place: int, varied: Sequence[str], run: Experiment) -> Path:
-    return out / "-".join(
-        [f"{place:03}", *(f"{name}={getattr(run, name)}".replace("/", "_") for name in varied)]
-    )
+def _can_be_traced(
+    algorithm: Callable[..., fl.FederatedAlgorithm], numbers: dict[str, np.ndarray]
+) -> bool:
+    """Whether the algorithm can be built from numbers that are not known: some functions ask."""
+
+    def state(numbers: dict[str, jax.Array]) -> fl.ServerState:
+        return algorithm(**numbers).init(jax.random.key(0), num_clients=1)
+
+    first = {name: jnp.asarray(values[0]) for name, values in numbers.items()}
+    try:
+        jax.eval_shape(state, first)
+    except jax.errors.ConcretizationTypeError:
+        return False
+    return True
 
 
-def _is_complete(folder: Path, run: Experiment) -> bool:
+def _one_by_one(
+    runs: Sequence[Settings], of_runs: Sequence[dict[tuple[str, ...], float]]
+) -> list[fl.History]:
+    """The histories of runs whose numbers take programs of their own."""
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for place, numbers in enumerate(of_runs):
+        groups.setdefault(tuple(numbers.values()), []).append(place)
+    found: dict[int, fl.History] = {}
+    for places in groups.values():
+        found |= zip(places, _run([runs[place] for place in places]), strict=True)
+    return [found[place] for place in range(len(runs))]
+
+
+def _folder(out: Path, place: int, run: _Run) -> Path:
+    named = (f"{name}={value}".replace("/", "_") for name, value in run.values.items())
+    return out / "-".join([f"{place:03}", *named])
+
+
+def _is_complete(folder: Path, run: Settings) -> bool:
     """Whether a run is recorded up to its last evaluation, which is written last."""
     try:
         return run.rounds in read_run(folder).evaluations
@@ -260,7 +303,7 @@ def _is_complete(folder: Path, run: Experiment) -> bool:
         return False
 
 
-def _record(folder: Path, run: Experiment, history: fl.History) -> None:
+def _record(folder: Path, run: Settings, history: fl.History) -> None:
     """Writes a run as `fedjax-lite train` does, for `fedjax-lite plot`."""
     with Recorder(folder, dataclasses.asdict(run)) as recorder:
         for row in history.rounds:

@@ -3,12 +3,19 @@
 from fedjax_lite.data import preprocess
 from fedjax_lite.data.benchmarks import cifar10, cifar100, emnist, shakespeare, stackoverflow
 from fedjax_lite.data.dataset import FederatedDataset
-from fedjax_lite.data.digits import digits
+from fedjax_lite.data.digits import digits, digits_images
 from fedjax_lite.data.formats import convert, read
 from fedjax_lite.data.frames import read_pandas
 from fedjax_lite.data.hdf5 import read_tff_hdf5
 from fedjax_lite.data.huggingface import read_huggingface
 from fedjax_lite.data.leaf import read_leaf
+from fedjax_lite.data.like import (
+    cifar10_like,
+    cifar100_like,
+    emnist_like,
+    shakespeare_like,
+    stackoverflow_like,
+)
 from fedjax_lite.data.population import (
     GeneratedPopulation,
     Population,
@@ -29,10 +36,14 @@ __all__ = [
     "StreamedPopulation",
     "Writer",
     "cifar10",
+    "cifar10_like",
     "cifar100",
+    "cifar100_like",
     "convert",
     "digits",
+    "digits_images",
     "emnist",
+    "emnist_like",
     "gaussian_images",
     "halfspace",
     "halfspace_batch",
@@ -48,7 +59,9 @@ __all__ = [
     "read_tff_hdf5",
     "read_tff_sqlite",
     "shakespeare",
+    "shakespeare_like",
     "stackoverflow",
+    "stackoverflow_like",
     "synthetic",
 ]
 

@@ -7,6 +7,24 @@ from fedjax_lite.data import partition
 from fedjax_lite.data.dataset import FederatedDataset
 
 
+def digits_images() -> dict[str, np.ndarray]:
+    """The 1,797 images of 8 x 8 pixels of the UCI digits test set, to be dealt to clients.
+
+    Needs scikit-learn (the `run` extra), which bundles the data; nothing is downloaded.
+
+    Returns:
+      The features `x` `[1797, 64]`, float32 within [0, 1], and `y` `[1797]`, int32 from 0 to 9.
+
+    Raises:
+      ImportError: scikit-learn is missing.
+
+    >>> {name: feature.shape for name, feature in digits_images().items()}
+    {'x': (1797, 64), 'y': (1797,)}
+    """
+    images, labels = require("sklearn.datasets", "run").load_digits(return_X_y=True)
+    return {"x": (images / 16).astype(np.float32), "y": labels.astype(np.int32)}
+
+
 def digits(
     num_clients: int = 50,
     *,
@@ -36,8 +54,8 @@ def digits(
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out is {held_out}; choose a fraction between 0 and 1.")
-    images, labels = require("sklearn.datasets", "run").load_digits(return_X_y=True)
-    examples = {"x": (images / 16).astype(np.float32), "y": labels.astype(np.int32)}
+    examples = digits_images()
+    labels = examples["y"]
     rng_held_out, rng_partition = np.random.default_rng(seed).spawn(2)
     order = rng_held_out.permutation(labels.size)
     test, train = np.split(order, [round(held_out * labels.size)])

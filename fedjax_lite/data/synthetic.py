@@ -67,8 +67,8 @@ def halfspace(
 
 
 def synthetic(
-    alpha: float,
-    beta: float,
+    alpha: float = 1.0,
+    beta: float = 1.0,
     num_clients: int = 30,
     *,
     iid: bool = False,

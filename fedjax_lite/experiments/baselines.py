@@ -26,6 +26,8 @@ Loaded = tuple[FederatedDataset, FederatedDataset]
 _FED_OPT = "Reddi et al. (2021), Flower"
 _NIID_BENCH = "Flower, niid_bench"
 _PFL = "pfl-research"
+_SILOS = "cifar10_like(10, num_examples=5000)"
+_SKEWED_SILOS = "cifar10_like(10, num_examples=5000, alpha=0.5)"
 _NO_CROPS = "whole images, standardised one by one, instead of random crops, mirrored at random"
 
 
@@ -34,7 +36,7 @@ class Baseline(NamedTuple):
 
     Attributes:
       task: What is learned.
-      settings: Those of an `Experiment`.
+      settings: Those of an experiment.
       dealt: Further ones for the real data, which say how they are dealt to clients.
       drawn: Further ones for data drawn in their shapes.
       load: `load(path, test) -> (train, test)` reads the real data.
@@ -56,14 +58,14 @@ class Baseline(NamedTuple):
 
 
 def settings_of(baseline: Baseline, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """Settings of an `Experiment`.
+    """Settings of an experiment.
 
     Args:
       baseline: One of `BASELINES`.
       path: Where the real data are; without, data are drawn in their shapes.
 
     >>> settings_of(BASELINES["emnist-cnn"])["dataset"]
-    'emnist-like'
+    'emnist_like'
     """
     if path is None:
         return {**baseline.settings, **baseline.drawn}
@@ -129,44 +131,41 @@ def _niid_bench() -> dict[str, Baseline]:
         "sampler": "everyone",
         "batch_size": 64,
         "num_epochs": 10,
-        "client_lr": 0.01,
-        "client_momentum": 0.9,
-        "client_weight_decay": 1e-5,
+        "client_optimizer": "chain(add_decayed_weights(1e-5), sgd(0.01, momentum=0.9))",
         "rounds": 50,
         "eval_every": 1,
     }
-    drawn = {"dataset": "cifar10-like", "num_clients": 10, "examples_per_client": 5000}
-    algorithms: dict[str, dict[str, Any]] = {
-        "fed-avg": {"algorithm": "fed-avg"},
-        "fed-prox": {"algorithm": "fed-prox", "mu": 0.01},
-        "scaffold": {"algorithm": "scaffold"},
-        "fed-nova": {"algorithm": "fed-nova"},
+    algorithms = {
+        "fed-avg": "fed_avg",
+        "fed-prox": "fed_prox(mu=0.01)",
+        "scaffold": "scaffold",
+        "fed-nova": "fed_nova",
     }
     differs = {
         "scaffold": "; momentum sees the control variates, and clients estimate their gradients"
         " by the mean along their way, not by how far they came",
     }
     return {
-        f"niid-{split}-{name}": Baseline(
+        f"niid-{split.partition('(')[0]}-{name}": Baseline(
             task=f"CIFAR-10, 10 silos, {split}",
-            settings={**settings, **algorithms[name]},
-            dealt={"partition": split, "num_clients": 10, **alpha},
-            drawn={**drawn, **alpha},
+            settings={**settings, "algorithm": algorithms[name]},
+            dealt={"partition": split, "num_clients": 10},
+            drawn={"dataset": drawn},
             load=_cifar10,
             source=_NIID_BENCH,
             accuracy=accuracy,
             differs="images standardised one by one; theirs is the best round's accuracy"
             + differs.get(name, ""),
         )
-        for split, alpha, name, accuracy in (
-            ("iid", {}, "fed-avg", 0.7132),
-            ("iid", {}, "fed-prox", 0.7126),
-            ("iid", {}, "scaffold", 0.7166),
-            ("iid", {}, "fed-nova", 0.7069),
-            ("dirichlet", {"alpha": 0.5}, "fed-avg", 0.6247),
-            ("dirichlet", {"alpha": 0.5}, "fed-prox", 0.6563),
-            ("dirichlet", {"alpha": 0.5}, "scaffold", 0.6808),
-            ("dirichlet", {"alpha": 0.5}, "fed-nova", 0.6389),
+        for split, drawn, name, accuracy in (
+            ("iid", _SILOS, "fed-avg", 0.7132),
+            ("iid", _SILOS, "fed-prox", 0.7126),
+            ("iid", _SILOS, "scaffold", 0.7166),
+            ("iid", _SILOS, "fed-nova", 0.7069),
+            ("dirichlet(alpha=0.5)", _SKEWED_SILOS, "fed-avg", 0.6247),
+            ("dirichlet(alpha=0.5)", _SKEWED_SILOS, "fed-prox", 0.6563),
+            ("dirichlet(alpha=0.5)", _SKEWED_SILOS, "scaffold", 0.6808),
+            ("dirichlet(alpha=0.5)", _SKEWED_SILOS, "fed-nova", 0.6389),
         )
     }
 
@@ -184,20 +183,20 @@ def _fed_opt() -> dict[str, Baseline]:
     return {
         f"cifar10-{name}": Baseline(
             task="CIFAR-10, 500 clients, Dirichlet 0.1",
-            settings={**settings, "client_lr": client_lr, **server},
-            dealt={"partition": "dirichlet-by-client", "num_clients": 500, "alpha": 0.1},
-            drawn={"dataset": "cifar10-like", "alpha": 0.1},
+            settings={**settings, "client_lr": client_lr, "server_optimizer": server},
+            dealt={"partition": "dirichlet_by_client(alpha=0.1)", "num_clients": 500},
+            drawn={"dataset": "cifar10_like(alpha=0.1)"},
             load=_cifar10,
             source=_FED_OPT,
             accuracy=accuracy,
             differs=_NO_CROPS,
         )
         for name, client_lr, server, accuracy in (
-            ("fed-avg", 10**-0.5, {"server_lr": 1.0}, 0.728),
-            ("fed-avgm", 10**-1.5, {"server_optimizer": "momentum", "server_lr": 10**-0.5}, 0.774),
-            ("fed-adagrad", 10**-1.5, {"server_optimizer": "adagrad", "server_lr": 0.1}, 0.731),
-            ("fed-adam", 10**-1.5, {"server_optimizer": "adam", "server_lr": 0.01}, 0.774),
-            ("fed-yogi", 10**-1.5, {"server_optimizer": "yogi", "server_lr": 0.01}, 0.780),
+            ("fed-avg", 10**-0.5, "sgd(1.0)", 0.728),
+            ("fed-avgm", 10**-1.5, f"sgd({10**-0.5}, momentum=0.9)", 0.774),
+            ("fed-adagrad", 10**-1.5, "fed_adagrad(0.1)", 0.731),
+            ("fed-adam", 10**-1.5, "fed_adam(0.01)", 0.774),
+            ("fed-yogi", 10**-1.5, "fed_yogi(0.01)", 0.780),
         )
     }
 
@@ -205,7 +204,7 @@ def _fed_opt() -> dict[str, Baseline]:
 def _emnist() -> dict[str, Baseline]:
     """EMNIST with the clients of its files."""
     cnn = {
-        "model": "emnist-cnn",
+        "model": "emnist_cnn",
         "client_lr": 0.1,
         "batch_size": 10,
         "num_epochs": 1,
@@ -216,7 +215,7 @@ def _emnist() -> dict[str, Baseline]:
     common: dict[str, Any] = {
         "task": "EMNIST, 62 characters",
         "dealt": {},
-        "drawn": {"dataset": "emnist-like"},
+        "drawn": {"dataset": "emnist_like"},
         "load": _either(data.emnist),
     }
     notebook = "FedJAX, notebook"
@@ -234,11 +233,8 @@ def _emnist() -> dict[str, Baseline]:
             settings={
                 **cnn,
                 "client_lr": 0.16,
-                "server_lr": 1.0,
-                "server_schedule": "step",
-                "decay": 0.5,
-                "decay_every": 500,
-                "quantize_bits": 8,
+                "server_optimizer": "sgd(exponential_decay(1.0, 500, 0.5, staircase=True))",
+                "updates": "quantize_uniform(256)",
                 "rounds": 1500,
             },
             source=notebook,
@@ -247,16 +243,10 @@ def _emnist() -> dict[str, Baseline]:
         ),
         "emnist-dense-apfl": Baseline(
             settings={
-                "model": "emnist-dense",
-                "algorithm": "apfl",
-                "own_share": 0.5,
-                "layerwise": True,
+                "model": "emnist_dense",
+                "algorithm": "apfl(alpha=0.5, layerwise=True)",
                 "client_lr": 0.001,
-                "server_optimizer": "adam",
-                "server_lr": 1.0,
-                "server_b1": 0.9,
-                "server_b2": 0.99,
-                "server_eps": 0.01,
+                "server_optimizer": "adam(1.0, b1=0.9, b2=0.99, eps=0.01)",
                 "batch_size": 20,
                 "num_epochs": 1,
                 "cohort_size": 340,
@@ -280,10 +270,7 @@ BASELINES = {
         settings={
             "model": "logistic",
             "client_lr": 0.01,
-            "server_optimizer": "yogi",
-            "server_lr": 0.1,
-            "server_b2": 0.999,
-            "server_eps": 0.01,
+            "server_optimizer": "yogi(0.1, b1=0.9, b2=0.999, eps=0.01)",
             "batch_size": 20,
             "num_epochs": 1,
             "cohort_size": 10,
@@ -291,7 +278,7 @@ BASELINES = {
             "eval_every": 100,
         },
         dealt={},
-        drawn={"dataset": "cifar100-like", "crop": 24},
+        drawn={"dataset": "cifar100_like(crop=24)"},
         load=_either(data.cifar100),
         source="FedJAX, flags",
         accuracy=0.1149,
@@ -302,9 +289,9 @@ BASELINES = {
     "cifar10-speed": Baseline(
         task="CIFAR-10, 1000 clients with 50 images",
         settings={
-            "model": "cifar-cnn",
+            "model": "cifar_cnn",
             "client_lr": 0.1,
-            "weighting": "uniform",
+            "algorithm": "fed_avg(weighting='uniform')",
             "batch_size": 10,
             "num_epochs": 1,
             "cohort_size": 50,
@@ -312,7 +299,7 @@ BASELINES = {
             "eval_every": 100,
         },
         dealt={"partition": "iid", "num_clients": 1000},
-        drawn={"dataset": "cifar10-like", "num_clients": 1000, "examples_per_client": 50},
+        drawn={"dataset": "cifar10_like(1000, num_examples=50)"},
         load=_cifar10,
         source=_PFL,
         accuracy=None,  # Theirs reads the pixels of an image in another order.
@@ -320,12 +307,10 @@ BASELINES = {
     "stackoverflow-transformer": Baseline(
         task="Stack Overflow, next word",
         settings={
-            "model": "stackoverflow-transformer",
+            "model": "stackoverflow_transformer",
             "client_lr": 0.3,
-            "server_optimizer": "adam",
-            "server_lr": 0.1,
-            "server_eps": 0.01,
-            "weighting": "uniform",
+            "server_optimizer": "adam(0.1, b1=0.9, b2=0.99, eps=0.01)",
+            "algorithm": "fed_avg(weighting='uniform')",
             "batch_size": 16,
             "num_epochs": 1,
             "cohort_size": 400,
@@ -333,7 +318,7 @@ BASELINES = {
             "eval_every": 100,
         },
         dealt={},
-        drawn={"dataset": "stackoverflow-like"},
+        drawn={"dataset": "stackoverflow_like"},
         load=_stackoverflow,
         source=_PFL,
         accuracy=None,
@@ -342,7 +327,7 @@ BASELINES = {
     "shakespeare-lstm": Baseline(
         task="Shakespeare, next character",
         settings={
-            "model": "shakespeare-lstm",
+            "model": "shakespeare_lstm",
             "client_lr": 1.0,
             "batch_size": 4,
             "num_epochs": 1,
@@ -351,7 +336,7 @@ BASELINES = {
             "eval_every": 50,
         },
         dealt={},
-        drawn={"dataset": "shakespeare-like"},
+        drawn={"dataset": "shakespeare_like"},
         load=_either(data.shakespeare),
         source="Reddi et al. (2021)",
         accuracy=0.569,

@@ -1,388 +1,353 @@
-"""A run as a value: every setting of a simulation."""
+"""The simulation that settings describe, ready to run."""
 
 import dataclasses
-import math
-import typing
-from typing import Any, Literal
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from fedjax_lite import _validate
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-Schedule = Literal["constant", "cosine", "exponential", "step"]
+from fedjax_lite import _validate, samplers
+from fedjax_lite.base import FederatedAlgorithm, ServerState
+from fedjax_lite.data.dataset import FederatedDataset
+from fedjax_lite.data.population import Population
+from fedjax_lite.engine import cohort_of
+from fedjax_lite.evaluation import (
+    ClientEvaluation,
+    evaluate,
+    evaluate_clients,
+    evaluate_fine_tuned,
+)
+from fedjax_lite.experiments import expressions
+from fedjax_lite.experiments.expressions import Call, written
+from fedjax_lite.experiments.loading import Loaded, load
+from fedjax_lite.experiments.settings import Calls, Settings, calls_of, to_settings
+from fedjax_lite.experiments.tables import ROLES, SCHEDULES
+from fedjax_lite.models.model import Model
+from fedjax_lite.runs import TrainResult, train
+from fedjax_lite.samplers import Sampler
+from fedjax_lite.updates import chain
+from fedjax_lite.xla import replicate
+
+_GENERATED_CLIENTS_EVALUATED = 100
+_FEW_IDS = 100  # A vocabulary of characters, and not of words.
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """All settings of a run. Those that are None take the default of what they belong to.
+class Experiment(NamedTuple):
+    """A simulation, ready to run.
 
     Attributes:
-      dataset: digits (1,797 images of 8 x 8 pixels), synthetic or synthetic-iid (FedProx's, 60
-        features), or the path of a data set with the features x and y: a folder that `fedjax-lite
-        data convert` wrote, or any file that `fedjax-lite data describe` reads. Drawn when they
-        are used, with as many clients as the field's benchmarks have: images in the shapes of
-        emnist-like (gaussian-images with label skew), cifar10-like and cifar100-like, and
-        sequences in those of shakespeare-like and stackoverflow-like.
-      test: Path of a data set to evaluate on, such as the test split of a file; by default a part
-        of the data set is held out.
-      client_column: The column of a table (CSV, parquet, .npz, Hugging Face) that names the client
-        of each row, in dataset and test; client_id by default, client_ids in .npz.
-      columns: The columns of dataset and test that make up x and y: x=a,b y=label, where x=a, is a
-        vector of one, and x=* one of all columns that are not named. Whole numbers become floats,
-        as x of a class. Features are as the file names them by default.
-      held_out: Fraction of each client's examples that is evaluated on and never trained on,
-        between 0 and 1; 0.2 by default.
-      partition: How examples are dealt to clients: natural (as the file has them; its default),
-        iid, dirichlet or dirichlet-by-client (label skew; dirichlet is the default of digits),
-        shards or pathological (a few classes per client).
-      num_clients: Number of clients; 50 by default, 30 of synthetic, 1000 of gaussian-images, and
-        3400, 500, 500, 715 and 342,477 of the five in the shapes of benchmarks.
-      examples_per_client: Examples of a client in a round, where they are drawn when used; 100 by
-        default, 198 of emnist-like, 50 of shakespeare-like, 64 of stackoverflow-like.
-      alpha: Concentration of the Dirichlet distribution, smaller is more skewed, 0.3 by default;
-        for synthetic the standard deviation alpha, 1 by default. Images in the shapes of
-        benchmarks have no skew by default.
-      beta: Standard deviation beta of synthetic; 1 by default.
-      per_client: Shards, or classes, of a client; 2 by default.
-      separation: Distance of the classes of drawn images in standard deviations of the noise,
-        smaller is harder; 6 by default.
-      crop: Height and width of the images of cifar10-like and cifar100-like; 32 by default.
-      data_seed: Determines the split, and data that are drawn.
-      model: logistic, mlp, or a model of the field: emnist-dense, emnist-cnn, cifar-cnn, lenet and
-        resnet18 (with norms over groups) for images; shakespeare-lstm, stackoverflow-lstm and
-        stackoverflow-transformer for sequences. auto is an mlp for digits and files, emnist-cnn,
-        cifar-cnn or resnet18 for images in the shapes of EMNIST, CIFAR-10 and CIFAR-100,
-        shakespeare-lstm or stackoverflow-transformer for sequences, and else logistic.
-      hidden: Widths of the hidden layers of an mlp; 64 by default.
-      vocabulary_size: Ids that a model of sequences knows, the four special ones included; 90 by
-        default for Shakespeare, 10,004 for Stack Overflow.
-      algorithm: fed-avg, fed-prox, scaffold, fed-nova, apfl (clients with models of their own) or
-        fed-sgd.
-      mu: Strength of fed-prox's proximal term; 0.01 by default.
-      own_share: Share of a client's own params in its model that apfl begins with; 0.5 by default.
-      layerwise: Let apfl learn a share for each array of the params, instead of one for each
-        client.
-      fine_tune_epochs: Let each client train the model for so many epochs on its own examples after
-        the last round, and evaluate it on its held-out ones; not done by default.
-      weighting: The weight of a client in the mean: its number of examples, or uniform.
-      batch_size: Examples in a local batch.
-      num_epochs: How often a client runs through its examples in a round; 5 by default.
-      num_steps: Local steps of a client in a round, instead of epochs.
-      client_optimizer: sgd (the default) or adam, started anew in each round.
-      client_lr: Learning rate of clients; 0.1 by default with sgd, 0.001 with adam.
-      client_momentum: Momentum of sgd; 0 by default.
-      client_weight_decay: L2 penalty added to the gradients of clients; 0 by default.
-      clip: Largest L2 norm of a client's gradient in a step; not clipped by default.
-      clip_update: Largest L2 norm of a client's update; not clipped by default.
-      quantize_bits: Bits of a number in a client's update, rounded at random between the extremes
-        of its array; not rounded by default.
-      client_schedule: Learning rate of clients by round: constant, cosine (to 0 in the last
-        round), exponential or step (both times decay every decay-every rounds, the one steadily,
-        the other at once); constant by default.
-      server_optimizer: What steps along the clients' mean: sgd (FedAvg), momentum (FedAvgM), adam,
-        yogi, adagrad, lamb or lars (FedAdam and so on).
-      server_lr: Learning rate of the server; 1 by default with sgd and momentum, 3 with lars, 0.1
-        with adagrad, 0.01 with adam, yogi and lamb.
-      server_momentum: Momentum of momentum and lars; 0.9 by default.
-      server_b1: Decay of the first moment of adam, yogi and lamb; 0.9 by default.
-      server_b2: Decay of the second moment of adam, yogi and lamb; 0.99 by default.
-      server_eps: Adaptivity (tau) of adam, yogi, adagrad and lamb; 0.001 by default.
-      server_schedule: Learning rate of the server by round, as for clients.
-      decay: Factor of the exponential and step schedules; 0.5 by default.
-      decay_every: Rounds between two such factors; 100 by default.
-      sampler: uniform, poisson (each client on its own), importance (in proportion to its
-        examples), round-robin, minimise-reuse, or everyone.
-      cohort_size: Clients in a round; the expected number with poisson and importance; 20 by
-        default.
-      rounds: Number of rounds.
-      seed: Determines everything random but the data.
-      eval_every: Rounds between two evaluations.
-      lanes: Clients trained side by side on a device, which changes the speed only; 1 by default
-        on a CPU, up to 64 elsewhere.
+      settings: The settings, none of them left open.
+      calls: The same, parsed.
+      model: The model.
+      algorithm: The algorithm.
+      population: The clients.
+      sampler: Who takes part.
+      evaluate: `evaluate(state) -> {metric: scalar}`, on all held-out examples.
+      held_out: The held-out examples of each client; `None` where clients are generated.
+      personal: `personal(state, key) -> evaluation`, of the params that each client has for itself
+        on its held-out examples: those that the algorithm gives it, or the server's, fine-tuned.
+        `None` if they have none.
     """
 
-    dataset: str = "digits"
-    test: str | None = None
-    client_column: str | None = None
-    columns: tuple[str, ...] | None = None
-    held_out: float | None = None
-    partition: (
-        Literal["natural", "iid", "dirichlet", "dirichlet-by-client", "shards", "pathological"]
-        | None
-    ) = None
-    num_clients: int | None = None
-    examples_per_client: int | None = None
-    alpha: float | None = None
-    beta: float | None = None
-    per_client: int | None = None
-    separation: float | None = None
-    crop: int | None = None
-    data_seed: int = 0
-    model: Literal[
-        "auto",
-        "logistic",
-        "mlp",
-        "emnist-dense",
-        "emnist-cnn",
-        "cifar-cnn",
-        "lenet",
-        "resnet18",
-        "shakespeare-lstm",
-        "stackoverflow-lstm",
-        "stackoverflow-transformer",
-    ] = "auto"
-    hidden: tuple[int, ...] | None = None
-    vocabulary_size: int | None = None
-    algorithm: Literal["fed-avg", "fed-prox", "scaffold", "fed-nova", "apfl", "fed-sgd"] = "fed-avg"
-    mu: float | None = None
-    own_share: float | None = None
-    layerwise: bool | None = None
-    fine_tune_epochs: int | None = None
-    weighting: Literal["examples", "uniform"] = "examples"
-    batch_size: int = 10
-    num_epochs: int | None = None
-    num_steps: int | None = None
-    client_optimizer: Literal["sgd", "adam"] | None = None
-    client_lr: float | None = None
-    client_momentum: float | None = None
-    client_weight_decay: float | None = None
-    clip: float | None = None
-    clip_update: float | None = None
-    quantize_bits: int | None = None
-    client_schedule: Schedule | None = None
-    server_optimizer: Literal["sgd", "momentum", "adam", "yogi", "adagrad", "lamb", "lars"] = "sgd"
-    server_lr: float | None = None
-    server_momentum: float | None = None
-    server_b1: float | None = None
-    server_b2: float | None = None
-    server_eps: float | None = None
-    server_schedule: Schedule = "constant"
-    decay: float | None = None
-    decay_every: int | None = None
-    sampler: Literal[
-        "uniform", "poisson", "importance", "round-robin", "minimise-reuse", "everyone"
-    ] = "uniform"
-    cohort_size: int | None = None
-    rounds: int = 100
-    seed: int = 0
-    eval_every: int = 10
-    lanes: int | None = None
+    settings: Settings
+    calls: Calls
+    model: Model
+    algorithm: FederatedAlgorithm
+    population: Population
+    sampler: Sampler
+    evaluate: Callable[[ServerState], dict[str, jax.Array]]
+    held_out: FederatedDataset | None
+    personal: Callable[[ServerState, jax.Array], ClientEvaluation] | None
+
+    def __repr__(self) -> str:
+        return f"Experiment({', '.join(f'{k}={v!r}' for k, v in self._settings().items())})"
+
+    def _settings(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.settings)
+        return {name: value for name, value in settings.items() if value is not None}
+
+    def train(self, **options: Any) -> TrainResult:
+        """Runs it by `fl.train`.
+
+        Args:
+          **options: Further ones of `fl.train`, such as `checkpoints` or `on_eval`.
+        """
+        settings = self.settings
+        options = {"evaluate": self.evaluate, "eval_every": settings.eval_every, **options}
+        key = jax.random.key(settings.seed)
+        return train(
+            self.algorithm, self.population, self.sampler, settings.rounds, key=key, **options
+        )
 
 
-_SYNTHETIC = ("synthetic", "synthetic-iid")
-_CIFAR_LIKE = ("cifar10-like", "cifar100-like")
-_IMAGES = ("gaussian-images", "emnist-like", *_CIFAR_LIKE)
-# The model that auto chooses for data that are drawn.
-_GENERATED = {
-    **dict.fromkeys((*_SYNTHETIC, "gaussian-images"), "logistic"),
-    "emnist-like": "emnist-cnn",
-    "cifar10-like": "cifar-cnn",
-    "cifar100-like": "resnet18",
-    "shakespeare-like": "shakespeare-lstm",
-    "stackoverflow-like": "stackoverflow-transformer",
-}
-_DEALT = ("iid", "dirichlet", "dirichlet-by-client", "shards", "pathological")
-_LOCAL = ("fed-avg", "fed-prox", "scaffold", "fed-nova", "apfl")
-_ADAPTIVE = ("adam", "yogi", "lamb")
+def experiment(**settings: Any) -> Experiment:
+    """A simulation from its settings: what `fedjax-lite train` runs, from Python.
 
-# What a setting belongs to, and its default for each choice that has it. Those of server
-# optimizers are the ones of Reddi et al. (2021), "Adaptive Federated Optimization".
-_BELONGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "partition": ("dataset", {"digits": "dirichlet", "file": "natural"}),
-    "test": ("dataset", {"file": None}),
-    "client_column": ("dataset", {"file": None}),
-    "columns": ("dataset", {"file": None}),
-    "held_out": ("dataset", dict.fromkeys(("digits", *_SYNTHETIC, "file"), 0.2)),
-    "num_clients": (
-        "split",
-        {
-            **dict.fromkeys(_DEALT, 50),
-            "synthetic": 30,
-            "synthetic-iid": 30,
-            "gaussian-images": 1000,
-            # As in the files of the benchmarks; those of CIFAR-10 as in Reddi et al. (2021).
-            "emnist-like": 3400,
-            "cifar10-like": 500,
-            "cifar100-like": 500,
-            "shakespeare-like": 715,
-            "stackoverflow-like": 342_477,
-        },
-    ),
-    "examples_per_client": (
-        "dataset",
-        {
-            "gaussian-images": 100,
-            "emnist-like": 198,  # 671,585 examples of 3,400 clients.
-            "cifar10-like": 100,
-            "cifar100-like": 100,
-            "shakespeare-like": 50,
-            "stackoverflow-like": 64,  # As many as pfl-research takes of a client.
-        },
-    ),
-    "alpha": (
-        "split",
-        {
-            "dirichlet": 0.3,
-            "dirichlet-by-client": 0.3,
-            "synthetic": 1.0,
-            **dict.fromkeys(_IMAGES),
-            "gaussian-images": 0.3,
-        },
-    ),
-    "beta": ("split", {"synthetic": 1.0}),
-    "per_client": ("split", {"shards": 2, "pathological": 2}),
-    "separation": ("dataset", dict.fromkeys(_IMAGES, 6.0)),
-    "crop": ("dataset", dict.fromkeys(_CIFAR_LIKE, 32)),
-    "hidden": ("model", {"mlp": (64,)}),
-    "vocabulary_size": (
-        "model",
-        {
-            "shakespeare-lstm": 90,
-            "stackoverflow-lstm": 10_004,
-            "stackoverflow-transformer": 10_004,
-        },
-    ),
-    "mu": ("algorithm", {"fed-prox": 0.01}),
-    "own_share": ("algorithm", {"apfl": 0.5}),
-    "layerwise": ("algorithm", {"apfl": False}),
-    "fine_tune_epochs": (
-        "algorithm",
-        dict.fromkeys(("fed-avg", "fed-prox", "scaffold", "fed-nova")),
-    ),
-    "num_steps": ("algorithm", dict.fromkeys(_LOCAL)),
-    "num_epochs": ("algorithm", dict.fromkeys(_LOCAL, 5)),
-    "client_optimizer": ("algorithm", dict.fromkeys(_LOCAL, "sgd")),
-    "client_schedule": ("algorithm", dict.fromkeys(_LOCAL, "constant")),
-    "client_lr": ("client_optimizer", {"sgd": 0.1, "adam": 0.001}),
-    "client_momentum": ("client_optimizer", {"sgd": 0.0}),
-    "client_weight_decay": ("client_optimizer", {"sgd": 0.0, "adam": 0.0}),
-    "clip": ("client_optimizer", {"sgd": None, "adam": None}),
-    "server_lr": (
-        "server_optimizer",
-        {
-            "sgd": 1.0,
-            "momentum": 1.0,
-            "lars": 1.0,
-            "adagrad": 0.1,
-            **dict.fromkeys(_ADAPTIVE, 0.01),
-        },
-    ),
-    "server_momentum": ("server_optimizer", {"momentum": 0.9, "lars": 0.9}),
-    "server_b1": ("server_optimizer", dict.fromkeys(_ADAPTIVE, 0.9)),
-    "server_b2": ("server_optimizer", dict.fromkeys(_ADAPTIVE, 0.99)),
-    "server_eps": ("server_optimizer", dict.fromkeys((*_ADAPTIVE, "adagrad"), 1e-3)),
-    "decay": ("schedule", {"exponential": 0.5, "step": 0.5}),
-    "decay_every": ("schedule", {"exponential": 100, "step": 100}),
-    "cohort_size": (
-        "sampler",
-        dict.fromkeys(("uniform", "poisson", "importance", "round-robin", "minimise-reuse"), 20),
-    ),
-}
-_AT_LEAST = {
-    "num_clients": 1,
-    "examples_per_client": 1,
-    "crop": 1,
-    "vocabulary_size": 5,
-    "per_client": 1,
-    "batch_size": 1,
-    "num_epochs": 1,
-    "num_steps": 1,
-    "fine_tune_epochs": 1,
-    "quantize_bits": 1,
-    "decay_every": 1,
-    "cohort_size": 1,
-    "rounds": 1,
-    "eval_every": 1,
-    "lanes": 1,
-    "seed": 0,
-    "data_seed": 0,
-}
-_POSITIVE = ("clip", "clip_update", "client_lr", "server_lr", "server_eps", "decay")
-_NOT_NEGATIVE = ("mu", "client_weight_decay", "alpha", "beta", "separation")
-_FRACTIONS = ("client_momentum", "server_momentum", "server_b1", "server_b2")
+    Args:
+      **settings: Those of `fedjax-lite train`, as its help tells them: expressions such as
+        `algorithm="fed_prox(mu=0.1)"`, and numbers such as `rounds=100`. In place of an expression,
+        an object serves: a `FederatedDataset` or a pair of one to train and one to evaluate on, a
+        `Model`, an optax transformation, an `UpdateTransform`, a `Sampler`, a dict of metrics; or
+        a function that is given what it takes of what the program knows, such as
+        `lambda model, client_optimizer, server_optimizer: ...` for an algorithm.
 
-
-def resolve(experiment: Experiment) -> Experiment:
-    """The experiment with a value for every setting that applies to it, and None for the others.
+    Returns:
+      An `Experiment`: the model, the algorithm and all else, and `train()`.
 
     Raises:
-      ValueError: A setting is out of range, or set while what it belongs to is not chosen.
+      ValueError: A setting is out of range, or no expression, or cannot be met.
+      TypeError: There is no such setting.
+      ImportError: A package is missing that the data set needs.
 
-    >>> resolved = resolve(Experiment(server_optimizer="adam"))
-    >>> resolved.server_lr, resolved.server_eps, resolved.server_momentum
-    (0.01, 0.001, None)
+    >>> found = experiment(dataset="synthetic(num_clients=3)", model="logistic", cohort_size=2)
+    >>> state = found.algorithm.init(jax.random.key(0))
+    >>> sorted(found.evaluate(state)), found.settings.model
+    (['accuracy', 'loss'], 'logistic()')
     """
-    values = dataclasses.asdict(experiment)
-    _check_values(values)
-    is_file = experiment.dataset != "digits" and experiment.dataset not in _GENERATED
-    if experiment.dataset == "digits" and experiment.partition == "natural":
-        raise ValueError(
-            "partition is 'natural', and digits have no clients of their own; choose dirichlet,"
-            " iid, shards or another way to deal them."
-        )
-    values["model"] = _model_of(experiment.model, "file" if is_file else experiment.dataset)
-
-    def governs(name: str) -> str | None:
-        if name == "dataset":
-            return "file" if is_file else experiment.dataset
-        if name == "split":
-            return values["partition"] or experiment.dataset
-        if name == "schedule":
-            both = (values["client_schedule"], values["server_schedule"])
-            return next((one for one in both if one in ("exponential", "step")), both[1])
-        return values[name]
-
-    for name, (governor, defaults) in _BELONGS.items():
-        choice = governs(governor)
-        if choice not in defaults:
-            if values[name] is not None:
-                raise ValueError(
-                    f"{name} is {values[name]!r}, which belongs to {' and '.join(defaults)};"
-                    f" leave it out with {choice or experiment.algorithm}."
-                )
-        elif values[name] is None:
-            values[name] = defaults[choice]
-    if experiment.num_steps is not None:
-        if experiment.num_epochs is not None:
-            raise ValueError(
-                f"num_epochs is {experiment.num_epochs} beside num_steps {experiment.num_steps};"
-                " choose one of the two."
-            )
-        values["num_epochs"] = None
-    if values["test"] is not None:
-        if experiment.held_out is not None:
-            raise ValueError(f"held_out is {experiment.held_out} beside test; choose one.")
-        values["held_out"] = None
-    return Experiment(**values)
+    return build(Settings(**settings))
 
 
-def _check_values(values: dict[str, Any]) -> None:
-    for name, hint in typing.get_type_hints(Experiment).items():
-        literals = [part for part in (hint, *typing.get_args(hint)) if _is_literal(part)]
-        if literals and values[name] is not None:
-            _validate.choice(name, values[name], typing.get_args(literals[0]))
-    known = {name: value for name, value in values.items() if value is not None}
-    for name, minimum in _AT_LEAST.items():
-        if name in known:
-            maximum = 24 if name == "quantize_bits" else 2**31 - 1
-            _validate.integer(name, known[name], minimum=minimum, maximum=maximum)
-    for width in known.get("hidden", ()):
-        _validate.integer("hidden", width, minimum=1)
-    for names, inside, range_ in (
-        (_POSITIVE, lambda x: 0 < x < math.inf, "a positive number"),
-        (_NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "a number that is at least 0"),
-        (_FRACTIONS, lambda x: 0 <= x < 1, "a number that is at least 0, and below 1"),
-        (("own_share",), lambda x: 0 <= x <= 1, "a number between 0 and 1"),
-        (("held_out",), lambda x: 0 < x < 1, "a fraction between 0 and 1"),
-    ):
-        for name in names:
-            if name in known and not inside(known[name]):
-                raise ValueError(f"{name} is {known[name]}; choose {range_}.")
+def build(settings: Settings, datasets: tuple[FederatedDataset, ...] | None = None) -> Experiment:
+    """The simulation of some settings.
+
+    Args:
+      settings: The settings.
+      datasets: What to train and to evaluate on, in place of the files that the settings name.
+
+    Raises:
+      ValueError: A setting is out of range, or no expression, or cannot be met.
+    """
+    calls = calls_of(settings)
+    loaded = load(settings, calls, datasets)
+    calls = loaded.calls
+    if calls.model is None:
+        calls = calls._replace(model=_default_model(loaded))
+    calls = calls._replace(model=_with_vocabulary(calls.model, calls.dataset))
+    model = _model(calls.model, loaded)
+    algorithm = algorithm_of(calls, settings, model)
+    sampler, calls = _sampler(settings, calls, loaded)
+    metrics = _metrics(calls, loaded)
+    on_device = replicate({name: jnp.asarray(x) for name, x in loaded.examples.items()})
+
+    def measured(state: ServerState, examples: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        found = evaluate(model, state, examples)
+        return {**found, **(evaluate(model, state, examples, metrics=metrics) if metrics else {})}
+
+    evaluate_on = jax.jit(measured)
+    closed = to_settings(loaded.settings, calls)
+    if datasets is not None:  # Read by somebody else, from where the settings say.
+        closed = dataclasses.replace(closed, dataset=settings.dataset, test=settings.test)
+    return Experiment(
+        settings=closed,
+        calls=calls,
+        model=model,
+        algorithm=algorithm,
+        population=loaded.population,
+        sampler=sampler,
+        evaluate=lambda state: evaluate_on(state, on_device),
+        held_out=loaded.held_out,
+        personal=_personal(settings, calls, model, algorithm, loaded),
+    )
 
 
-def _is_literal(hint: Any) -> bool:
-    return typing.get_origin(hint) is Literal
+def algorithm_of(calls: Calls, settings: Settings, model: Model) -> FederatedAlgorithm:
+    """The algorithm, in whose calls numbers may be traced."""
+    if isinstance(calls.algorithm, FederatedAlgorithm):
+        return calls.algorithm
+    known: dict[str, Any] = {
+        "model": model,
+        "client_optimizer": _client_optimizer(calls.client_optimizer),
+        "server_optimizer": _made("server_optimizer", calls.server_optimizer),
+        "lanes": settings.lanes,
+    }
+    updates = calls.updates
+    if isinstance(updates, list):
+        updates = [_made("updates", one) for one in updates]
+        updates = chain(*updates) if updates else None
+    if updates is not None:
+        known["pipeline"] = updates
+    algorithm = _made("algorithm", calls.algorithm, known)
+    _validate.instance("what algorithm returned", algorithm, FederatedAlgorithm)
+    return algorithm
 
 
-def _model_of(model: str, dataset: str) -> str:
-    if model != "auto":
+def _made(setting: str, value: Any, known: Mapping[str, Any] | None = None) -> Any:
+    """What a call returns; an object of Python is what it is."""
+    return expressions.build(ROLES[setting], value, known) if isinstance(value, Call) else value
+
+
+def _client_optimizer(value: Any) -> Any:
+    """A transformation, or one for each round if a schedule is in it.
+
+    Clients begin anew in each round: by its own count, a schedule would do the same in all of them.
+    """
+    if not isinstance(value, Call) or not _has_schedule(value):
+        return _made("client_optimizer", value)
+    return lambda round: _made("client_optimizer", _at_round(value, round))
+
+
+def _has_schedule(call: Call) -> bool:
+    return any(
+        isinstance(value, Call) and (value.name in SCHEDULES or _has_schedule(value))
+        for _, value in call.inside()
+    )
+
+
+def _at_round(call: Call, round: jax.Array) -> Call:
+    """The call with the values of its schedules."""
+
+    def now(value: Any) -> Any:
+        if not isinstance(value, Call):
+            return value
+        if value.name in SCHEDULES:
+            return _made("client_optimizer", value)(round)
+        return _at_round(value, round)
+
+    arguments = {name: now(value) for name, value in call.arguments.items()}
+    return dataclasses.replace(call, arguments=arguments, more=tuple(map(now, call.more)))
+
+
+def _default_model(loaded: Loaded) -> Call:
+    """A model for the shape of the data."""
+    shape, is_text = loaded.examples["x"].shape[1:], loaded.examples["y"].ndim == 2
+    if is_text:
+        name = "shakespeare_lstm" if loaded.num_classes <= _FEW_IDS else "stackoverflow_transformer"
+    elif shape == (28, 28, 1):
+        name = "emnist_cnn"
+    elif shape == (32, 32, 3):
+        name = "cifar_cnn" if loaded.num_classes <= 10 else "resnet18"
+    else:
+        name = "mlp"
+    role = ROLES["model"]
+    return expressions.complete(expressions.parse(role, name), role.known)
+
+
+def _with_vocabulary(model: Any, dataset: Any) -> Any:
+    """The model with the vocabulary of data that are drawn, and the usual hidden layer."""
+    if not isinstance(model, Call):
         return model
-    return _GENERATED.get(dataset, "mlp")
+    if model.takes("hidden") and "hidden" not in model.arguments and model.name == "mlp":
+        model = model.with_arguments(hidden=(64,))
+    drawn = isinstance(dataset, Call) and dataset.arguments.get("vocabulary_size")
+    default = model.takes("vocabulary_size") and model.parameters["vocabulary_size"].default
+    if drawn and model.arguments.get("vocabulary_size", default) == default:
+        model = model.with_arguments(vocabulary_size=drawn)
+    return model
+
+
+def _model(value: Any, loaded: Loaded) -> Model:
+    """The model, tried on the shapes of the data."""
+    examples = loaded.examples
+    known = {"input_shape": examples["x"].shape[1:], "num_classes": loaded.num_classes}
+    model = _made("model", value, known)
+    _validate.instance("what model returned", model, Model, "fl.linen_model(...)")
+    told = written(value) if isinstance(value, Call) else "an object"
+    if model.num_classes is not None and model.num_classes < loaded.num_classes:
+        raise ValueError(
+            f"model is {told}, of {model.num_classes} classes or ids, and the data have"
+            f" {loaded.num_classes}; choose at least as many."
+        )
+    batch = {n: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for n, x in examples.items()}
+    batch["mask"] = jax.ShapeDtypeStruct((2,), bool)
+
+    def try_on(key: jax.Array, batch: dict[str, jax.Array]) -> Any:
+        params, model_state = model.init(key)
+        return model.metrics(params, model_state, batch)
+
+    try:
+        jax.eval_shape(try_on, jax.random.key(0), batch)
+    except Exception as error:
+        x = examples["x"]
+        raise ValueError(
+            f"model is {told}, and fails on examples x of dtype {x.dtype} and shape {x.shape[1:]}:"
+            f" {_validate.first_line(error)}; choose a model for them, or the data that it is for."
+        ) from error
+    return model
+
+
+def _sampler(settings: Settings, calls: Calls, loaded: Loaded) -> tuple[Sampler, Calls]:
+    num_clients = loaded.population.num_clients
+    sizes = np.ones(num_clients) if loaded.train is None else loaded.train.num_examples
+    call = calls.sampler
+    if isinstance(call, Call):
+        size = call.arguments.get("cohort_size", settings.cohort_size or 20)
+        if size is not None:
+            _validate.integer("cohort_size", size, minimum=1, maximum=num_clients)
+        needs_rate = call.takes("rate") and not call.takes("cohort_size")
+        if needs_rate and "rate" not in call.arguments:
+            call = call.with_arguments(rate=size / num_clients)
+            call = expressions.complete(call, ROLES["sampler"].known)
+            calls = calls._replace(sampler=call)
+    sampler = _made("sampler", call, {"num_clients": num_clients, "num_examples": sizes})
+    _validate.instance("what sampler returned", sampler, samplers.Sampler)
+    return sampler, calls
+
+
+def _metrics(calls: Calls, loaded: Loaded) -> dict[str, Any]:
+    """Metrics by the name that they are recorded under."""
+    if not isinstance(calls.metrics, list):
+        return dict(calls.metrics or {})
+    names = [call.name for call in calls.metrics]
+    return {
+        call.name if names.count(call.name) == 1 else str(call): _made(
+            "metrics", call, {"num_classes": loaded.num_classes}
+        )
+        for call in calls.metrics
+    }
+
+
+def _personal(
+    settings: Settings, calls: Calls, model: Model, algorithm: FederatedAlgorithm, loaded: Loaded
+) -> Callable[[ServerState, jax.Array], ClientEvaluation] | None:
+    """What evaluates the params that clients have for themselves."""
+    client_params, num_epochs = algorithm.client_params, settings.fine_tune_epochs
+    if client_params is None and num_epochs is None:
+        return None
+    if client_params is not None and num_epochs is not None:
+        raise ValueError(
+            f"fine_tune_epochs is {num_epochs}, and clients of the algorithm have models for"
+            " themselves, which are evaluated; leave it out."
+        )
+    train, held_out, population = loaded.train, loaded.held_out, loaded.population
+    files = None if train is None or held_out is None else (train, held_out)
+    if files is not None and set(files[0].client_ids) != set(files[1].client_ids):
+        raise ValueError(
+            f"test has {files[1].num_clients} clients that are not those of dataset, of which each"
+            " is to be evaluated on examples of its own; choose the test split of the same clients,"
+            " or leave test out."
+        )
+    optimizer = _client_optimizer(calls.client_optimizer)
+    batch_size = calls.algorithm.arguments.get("batch_size")
+
+    def personal(state: ServerState, key: jax.Array) -> ClientEvaluation:
+        # Clients that are generated draw other examples from another key.
+        ids = np.arange(min(population.num_clients, _GENERATED_CLIENTS_EVALUATED))
+        test_population: Any = population
+        if files is not None:
+            ids = np.arange(population.num_clients)
+            test_population = files[1].select(files[0].client_ids).resident()
+        key_sizes = jax.random.key(settings.data_seed)
+        held_out_cohort = cohort_of(test_population, ids, key=key_sizes)
+        if client_params is not None:
+            return evaluate_clients(
+                model, state, held_out_cohort, client_params=client_params, key=key
+            )
+        _, after = evaluate_fine_tuned(
+            model,
+            state,
+            cohort_of(population, ids, key=key_sizes),
+            held_out_cohort,
+            optimizer,
+            key=key,
+            num_epochs=num_epochs or 1,
+            batch_size=batch_size,
+        )
+        return after
+
+    return personal
+
+
+experiment.__signature__ = inspect.signature(Settings)  # type: ignore[attr-defined]

@@ -235,7 +235,8 @@ def read_checkpoint(folder: str | Path, like: ServerState) -> Restored:
             stacklevel=5,
         )
 
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    # The others follow from the first one; left out, a warning tells so.
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     with _errors_of_orbax(folder), ocp.CheckpointManager(folder, options=options) as manager:
         restored = _read_newest(manager, folder, arrays_like, tell)
     if restored is None:

@@ -1,0 +1,94 @@
+"""What the settings of a run choose from: the functions of the Python API, by their own names."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import optax
+
+from fedjax_lite import algorithms, data, models, samplers, updates
+from fedjax_lite.algorithms import server_optimizers
+from fedjax_lite.data import partition
+from fedjax_lite.evaluation import metrics
+from fedjax_lite.experiments.expressions import Role, Table
+
+
+def _functions(module: ModuleType, *left_out: str) -> dict[str, Callable[..., Any]]:
+    names = [name for name in module.__all__ if name not in left_out]
+    found = {name: getattr(module, name) for name in names}
+    return {name: value for name, value in found.items() if inspect.isfunction(value)}
+
+
+def _of_optax(kinds: tuple[str, ...], left_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The functions of optax that return one of these types, by their annotations."""
+    found = {}
+    for name, function in inspect.getmembers(optax, inspect.isfunction):
+        result = inspect.signature(function).return_annotation
+        of_kind = getattr(result, "__name__", str(result)) in kinds
+        if of_kind and name not in left_out and not name.startswith("_"):
+            found[name] = function
+    return found
+
+
+# What takes functions, which an expression cannot write.
+_TAKES_FUNCTIONS = ("inject_hyperparams", "inject_stateful_hyperparams")
+SCHEDULES = {
+    name: function
+    for name, function in _of_optax(("Callable", "Schedule"), _TAKES_FUNCTIONS).items()
+    if function.__module__.startswith("optax.schedules")
+}
+OPTIMIZERS = {
+    **_of_optax(("GradientTransformation", "GradientTransformationExtraArgs")),
+    **_functions(server_optimizers),
+}
+_DATASETS = {
+    "digits": data.digits_images,
+    **{
+        name: getattr(data, name)
+        for name in (
+            *("synthetic", "gaussian_images", "noisy_successors"),
+            *("emnist_like", "cifar10_like", "cifar100_like"),
+            *("shakespeare_like", "stackoverflow_like"),
+            *("read", "emnist", "cifar100", "shakespeare", "stackoverflow"),
+        )
+    },
+}
+
+
+def _role(setting: str, table: Table, plural: str, *known: str) -> Role:
+    return Role(setting, table, plural, frozenset(known))
+
+
+_OPTIMIZERS_AND_SCHEDULES = {**OPTIMIZERS, **SCHEDULES}
+ROLES: Mapping[str, Role] = {
+    role.setting: role
+    for role in (
+        _role("dataset", _DATASETS, "datasets", "seed"),
+        _role("test", _DATASETS, "datasets", "seed"),
+        _role(
+            "partition",
+            _functions(partition),
+            "partitions",
+            *("labels", "coarse_labels", "values", "client_ids", "num_examples", "seed"),
+            "num_clients",
+        ),
+        _role("model", _functions(models), "models", "input_shape", "num_classes"),
+        _role(
+            "algorithm",
+            _functions(algorithms, "federated_algorithm"),
+            "algorithms",
+            *("model", "client_optimizer", "server_optimizer", "pipeline", "lanes", "mesh"),
+        ),
+        _role("client_optimizer", _OPTIMIZERS_AND_SCHEDULES, "optimizers"),
+        _role("server_optimizer", _OPTIMIZERS_AND_SCHEDULES, "optimizers"),
+        _role("updates", _functions(updates, "chain"), "updates"),
+        _role("sampler", _functions(samplers), "samplers", "num_clients", "num_examples"),
+        _role("metrics", _functions(metrics, "mean"), "metrics", "num_classes"),
+    )
+}
+LISTED: Mapping[str, Role] = {
+    **{role.plural: role for role in ROLES.values()},
+    "optimizers": _role("client_optimizer", OPTIMIZERS, "optimizers"),
+    "schedules": _role("client_optimizer", SCHEDULES, "schedules"),
+}
