@@ -1,5 +1,7 @@
 """Federated-learning simulation as pure JAX functions: a round is one compiled step."""
 
+from typing import TYPE_CHECKING, Any
+
 from fedjax_lite import data, models, samplers
 from fedjax_lite.algorithms import (
     apfl,
@@ -9,6 +11,7 @@ from fedjax_lite.algorithms import (
     fed_sgd,
     federated_algorithm,
     scaffold,
+    server_optimizers,
 )
 from fedjax_lite.base import (
     ClientResult,
@@ -48,12 +51,16 @@ from fedjax_lite.runs import (
 from fedjax_lite.updates import chain, clip_by_norm, quantize_uniform
 from fedjax_lite.xla import UnconfiguredCPUWarning, clients_mesh, configure_cpu, replicate
 
+if TYPE_CHECKING:
+    from fedjax_lite.experiments import Experiment, experiment
+
 __all__ = [
     "Checkpoints",
     "ClientEvaluation",
     "ClientResult",
     "ClientUpdate",
     "Cohort",
+    "Experiment",
     "FederatedAlgorithm",
     "FederatedDataset",
     "History",
@@ -79,6 +86,7 @@ __all__ = [
     "evaluate",
     "evaluate_clients",
     "evaluate_fine_tuned",
+    "experiment",
     "fed_avg",
     "fed_nova",
     "fed_prox",
@@ -96,6 +104,7 @@ __all__ = [
     "replicate",
     "samplers",
     "scaffold",
+    "server_optimizers",
     "stopping",
     "summarize_clients",
     "sweep",
@@ -104,6 +113,15 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Their tables of all there is to choose from would make each import a tenth slower.
+    if name in ("Experiment", "experiment"):
+        from fedjax_lite import experiments
+
+        return getattr(experiments, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,7 @@ from fedjax_lite import data
 from fedjax_lite.cli import digits, main
 from fedjax_lite.experiments.baselines import BASELINES, settings_of
 from fedjax_lite.experiments.build import build
-from fedjax_lite.experiments.experiment import Experiment
+from fedjax_lite.experiments.settings import Settings, parsed
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +41,9 @@ def report(capsys, *args):
     return json.loads(capsys.readouterr().out)
 
 
+_SKEWED = {"partition": "dirichlet(alpha=0.1, min_examples=1)"}
+
+
 def refusal(capsys, *args):
     with pytest.raises(SystemExit) as stop:
         main(["baseline", *map(str, args)])
@@ -52,10 +55,11 @@ def refusal(capsys, *args):
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_baseline_can_be_run(name):
     settings = settings_of(BASELINES[name])
-    small = {"examples_per_client": 3}
+    dataset = parsed("dataset", settings["dataset"]).with_arguments(num_examples=3)
+    small = {"dataset": str(dataset)}
     if "cohort_size" in settings:
         small |= {"num_clients": 4, "cohort_size": 2}
-    built = build(Experiment(**{**settings, **small}))
+    built = build(Settings(**{**settings, **small}))
     clients = built.sampler.select(jax.random.key(0), 0).client_ids
     cohort = fl.cohort_of(built.population, clients, key=jax.random.key(1))
     state = jax.eval_shape(
@@ -75,7 +79,7 @@ def test_the_list_has_all_baselines(capsys):
     rows = report(capsys, "--list")
     assert [row["name"] for row in rows] == [*BASELINES, "digits"]
     assert all(row["name"] in told for row in rows)
-    assert "1000 rounds x 10 clients, batch 10, client 0.1 " in told
+    assert "1000 rounds x 10 clients, batch 10, clients sgd(0.1)" in told
     assert "0.8462" in told
 
 
@@ -84,7 +88,8 @@ def test_drawn_data_are_marked_as_such(tmp_path, capsys):
     told = report(capsys, *asked, "--out", tmp_path / "a")
     assert (told["synthetic"], told["published"]["accuracy"]) == (True, 0.1149)
     assert told["config"]["note"] == "synthetic data: speed only"
-    assert (told["config"]["num_clients"], told["rounds"]) == (12, [0, 2])
+    assert told["config"]["dataset"].startswith("cifar100_like(num_clients=12, crop=24, ")
+    assert told["rounds"] == [0, 2]
     assert told["client_updates_per_s"] > 0
     assert (tmp_path / "a" / "accuracy.png").exists()
     main(["baseline", *asked, "--out", str(tmp_path / "b")])
@@ -118,9 +123,11 @@ def test_the_users_data_are_run_and_resumed(folders, tmp_path, capsys):
     assert f"{goes_on.replace('=', ' ')} --resume {out} goes on" in capsys.readouterr().err
 
     # The same by hand: the published settings, with both splits as they are.
-    train, test = (data.read(path.partition("=")[2]) for path in folders)
+    paths = [option.partition("=")[2] for option in folders]
+    train, test = map(data.read, paths)
     built = build(
-        Experiment(dataset=folders[0].partition("=")[2], test="test", cohort_size=12), (train, test)
+        Settings(**dict(zip(("dataset", "test"), paths, strict=True)), cohort_size=12),
+        (train, test),
     )
     np.testing.assert_array_equal(built.population.examples["x"], train.examples["x"])
     np.testing.assert_array_equal(built.held_out.examples["x"], test.examples["x"])
@@ -139,7 +146,7 @@ def test_cifar10_is_dealt_as_published(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "cifar10", lambda folder: parts)
     for name in ("niid-iid-fed-avg", "niid-dirichlet-fed-prox"):
         chosen = BASELINES[name]
-        built = build(Experiment(**settings_of(chosen, tmp_path)), chosen.load(tmp_path, None))
+        built = build(Settings(**settings_of(chosen, tmp_path)), chosen.load(tmp_path, None))
         dealt = np.sort(np.asarray(built.population.examples["x"])[:, 0, 0, 0])
         expected = data.preprocess.cifar(32)(parts[0])["x"][:, 0, 0, 0]
         np.testing.assert_allclose(dealt, np.sort(expected))
@@ -187,14 +194,12 @@ def test_what_cannot_be_run_is_refused(folders, tmp_path, capsys):
     assert "--synthetic does nothing with digits" in refusal(capsys, "digits", "--synthetic")
     assert "rounds is 0" in refusal(capsys, "digits", "--rounds=0", "--out", tmp_path)
     assert "rounds is 0" in refusal(capsys, name, *folders, "--rounds=0")
-    assert "model is 'emnist-cnn', and the examples x are" in refusal(
-        capsys, "emnist-cnn", *folders
-    )
+    assert "model is emnist_cnn(dropout_rates=" in refusal(capsys, "emnist-cnn", *folders)
 
 
 def test_digits_are_compared_over_seeds(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(digits, "_NUM_SEEDS", 2)
-    monkeypatch.setattr(digits, "_SPLITS", {"IID": {"partition": "iid"}, "0.1": {"alpha": 0.1}})
+    monkeypatch.setattr(digits, "_SPLITS", {"IID": {"partition": "iid"}, "0.1": _SKEWED})
     told = report(capsys, "digits", "--rounds=3", "--seed=1", "--out", tmp_path)
     kept = json.loads((tmp_path / "digits.json").read_text())
     assert told == {"out": str(tmp_path), **kept}
@@ -212,11 +217,11 @@ def test_digits_are_compared_over_seeds(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
     # One of the runs by hand, whose clients have a split of their own.
-    first, second = (digits._clients({"alpha": 0.1}, seed) for seed in (1, 2))
+    first, second = (digits._clients(_SKEWED, seed) for seed in (1, 2))
     assert not np.array_equal(first.held_out.examples["x"], second.held_out.examples["x"])
     assert first.held_out.examples["y"].size + first.population.examples["y"].shape[0] == 1797
-    settings = {"server_optimizer": "adam", "server_lr": 0.03, "alpha": 0.1}
-    chosen = build(Experiment(**settings, rounds=3))
+    settings = {"server_optimizer": "adam(0.03, b1=0.9, b2=0.99, eps=1e-3)", **_SKEWED}
+    chosen = build(Settings(**settings, rounds=3))
     result = fl.train(
         chosen.algorithm,
         second.population,

@@ -14,9 +14,12 @@ from processes import contents, held_by_another_process, interrupted
 import fedjax_lite as fl
 from fedjax_lite.cli import main
 from fedjax_lite.experiments.build import build
-from fedjax_lite.experiments.experiment import Experiment, resolve
+from fedjax_lite.experiments.settings import Settings
 
-SMALL = ("--dataset=synthetic", "--num-clients=6", "--cohort-size=3", "--num-steps=2")
+SMALL = (
+    *("--dataset=synthetic", "--num-clients=6", "--model=logistic"),
+    *("--cohort-size=3", "--num-steps=2"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +54,8 @@ def test_a_run_is_recorded_resumed_and_evaluated(tmp_path, capsys):
     assert {"client_updates_per_s", "compile_s", "run_s", "device", "versions"} <= set(first)
     assert first["out"] == str(out)
     config = json.loads((out / "config.json").read_text())
-    assert (config["config"]["alpha"], config["config"]["client_lr"]) == (1.0, 0.1)
+    assert config["config"]["dataset"].startswith("synthetic(alpha=1.0, beta=1.0, num_clients=6, ")
+    assert config["config"]["client_optimizer"].startswith("sgd(learning_rate=0.1, momentum=None")
     clients = json.loads((out / "clients.json").read_text())
     assert len(clients["accuracy"]) == len(clients["num_examples"]) == 6
     for name in ("loss", "accuracy", "clients"):
@@ -88,7 +92,7 @@ def test_a_run_is_recorded_resumed_and_evaluated(tmp_path, capsys):
         capsys, "train", *SMALL, "--out", out
     )
     before = contents(out)
-    assert "--client-lr is 0.5, and 0.1 in" in refusal(
+    assert "--client-optimizer is sgd(learning_rate=0.5, " in refusal(
         capsys, "train", "--resume", out, "--client-lr", 0.5
     )
     assert contents(out) == before
@@ -119,7 +123,9 @@ def test_a_folder_recorded_from_python_is_left_as_it_is(tmp_path, capsys):
     assert go_on().history == ended.history  # With the seconds: it was not run again.
 
     # Settings that the command line knows, beside checkpoints of something else.
-    experiment = Experiment(dataset="synthetic", num_clients=6, cohort_size=3, num_steps=2)
+    experiment = Settings(
+        dataset="synthetic", num_clients=6, cohort_size=3, num_steps=2, model="logistic"
+    )
     settings = {"config": dataclasses.asdict(experiment)}
     (folder / "config.json").write_text(json.dumps(settings))
     before = contents(folder)
@@ -132,7 +138,7 @@ def test_a_folder_recorded_from_python_is_left_as_it_is(tmp_path, capsys):
     # A run of theirs, without a best state.
     built = build(experiment)
     folder = tmp_path / "known"
-    with fl.Recorder(folder, dataclasses.asdict(built.experiment)):
+    with fl.Recorder(folder, dataclasses.asdict(built.settings)):
         checkpoints = fl.Checkpoints(folder / "checkpoints")
         options = {"key": jax.random.key(0), "checkpoints": checkpoints}
         fl.train(built.algorithm, built.population, built.sampler, 0, **options)
@@ -187,12 +193,12 @@ def test_a_dry_run_trains_and_writes_nothing(tmp_path, capsys, monkeypatch):
     [
         (
             "a.yaml",
-            "dataset: synthetic\nnum_clients: 6\nserver-lr: 1e-1\nhidden: [8, 4]\nmodel: mlp",
+            "dataset: synthetic\nnum_clients: 6\nserver-lr: 1e-1\nmodel: mlp(hidden=(8, 4))",
         ),
         (
             "a.json",
-            '{"dataset": "synthetic", "num_clients": 6, "server_lr": 0.1, "hidden": [8, 4],'
-            ' "model": "mlp", "mu": null}',
+            '{"dataset": "synthetic", "num_clients": 6, "server_lr": 0.1,'
+            ' "model": "mlp(hidden=(8, 4))", "updates": null}',
         ),
     ],
 )
@@ -203,8 +209,8 @@ def test_settings_of_a_file_are_defaults(tmp_path, monkeypatch, name, text):
     main(["train", "--config", str(tmp_path / name), "--cohort-size=2"])
     main(["train", "--config", str(tmp_path / name), "--server-lr=0.5"])
     first, second = asked
-    assert (first.server_lr, first.hidden, first.num_clients) == (0.1, (8, 4), 6)
-    assert (first.cohort_size, first.mu, second.server_lr) == (2, None, 0.5)
+    assert (first.server_lr, first.model, first.num_clients) == (0.1, "mlp(hidden=(8, 4))", 6)
+    assert (first.cohort_size, first.updates, second.server_lr) == (2, None, 0.5)
 
 
 def test_a_file_of_settings_means_what_it_says(tmp_path, monkeypatch):
@@ -212,21 +218,23 @@ def test_a_file_of_settings_means_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr("fedjax_lite.cli.train.train", asked.append)
     path = tmp_path / "a.yaml"
     path.write_text(
-        "\ufeffseed: 010\nlayerwise: true\ntensorboard: false\ntarget: null\nmu:\ndataset: on\n"
-        "hidden: 8\nclient_lr: 1e-1\ncolumns: {x: [a], y: b, z: [c, d]}\njson: True\n"
+        "\ufeffseed: 010\ntensorboard: false\ntarget: null\nupdates:\ndataset: on\n"
+        "client_lr: 1e-1\nmodel: 'mlp(hidden=(8,))'\njson: True\n"
+        "client_optimizer: chain(clip_by_global_norm(1.0), sgd(0.1, momentum=0.9))\n"
     )
     main(["train", "--config", str(path)])
     (found,) = asked
-    assert (found.seed, found.layerwise, found.tensorboard, found.target) == (10, True, False, None)
-    assert (found.mu, found.dataset, found.hidden, found.client_lr) == (None, "on", (8,), 0.1)
-    assert (found.columns, found.json) == (("x=a,", "y=b", "z=c,d,"), True)
+    assert (found.seed, found.tensorboard, found.target, found.json) == (10, False, None, True)
+    assert (found.updates, found.dataset, found.client_lr) == (None, "on", 0.1)
+    assert found.model == "mlp(hidden=(8,))"
+    assert found.client_optimizer == "chain(clip_by_global_norm(1.0), sgd(0.1, momentum=0.9))"
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"algorithm": "apfl", "layerwise": True, "partition": "shards", "hidden": ()},
-        {"dataset": "-a.csv", "columns": ("x=*", "y=b"), "test": "b.csv", "num_steps": 2},
+        {"algorithm": "apfl(layerwise=True)", "partition": "shards", "metrics": "top_k(2)"},
+        {"dataset": "synthetic(num_clients=40)", "model": "mlp(hidden=(8, 4))", "num_steps": 2},
     ],
 )
 def test_the_record_of_a_run_repeats_it(tmp_path, monkeypatch, capsys, settings):
@@ -234,27 +242,57 @@ def test_the_record_of_a_run_repeats_it(tmp_path, monkeypatch, capsys, settings)
     for command in ("train", "sweep"):
         keep = lambda options, command=command: asked.update({command: options})
         monkeypatch.setattr(f"fedjax_lite.cli.{command}.{command}", keep)
-    experiment = resolve(Experiment(**settings))
+    closed = build(Settings(**settings)).settings
     config = tmp_path / "config.json"
     for more in ({"target": None, "ema_decay": 0.5}, {"target": None, "ema_decay": None}):
-        with fl.Recorder(tmp_path, {**dataclasses.asdict(experiment), **more}):
+        with fl.Recorder(tmp_path, {**dataclasses.asdict(closed), **more}):
             pass
         main(["train", "--config", str(config), "--rounds=7"])
         found = asked["train"]
         assert found.ema_decay == more["ema_decay"]
-        for field in dataclasses.fields(experiment):
-            expected = 7 if field.name == "rounds" else getattr(experiment, field.name)
+        for field in dataclasses.fields(closed):
+            expected = 7 if field.name == "rounds" else getattr(closed, field.name)
             assert getattr(found, field.name) == expected
         sweep = ["sweep", "--config", str(config), "--vary=seed=0:2"]
         if found.ema_decay is None:
             main(sweep)
             assert asked["sweep"].vary == ("seed=0:2",)
-            assert asked["sweep"].columns == experiment.columns
+            assert asked["sweep"].algorithm == closed.algorithm
         else:
             assert "config.json: ema_decay is no setting of sweep" in refusal(capsys, *sweep)
-    (tmp_path / "a.yaml").write_text("mu: 0.1\nvary: ['seed=0:3', 'client_lr=0.1,1']")
+    (tmp_path / "a.yaml").write_text("num_steps: 2\nvary: ['seed=0:3', 'client_lr=0.1,1']")
     main(["sweep", "--config", str(tmp_path / "a.yaml")])
-    assert (asked["sweep"].mu, asked["sweep"].vary) == (0.1, ("seed=0:3", "client_lr=0.1,1"))
+    assert (asked["sweep"].num_steps, asked["sweep"].vary) == (2, ("seed=0:3", "client_lr=0.1,1"))
+
+
+def test_a_recorded_run_is_run_again_to_the_same_bits(tmp_path, capsys):
+    """With a model from a file of one's own, and all that an expression can say."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import fedjax_lite as fl\n"
+        "def net(input_shape, num_classes, width=4):\n"
+        "    return fl.models.mlp(input_shape, (width,), num_classes)\n"
+    )
+    first, again = tmp_path / "first", tmp_path / "again"
+    report(
+        *(capsys, "train", "--dataset=digits", "--num-clients=10", "--rounds=3", "--eval-every=1"),
+        *("--partition=dirichlet(alpha=1)", f"--model={file}:net(width=6)", "--sampler=uniform(4)"),
+        "--algorithm=scaffold(num_epochs=1, batch_size=16)",
+        "--client-optimizer=sgd(cosine_decay_schedule(0.1, 100), momentum=0.9)",
+        "--server-optimizer=adam(0.01, eps=1e-3)",
+        "--updates=clip_by_norm(1.0), quantize_uniform(256)",
+        *("--metrics=top_k(3)", "--out", first),
+    )
+    report(capsys, "train", "--config", first / "config.json", "--out", again)
+    without_time = lambda row: {name: row[name] for name in set(row) - {"seconds"}}
+    for kind, number in (("round", 3), ("evaluation", 4)):
+        found = [list(map(without_time, rows(folder, kind))) for folder in (first, again)]
+        assert found[0] == found[1]
+        assert len(found[0]) == number
+    assert {"loss", "accuracy", "top_k"} <= set(rows(first, "evaluation")[-1])
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (first, again)]
+    assert configs[0]["config"] == configs[1]["config"]
+    assert "net(width=6)" in configs[0]["config"]["model"]
 
 
 def test_the_versions_are_told_in_one_line(capsys):
@@ -273,8 +311,8 @@ def test_the_versions_are_told_in_one_line(capsys):
         ),
         ("a.yaml", "num-cliens: 3", "num-cliens is no setting of train; did you mean num_clients?"),
         ("a.yaml", "config: b.yaml", "a.yaml: config is no setting of train"),
-        ("a.yaml", "algorithm: off", "a.yaml: invalid choice 'off' for argument '--algorithm'"),
-        ("a.json", '{"algorithm": false}', "a.json: invalid choice 'False' for argument '--algo"),
+        ("a.yaml", "algorithm: off", "--algorithm is 'off': off is none of the algorithms"),
+        ("a.json", '{"algorithm": false}', "--algorithm is 'False': False is no function"),
         ("a.yaml", "seed: 1:30", "a.yaml: Error parsing --seed"),
         ("a.yaml", "seed: 1\nseed: 2", "a.yaml cannot be read: 'seed' comes twice"),
         ("a.json", '{"data-seed": 1, "data_seed": 2}', "a.json cannot be read: 'data_seed' comes"),
@@ -303,10 +341,13 @@ def test_wrong_files_of_settings_are_told_in_one_line(tmp_path, capsys, name, te
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--server-momentum=0.9"], "--server-momentum is 0.9, which belongs to momentum and lars"),
+        (["--algorithm=fed_avg(mu=0.9)"], "--algorithm is 'fed_avg(mu=0.9)': fed_avg has no argum"),
         (["--rounds=0"], "--rounds is 0; choose an integer"),
         (["--cohort-size=60"], "--cohort-size is 60; choose an integer between 1 and 50"),
-        (["--algorithm=sgd"], "invalid choice 'sgd' for argument '--algorithm'"),
+        (["--algorithm=sgd"], "--algorithm is 'sgd': sgd is none of the algorithms; did you mean"),
+        (["--model=x.py:f"], "--model is 'x.py:f': there is no file x.py; write its path"),
+        (["--client-optimizer=sgd("], "--client-optimizer is 'sgd(': '(' was never closed"),
+        (["--updates=clip_by_norm"], "--updates is 'clip_by_norm()': clip_by_norm needs max_norm"),
         (["--checkpoint-every=0"], "--checkpoint-every is 0; choose at least 1 round"),
         (["--ema-decay=1"], "--ema-decay is 1.0; choose a number"),
         (["--target=95"], "--target is 95.0; choose an accuracy"),
@@ -325,9 +366,8 @@ def test_help_tells_the_defaults_in_words(capsys):
         main(["train", "--help"])
     text = capsys.readouterr().out
     assert "None" not in text
-    assert "--hidden INT ..." in text
-    assert "--columns STR ..." in text
-    assert "0.001 with adam" in " ".join(text.replace("│", "").split())
+    assert "--algorithm STR" in text
+    assert '"fed_prox(mu=0.1)"' in " ".join(text.replace("│", "").split())
 
 
 def test_the_defaults_learn_the_digits_and_a_signal_keeps_a_run(tmp_path):

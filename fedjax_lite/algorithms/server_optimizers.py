@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from fedjax_lite import _validate
 from fedjax_lite.base import PyTree
 
-__all__ = ["fed_adagrad", "fed_adam", "fed_yogi"]
+__all__ = ["AdaptiveState", "fed_adagrad", "fed_adam", "fed_yogi"]
 
 
 def __dir__() -> list[str]:

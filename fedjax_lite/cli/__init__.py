@@ -44,7 +44,7 @@ def _main(args: Sequence[str] | None) -> None:
         from fedjax_lite.cli.config import settings_from_file
         from fedjax_lite.cli.data import Data, data
         from fedjax_lite.cli.eval import Eval, evaluate
-        from fedjax_lite.cli.list import List, list_choices
+        from fedjax_lite.cli.listing import List, list_choices
         from fedjax_lite.cli.plot import Plot, plot
         from fedjax_lite.cli.quickstart import Quickstart, quickstart
         from fedjax_lite.cli.sweep import Sweep, sweep

@@ -15,7 +15,7 @@ from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.running import print_report, run_recorded, unused_folder
 from fedjax_lite.experiments import baselines
 from fedjax_lite.experiments.baselines import BASELINES, settings_of
-from fedjax_lite.experiments.experiment import Experiment, build
+from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.settings import Settings
 from fedjax_lite.runs.records import jsonable
 
@@ -176,26 +176,19 @@ def _list(*, as_json: bool) -> None:
 
 def _setting(settings: Any) -> str:
     """A setting in one line."""
-    cohort = settings.get("cohort_size", "all")
+    client = settings.get("client_optimizer") or f"sgd({settings['client_lr']:.3g})"
     parts = [
         settings["model"],
-        f"{settings['rounds']} rounds x {cohort} clients",
+        settings.get("algorithm", "fed_avg"),
+        f"{settings['rounds']} rounds x {settings.get('cohort_size', 'all')} clients",
         f"batch {settings['batch_size']}",
-        f"client {settings['client_lr']:.3g}",
+        f"{settings['num_epochs']} epochs" if settings["num_epochs"] > 1 else "",
+        f"clients {client}",
+        f"server {settings['server_optimizer']}" if "server_optimizer" in settings else "",
+        settings.get("updates", ""),
+        "fine-tuned at the end" if "fine_tune_epochs" in settings else "",
     ]
-    if settings["num_epochs"] > 1:
-        parts.insert(2, f"{settings['num_epochs']} epochs")
-    if "server_lr" in settings:
-        parts.append(
-            f"server {settings.get('server_optimizer', 'sgd')} {settings['server_lr']:.3g}"
-        )
-    if "mu" in settings:
-        parts.append(f"mu {settings['mu']:g}")
-    if "quantize_bits" in settings:
-        parts.append(f"{settings['quantize_bits']} bits")
-    if "fine_tune_epochs" in settings:
-        parts.append("fine-tuned at the end")
-    return ", ".join(parts)
+    return ", ".join(filter(None, parts))
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from fedjax_lite.cli import plots
 from fedjax_lite.cli.curves import COLORS
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.records import cannot_write, new_folder
-from fedjax_lite.experiments.experiment import Experiment, build
+from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.settings import Settings
 from fedjax_lite.runs.files import locked, write_text
 from fedjax_lite.runs.records import git_revision, jsonable, machine

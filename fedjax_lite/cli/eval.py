@@ -15,7 +15,7 @@ import fedjax_lite as fl
 from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.runs import settings_of_training
 from fedjax_lite.experiments.baselines import BASELINES
-from fedjax_lite.experiments.experiment import Experiment, build
+from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.loading import read_examples
 from fedjax_lite.experiments.settings import Settings
 from fedjax_lite.runs.checkpoint import read_checkpoint

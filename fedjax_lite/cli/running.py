@@ -18,7 +18,7 @@ from fedjax_lite.cli.plot import panels, title
 from fedjax_lite.cli.progress import progress
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import read_run
-from fedjax_lite.experiments.experiment import Experiment
+from fedjax_lite.experiments.build import Experiment
 from fedjax_lite.runs.files import write_text
 from fedjax_lite.runs.records import Recorder, jsonable
 from fedjax_lite.runs.stopping import StopRule

@@ -9,12 +9,11 @@ import os
 import re
 import time
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
@@ -29,7 +28,7 @@ from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import group_seeds, name_groups, number, read_object, read_run
 from fedjax_lite.cli.train import as_option
 from fedjax_lite.experiments import expressions
-from fedjax_lite.experiments.experiment import algorithm_of, build
+from fedjax_lite.experiments.build import algorithm_of, build
 from fedjax_lite.experiments.settings import Calls, Settings, calls_of
 from fedjax_lite.experiments.tables import ROLES
 from fedjax_lite.experiments.varying import (
@@ -246,35 +245,22 @@ def _run(runs: Sequence[Settings]) -> list[fl.History]:
     numbers = {
         ".".join(at): np.array([numbers[at] for numbers in of_runs], np.float32) for at in varying
     }
-    if numbers and not _can_be_traced(algorithm, numbers):
-        return _one_by_one(runs, of_runs)
-    result = fl.sweep(
-        algorithm,
-        built.population,
-        built.sampler,
-        runs[0].rounds,
-        keys=jax.vmap(jax.random.key)(np.array([run.seed for run in runs])),
-        numbers=numbers,
-        evaluate=built.evaluate,
-        eval_every=runs[0].eval_every,
-    )
-    return result.histories
-
-
-def _can_be_traced(
-    algorithm: Callable[..., fl.FederatedAlgorithm], numbers: dict[str, np.ndarray]
-) -> bool:
-    """Whether the algorithm can be built from numbers that are not known: some functions ask."""
-
-    def state(numbers: dict[str, jax.Array]) -> fl.ServerState:
-        return algorithm(**numbers).init(jax.random.key(0), num_clients=1)
-
-    first = {name: jnp.asarray(values[0]) for name, values in numbers.items()}
     try:
-        jax.eval_shape(state, first)
-    except jax.errors.ConcretizationTypeError:
-        return False
-    return True
+        result = fl.sweep(
+            algorithm,
+            built.population,
+            built.sampler,
+            runs[0].rounds,
+            keys=jax.vmap(jax.random.key)(np.array([run.seed for run in runs])),
+            numbers=numbers,
+            evaluate=built.evaluate,
+            eval_every=runs[0].eval_every,
+        )
+    except jax.errors.ConcretizationTypeError:  # A function asks for the value of a number.
+        if not numbers:
+            raise
+        return _one_by_one(runs, of_runs)
+    return result.histories
 
 
 def _one_by_one(

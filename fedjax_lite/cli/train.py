@@ -18,7 +18,7 @@ from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.running import print_report, run_recorded, unused_folder
 from fedjax_lite.cli.runs import RULES, read_settings
 from fedjax_lite.engine.execution import Execution, choose_lanes
-from fedjax_lite.experiments.experiment import Experiment, build
+from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.settings import Settings
 from fedjax_lite.runs.records import jsonable, machine
 from fedjax_lite.runs.stopping import StopRule

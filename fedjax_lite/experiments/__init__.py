@@ -4,6 +4,6 @@ A setting that chooses something is an expression, a name or a Python call, look
 the functions that there are (`tables`), and never evaluated (`expressions`).
 """
 
-from fedjax_lite.experiments.experiment import Experiment, experiment
+from fedjax_lite.experiments.build import Experiment, experiment
 
 __all__ = ["Experiment", "experiment"]

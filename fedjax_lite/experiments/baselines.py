@@ -138,7 +138,7 @@ def _niid_bench() -> dict[str, Baseline]:
     algorithms = {
         "fed-avg": "fed_avg",
         "fed-prox": "fed_prox(mu=0.01)",
-        "scaffold": "scaffold",
+        "scaffold": "scaffold(weighting='examples')",
         "fed-nova": "fed_nova",
     }
     differs = {

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax
+
 Table = Mapping[str, Callable[..., Any]]
 """Functions by the names that expressions have for them."""
 
@@ -343,6 +345,8 @@ def build(role: Role, call: Call, known: Mapping[str, Any] | None = None) -> Any
         path = call.name.rpartition(".py:")[0]
         if path:
             raise ValueError(_told(f"{path}.py", error)) from error
+        if isinstance(error, jax.errors.JAXTypeError):
+            raise  # It is not known yet what an argument is.
         if isinstance(error, (ValueError, TypeError)):
             raise ValueError(f"{role.setting} is {str(call)!r}: {error}") from error
         raise

@@ -72,12 +72,12 @@ def load(
     train, calls = _dealt(settings, calls, train, rng_deal)
     if calls.test is not None and datasets is None:
         test = _clients("test", _read("test", calls.test, settings))
+    check_features("dataset", train)
     if test is None:
         fraction = _HELD_OUT if settings.held_out is None else settings.held_out
         settings = dataclasses.replace(settings, held_out=fraction)
         train, test = train.split_examples(fraction, seed=rng_split)
-    for name, dataset in (("dataset", train), ("test", test)):
-        check_features(name, dataset)
+    check_features("test", test)
     if train.features["x"].shape != test.features["x"].shape:
         raise ValueError(
             f"test has examples x of shape {test.features['x'].shape} where dataset has"

@@ -138,9 +138,10 @@ _SHORT = {
     "server_lr": ("server_optimizer", "learning_rate"),
     "cohort_size": ("sampler", "cohort_size"),
 }
-# Where nothing is said: of these settings, or of sgd.
-_DEFAULTS = (
+# Where nothing is said: of these settings, of sgd, and of an mlp.
+_DEFAULTS: tuple[tuple[str, str, Any], ...] = (
     ("partition", "min_examples", 1),
+    ("model", "hidden", (64,)),
     ("algorithm", "num_epochs", 5),
     ("algorithm", "batch_size", 10),
     ("sampler", "cohort_size", 20),
@@ -301,7 +302,7 @@ def _defaulted(call: Call, argument: str, number: Any) -> Call:
             call = expressions.replaced(call, (name,), _defaulted(value, argument, number))
     if not call.takes(argument) or argument in call.arguments:
         return call
-    if argument == "learning_rate" and call.name != "sgd":
+    if call.name != {"learning_rate": "sgd", "hidden": "mlp"}.get(argument, call.name):
         return call
     if argument == "cohort_size" and "rate" in call.arguments:
         return call

@@ -61,6 +61,9 @@ def _vary(setting: str, value: Any, path: tuple[str, ...], new: Any) -> Any:
         paths = places or [at for at, _ in expressions.leaves(value)]
         choices = ", ".join(f"{setting}.{'.'.join(at)}" for at in paths)
         raise ValueError(f"vary is {setting}.{'.'.join(path)}; choose one of {choices}.")
+    old = dict(expressions.leaves(value)).get(places[0])
+    if isinstance(old, float) and type(new) is int:
+        new = float(new)  # A whole number would decide what is compiled.
     return expressions.replaced(value, places[0], new)
 
 

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedjax_lite import _validate
 from fedjax_lite.base import Batch
 from fedjax_lite.models._tasks import classifier
 from fedjax_lite.models.model import Model, function_model
@@ -84,7 +85,8 @@ def mlp(input_shape: Sequence[int], hidden: Sequence[int], num_classes: int) -> 
     Raises:
       ValueError: `num_classes` is below 2.
     """
-    module = _MLP(hidden=tuple(hidden), num_classes=num_classes)
+    hidden = tuple(_validate.integer("hidden", width, minimum=1) for width in hidden)
+    module = _MLP(hidden=hidden, num_classes=num_classes)
     return classifier(module, input_shape, num_classes)
 
 

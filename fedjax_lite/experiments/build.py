@@ -221,19 +221,17 @@ def _default_model(loaded: Loaded) -> Call:
         name = "cifar_cnn" if loaded.num_classes <= 10 else "resnet18"
     else:
         name = "mlp"
-    role = ROLES["model"]
-    return expressions.complete(expressions.parse(role, name), role.known)
+    model: Call = calls_of(Settings(model=name)).model
+    return model
 
 
 def _with_vocabulary(model: Any, dataset: Any) -> Any:
-    """The model with the vocabulary of data that are drawn, and the usual hidden layer."""
-    if not isinstance(model, Call):
+    """The model with the vocabulary of data that are drawn."""
+    if not isinstance(model, Call) or not model.takes("vocabulary_size"):
         return model
-    if model.takes("hidden") and "hidden" not in model.arguments and model.name == "mlp":
-        model = model.with_arguments(hidden=(64,))
     drawn = isinstance(dataset, Call) and dataset.arguments.get("vocabulary_size")
-    default = model.takes("vocabulary_size") and model.parameters["vocabulary_size"].default
-    if drawn and model.arguments.get("vocabulary_size", default) == default:
+    default = model.parameters["vocabulary_size"].default
+    if drawn and model.arguments["vocabulary_size"] == default:
         model = model.with_arguments(vocabulary_size=drawn)
     return model
 
@@ -274,10 +272,10 @@ def _sampler(settings: Settings, calls: Calls, loaded: Loaded) -> tuple[Sampler,
     call = calls.sampler
     if isinstance(call, Call):
         size = call.arguments.get("cohort_size", settings.cohort_size or 20)
-        if size is not None:
+        rate_is_due = call.takes("rate") and not {"cohort_size", "rate"} & {*call.arguments}
+        if size is not None and (rate_is_due or call.takes("cohort_size")):
             _validate.integer("cohort_size", size, minimum=1, maximum=num_clients)
-        needs_rate = call.takes("rate") and not call.takes("cohort_size")
-        if needs_rate and "rate" not in call.arguments:
+        if rate_is_due:
             call = call.with_arguments(rate=size / num_clients)
             call = expressions.complete(call, ROLES["sampler"].known)
             calls = calls._replace(sampler=call)
