@@ -67,6 +67,7 @@ NAMES = {
     "nnx_model": ["create", "loss", "metrics", "inputs"],
     "prefetch": ["make", "rounds", "depth"],
     "quantize_uniform": ["num_levels"],
+    "read_runs": ["folders"],
     "scaffold": [
         *("model", "client_optimizer", "server_optimizer", "option", "weighting"),
         *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
@@ -80,7 +81,7 @@ NAMES = {
     "train": [
         *("algorithm", "population", "sampler", "num_rounds", "key", "state", "evaluate"),
         *("eval_every", "on_round", "on_eval", "on_resume", "stop", "ema_decay", "best"),
-        *("best_mode", "checkpoints"),
+        *("best_mode", "checkpoints", "progress"),
     ],
     "tune_lanes": ["build", "key", "state", "cohort", "candidates", "repeats"],
     "Checkpoints": ["folder", "every", "keep", "settings"],
@@ -136,6 +137,12 @@ PARTITION = {
     "shards": ["labels", "num_clients", "shards_per_client", "seed"],
     "sizes": ["num_examples", "sizes", "seed"],
     "square": ["num_examples", "num_clients", "min_examples", "seed"],
+}
+PLOT = {
+    "clients": ["evaluations", "metric", "axes"],
+    "curves": ["histories", "metric", "axes"],
+    "partition": ["dataset", "label", "axes"],
+    "runs": ["folders", "metric", "labels", "axes"],
 }
 SAMPLERS = {
     "cyclic": ["num_clients", "num_groups", "cohort_size", "rate", "capacity"],
@@ -196,7 +203,8 @@ METRICS = {
     "top_k": ["k", "label", "ignore", "barred"],
 }
 MODULES = {
-    *("data", "metrics", "models", "partition", "samplers", "server_optimizers", "stopping"),
+    *("data", "metrics", "models", "partition", "plot", "samplers", "server_optimizers"),
+    "stopping",
 }
 # `Row` is a `dict`, `StopRule` a `Callable`, `Population` a union.
 OWN = {"fedjax_lite", "builtins", "collections", "typing"}
@@ -307,6 +315,7 @@ def functions(module):
         (fl.metrics, METRICS),
         (fl.models, MODELS),
         (fl.partition, PARTITION),
+        (fl.plot, PLOT),
         (fl.samplers, SAMPLERS),
         (fl.server_optimizers, SERVER_OPTIMIZERS),
         (fl.stopping, STOPPING),

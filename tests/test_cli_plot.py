@@ -1,10 +1,14 @@
 import json
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from fedjax_lite.cli import curves, main, plot, plots, runs
+from fedjax_lite.cli import main
+from fedjax_lite.runs import reading
+from fedjax_lite.runs.plot import lines as drawing
+from fedjax_lite.runs.plot.of_runs import panels
 
 
 def write(folder, *, seed=0, values=(0.5, 0.25), clients=None, wrap=True, tail="", **settings):
@@ -26,11 +30,11 @@ def write(folder, *, seed=0, values=(0.5, 0.25), clients=None, wrap=True, tail="
 
 
 def lines(folders):
-    groups = runs.group_seeds([runs.read_run(folder) for folder in folders])
-    names = runs.name_groups(groups)
+    groups = reading.group_seeds([reading.read_run(folder) for folder in folders])
+    names = reading.name_groups(groups)
     return {
         panel.name: {curve.label: curve for _, curve in panel.curves}
-        for panel in plot.panels(groups, names)
+        for panel in panels(groups, names)
     }
 
 
@@ -46,10 +50,10 @@ def refusal(capsys, *args):
 def figures(monkeypatch):
     """The figures that would have been saved, by name."""
     found = {}
-    monkeypatch.setattr(plots, "save", lambda figure, path: found.update({path.name: figure}))
+    monkeypatch.setattr(drawing, "save", lambda figure, path: found.update({path.name: figure}))
     yield found
     for figure in found.values():
-        plots.plt.close(figure)
+        plt.close(figure)
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_line(tmp_path):
@@ -117,11 +121,11 @@ def test_short_and_diverging_runs_are_drawn(tmp_path, figures, values):
 
 
 def test_sixteen_lines_are_all_different(tmp_path, figures):
-    folders = [write(tmp_path / f"{i:02}", alpha=i) for i in range(curves.MAX_CURVES)]
+    folders = [write(tmp_path / f"{i:02}", alpha=i) for i in range(drawing.MAX_CURVES)]
     main(["plot", *map(str, folders), "--out", str(tmp_path / "all.png")])
     for axes in figures["all.png"].axes:
         drawn = {(line.get_color(), line.get_linestyle()) for line in axes.lines}
-        assert len(drawn) == curves.MAX_CURVES == 16
+        assert len(drawn) == drawing.MAX_CURVES == 16
 
 
 def test_pictures_are_written_where_they_are_said_to_be(tmp_path, capsys):

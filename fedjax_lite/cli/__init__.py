@@ -40,6 +40,7 @@ def _main(args: Sequence[str] | None) -> None:
     try:
         for module in ("tyro", "rich", "matplotlib"):
             require(module, "run")
+        require("matplotlib", "run").use("Agg")  # Pictures go to files.
         from fedjax_lite.cli.baseline import Baseline, baseline
         from fedjax_lite.cli.config import settings_from_file
         from fedjax_lite.cli.data import Data, data

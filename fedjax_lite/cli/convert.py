@@ -11,9 +11,9 @@ import rich.console
 from tyro.conf import Positional
 
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
-from fedjax_lite.cli.progress import bar
 from fedjax_lite.cli.source import Source
 from fedjax_lite.data import formats, preprocess
+from fedjax_lite.runs.progress import bar
 
 _SECONDS_PER_LINE = 10
 _PREPROCESS = {

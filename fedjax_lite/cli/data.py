@@ -1,7 +1,9 @@
 """`fedjax-lite data`: what a data set on disk holds, and its conversion."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,14 +12,19 @@ import rich.console
 import rich.table
 from tyro.conf import subcommand
 
-from fedjax_lite.cli import plots
 from fedjax_lite.cli.convert import Convert, convert
 from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.source import Source, load
 from fedjax_lite.data.dataset import FederatedDataset
+from fedjax_lite.runs.plot.classes import (
+    class_distribution,
+    class_indices,
+    count_classes,
+    counts_of,
+)
+from fedjax_lite.runs.plot.style import save
 
 _QUANTILES = {"min": 0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1}
-_MAX_CELLS = 2 * 10**8  # Of the table of clients and classes: 1.6 GB.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,46 +80,25 @@ def data(options: Data) -> None:
             _plot(options.command)
 
 
-def _classes(dataset: FederatedDataset, label: str) -> tuple[list[int], np.ndarray]:
-    """The classes in sorted order, and the position among them of each example's class."""
-    if label not in dataset.examples:
-        raise UsageError(f"--label is {label!r}; choose one of {', '.join(dataset.examples)}")
-    values = dataset.examples[label]
-    if values.ndim != 1 or not (np.isfinite(values) & (values == np.round(values))).all():
-        raise UsageError(
-            f"--label is {label!r}, of shape {values.shape} and dtype {values.dtype}; choose a"
-            " feature with one whole number per example"
-        )
-    classes, index = np.unique(values, return_inverse=True)
-    if dataset.num_clients * classes.size > _MAX_CELLS:
-        raise UsageError(
-            f"--label is {label!r}, which has {classes.size} values; choose one with fewer"
-        )
-    return [int(value) for value in classes], index
-
-
-def _counts(dataset: FederatedDataset, class_index: np.ndarray, num_classes: int) -> np.ndarray:
-    """`[clients, classes]`, the number of examples."""
-    owner = np.repeat(np.arange(dataset.num_clients), dataset.num_examples)
-    cells = dataset.num_clients * num_classes
-    counts = np.bincount(owner * num_classes + class_index, minlength=cells)
-    return counts.reshape(dataset.num_clients, num_classes)
+@contextlib.contextmanager
+def _label_errors() -> Iterator[None]:
+    """Errors of the label as those of the option."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
 
 
 def _plot(options: Plot) -> None:
     dataset = load(options)
-    classes, index = _classes(dataset, options.label)
-    counts = _counts(dataset, index, len(classes))
+    with _label_errors():
+        classes, counts = count_classes(dataset, options.label)
     title = f"{options.source.stem}: {dataset.num_clients:,} clients, {counts.sum():,} examples"
     try:
-        plots.class_distribution(
-            options.out,
-            counts,
-            classes,
-            dataset.client_ids,
-            label=options.label,
-            title=title,
+        axes = class_distribution(
+            counts, classes, dataset.client_ids, label=options.label, title=title
         )
+        save(axes, options.out)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"--out {options.out} cannot be written: {reason}") from None
@@ -162,19 +148,20 @@ def _report(dataset: FederatedDataset, options: Describe) -> dict[str, Any]:
 
 def _labels(dataset: FederatedDataset, label: str | None) -> dict[str, Any] | None:
     try:
-        classes, index = _classes(dataset, label or "y")
+        with _label_errors():
+            classes, index = class_indices(dataset, label or "y")
     except UsageError:
         if label is None:  # Nobody said that there are classes.
             return None
         raise
-    counts = _counts(dataset, index, len(classes))
+    counts = counts_of(dataset, index, len(classes))
     shuffled = np.random.default_rng(0).permutation(index)
     return {
         "feature": label or "y",
         "classes": len(classes),
         "classes_per_client": _quantiles((counts > 0).sum(1)),
         "skew": _skew(counts),
-        "skew_if_iid": _skew(_counts(dataset, shuffled, len(classes))),
+        "skew_if_iid": _skew(counts_of(dataset, shuffled, len(classes))),
     }
 
 

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 
 import fedjax_lite as fl
-from fedjax_lite.cli import plots
-from fedjax_lite.cli.curves import COLORS
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.settings import Settings
 from fedjax_lite.runs.files import locked, write_text
+from fedjax_lite.runs.plot.style import COLORS, new_axes, save
 from fedjax_lite.runs.records import git_revision, jsonable, machine
 
 # Chosen at Dirichlet 0.3 with seeds 100 to 102: FedAdam's rates are the best of client .03 and .1
@@ -158,8 +156,7 @@ def _table(runs: list[dict[str, Any]]) -> str:
 
 def _draw(path: Path, runs: list[dict[str, Any]]) -> None:
     """Draws each run as a point, and means with their standard deviations."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    plots.tidy(axes)
+    axes = new_axes()
     axes.grid(axis="x", visible=False)
     for i, name in enumerate(_ALGORITHMS):
         group = [run for run in runs if run["algorithm"] == name]
@@ -179,4 +176,4 @@ def _draw(path: Path, runs: list[dict[str, Any]]) -> None:
         f" {len(runs[0]['final'])} seeds",
     )
     axes.legend(frameon=False, loc="lower left")
-    plots.save(figure, path)
+    save(axes, path)

@@ -1,6 +1,8 @@
 """What ends a command early."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 
 
 class UsageError(Exception):
@@ -22,3 +24,12 @@ class InterruptedRunError(Exception):
 def exit_code(interrupt: KeyboardInterrupt) -> int:
     """That of a shell for a process that a signal ends."""
     return 128 + getattr(interrupt, "signal", signal.SIGINT)
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Has a `ValueError` end the command in one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from None

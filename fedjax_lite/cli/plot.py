@@ -2,19 +2,17 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 from tyro.conf import Positional, arg
 
-from fedjax_lite.cli.curves import MAX_CURVES, Curve, Panel, draw
-from fedjax_lite.cli.errors import UsageError
-from fedjax_lite.cli.runs import Run, group_seeds, name_groups, number, read_run
-
-_METAVAR = arg(metavar="DIR [DIR ...]", help_behavior_hint="")
-_PERCENT = np.arange(101)
+from fedjax_lite.cli.errors import UsageError, usage_errors
+from fedjax_lite.cli.runs import read_run
+from fedjax_lite.runs.plot.lines import MAX_CURVES, draw
+from fedjax_lite.runs.plot.of_runs import panels, title
+from fedjax_lite.runs.reading import Run, group_seeds, name_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +59,10 @@ def plot(options: Plot) -> None:
         )
     if len(groups) > MAX_CURVES:
         raise UsageError(f"these are {len(groups)} lines; choose runs for at most {MAX_CURVES}")
+    with usage_errors():
+        shown = panels(groups, labels)
     try:
-        files = draw(out, panels(groups, labels), title(groups))
+        files = draw(out, shown, title(groups))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"--out {out} cannot be written: {reason}") from None
@@ -82,59 +82,3 @@ def left_out(runs: Sequence[Run]) -> list[str]:
             why = "cannot be read" if damaged else "is missing, which train writes at its end"
             told.append(f"{run.folder} is left out of clients: clients.json {why}")
     return told
-
-
-def panels(groups: Sequence[Sequence[Run]], labels: Sequence[str]) -> list[Panel]:
-    """What there is to draw.
-
-    Raises:
-      UsageError: There is nothing.
-    """
-    evaluated = any(run.evaluations for group in groups for run in group)
-    where = "on held-out examples" if evaluated else "of training"
-
-    def develop(name: str) -> Callable[[Sequence[Run]], tuple[np.ndarray, np.ndarray] | None]:
-        def line(group: Sequence[Run]) -> tuple[np.ndarray, np.ndarray] | None:
-            rows = [run.evaluations if evaluated else run.rounds for run in group]
-            rows = [of_run for of_run in rows if of_run]
-            if not rows:
-                return None
-            # Rounds that one of the seeds lacks (it was killed) would make the mean jump.
-            common = [r for r in sorted(rows[0]) if all(r in of_run for of_run in rows)]
-            if not any(name in row for of_run in rows for row in of_run.values()) or not common:
-                return None
-            values = [[number(of_run[r].get(name)) for r in common] for of_run in rows]
-            return np.array(common), np.array(values)
-
-        return line
-
-    def spread(group: Sequence[Run]) -> tuple[np.ndarray, np.ndarray] | None:
-        known = [np.array([number(x) for x in run.clients.get("accuracy", ())]) for run in group]
-        known = [values[np.isfinite(values)] for values in known]
-        known = [values for values in known if values.size]
-        if not known:
-            return None
-        return _PERCENT, np.array([np.percentile(values, _PERCENT) for values in known])
-
-    found = []
-    for name, ylabel, take in (
-        ("loss", f"loss {where}", develop("loss")),
-        ("accuracy", f"accuracy {where}", develop("accuracy")),
-        ("clients", "accuracy on a client's examples", spread),
-    ):
-        lines = [(place, take(group)) for place, group in enumerate(groups)]
-        curves = [(place, Curve(labels[place], *line)) for place, line in lines if line]
-        if curves:
-            found.append(Panel(name, ylabel, curves))
-    if not found:
-        raise UsageError(f"{groups[0][0].folder} holds no loss and no accuracy so far")
-    return found
-
-
-def title(groups: Sequence[Sequence[Run]]) -> str:
-    """What all runs have in common, of the settings by which a run is known."""
-    shared = []
-    for name in ("dataset", "algorithm", "note"):
-        values = {str(run.settings.get(name, "")) for group in groups for run in group}
-        shared += [Path(value).name for value in values] if len(values) == 1 else []
-    return ", ".join(filter(None, shared))

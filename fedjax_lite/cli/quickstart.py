@@ -13,13 +13,13 @@ import rich.table
 from fedjax_lite import _validate
 from fedjax_lite.base import ServerState
 from fedjax_lite.cli import plots
-from fedjax_lite.cli.curves import draw
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
-from fedjax_lite.cli.plot import panels, title
-from fedjax_lite.cli.progress import progress
 from fedjax_lite.cli.records import new_folder, open_folder
 from fedjax_lite.cli.runs import read_run
 from fedjax_lite.experiments.quickstart import Simulation, digits_simulation, halfspace_simulation
+from fedjax_lite.runs.plot.lines import draw
+from fedjax_lite.runs.plot.of_runs import panels, title
+from fedjax_lite.runs.progress import progress
 from fedjax_lite.runs.records import jsonable, machine
 from fedjax_lite.xla.cpu import configure_cpu
 from fedjax_lite.xla.mesh import replicate

@@ -21,11 +21,9 @@ import tyro
 
 import fedjax_lite as fl
 from fedjax_lite.cli.brief import told_briefly
-from fedjax_lite.cli.curves import MAX_CURVES, draw
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
-from fedjax_lite.cli.plot import panels, title
 from fedjax_lite.cli.records import cannot_write, new_folder
-from fedjax_lite.cli.runs import group_seeds, name_groups, number, read_object, read_run
+from fedjax_lite.cli.runs import read_run
 from fedjax_lite.cli.train import as_option
 from fedjax_lite.experiments import expressions
 from fedjax_lite.experiments.build import algorithm_of, build
@@ -39,6 +37,9 @@ from fedjax_lite.experiments.varying import (
     with_numbers,
 )
 from fedjax_lite.runs.files import locked, write_text
+from fedjax_lite.runs.plot.lines import MAX_CURVES, draw
+from fedjax_lite.runs.plot.of_runs import panels, title
+from fedjax_lite.runs.reading import group_seeds, name_groups, number, read_object
 from fedjax_lite.runs.records import Recorder, jsonable, machine
 
 _VARY = tyro.conf.arg(metavar="NAME=VALUES", help_behavior_hint="")

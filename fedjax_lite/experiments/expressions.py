@@ -451,33 +451,3 @@ def _told(where: str, error: Exception) -> str:
         lines = [error.lineno]
     line = f", line {lines[-1]}" if lines else ""
     return f"{where}{line}: {type(error).__name__}: {error}"
-
-
-def flattened(name: str, text: str) -> dict[str, Any]:
-    """A setting and the arguments in it by dotted names, by its words alone: nothing is looked up.
-
-    >>> flattened("algorithm", "fed_prox(mu=0.1)")
-    {'algorithm': 'fed_prox', 'algorithm.mu': 0.1}
-    """
-    try:
-        body = ast.parse(_TOKENS.sub(lambda m: m[1] or "_", text), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return {name: text}
-    return dict(_flat(name, body))
-
-
-def _flat(name: str, node: ast.expr) -> Iterator[tuple[str, Any]]:
-    match node:
-        case ast.Tuple(elts=elements) if any(isinstance(one, ast.Call) for one in elements):
-            for i, element in enumerate(elements):
-                yield from _flat(f"{name}.{i}", element)
-        case ast.Call(func=ast.Name(id=function), args=args, keywords=keywords):
-            yield name, function
-            for i, arg in enumerate(args):
-                yield from _flat(f"{name}.{i}", arg)
-            for keyword in keywords:
-                yield from _flat(f"{name}.{keyword.arg}", keyword.value)
-        case ast.Constant(value=value):
-            yield name, value
-        case _:
-            yield name, ast.unparse(node)

@@ -5,6 +5,7 @@ One training run or a sweep of many; checkpoints, rows, pictures, rules that end
 
 from fedjax_lite.runs.checkpoint import Checkpoints, load_state
 from fedjax_lite.runs.ledger import NonFiniteWarning
+from fedjax_lite.runs.reading import read_runs
 from fedjax_lite.runs.records import Recorder
 from fedjax_lite.runs.result import InterruptedTraining, TrainResult
 from fedjax_lite.runs.stopping import History
@@ -20,6 +21,7 @@ __all__ = [
     "SweepResult",
     "TrainResult",
     "load_state",
+    "read_runs",
     "sweep",
     "train",
 ]

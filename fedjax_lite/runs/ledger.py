@@ -44,6 +44,8 @@ class Ledger:
         self.best, self._best_mode = best, best_mode
         self.best_state: ServerState | None = None
         self._on_round, self._on_eval, self._on_resume = on_round, on_eval, on_resume
+        self.show: Callable[[Row, bool], None] | None = None
+        """Is given each row, and whether it is of an evaluation, to show how far the run is."""
         self._pending: collections.deque[Callable[[], None]] = collections.deque()
         self._began = time.perf_counter()
 
@@ -91,6 +93,8 @@ class Ledger:
             self._has_warned = self._warn(row, info)
         if self._on_round is not None:
             self._on_round(row, info)
+        if self.show is not None:
+            self.show(row, False)
 
     def _warn(self, row: Row, info: RoundInfo) -> bool:
         """Warns of a round that is not finite, if it is not."""
@@ -118,6 +122,8 @@ class Ledger:
             self.best_state = state
         if self._on_eval is not None:
             self._on_eval(row)
+        if self.show is not None:
+            self.show(row, True)
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, jax.Array]:

@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fedjax_lite import _validate
+from fedjax_lite._extras import require
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = [
     "History",
@@ -40,6 +44,26 @@ class History(NamedTuple):
 
     def __repr__(self) -> str:
         return f"History({len(self.rounds)} rounds, {len(self.evaluations)} evaluations)"
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """All rows as one pandas DataFrame, by round.
+
+        What is known of a round has the names of `rounds`; what was evaluated after it those of
+        `evaluations` after `eval_`, and NaN where nothing was.
+
+        >>> history = History([{"round": 1, "loss": 2.0}], [{"round": 0, "loss": 3.0}])
+        >>> frame = history.to_pandas()
+        >>> frame["round"].tolist(), frame["loss"].tolist(), frame["eval_loss"].tolist()
+        ([0, 1], [nan, 2.0], [3.0, nan])
+        """
+        pandas: Any = require("pandas", "run")
+        rounds = pandas.DataFrame(self.rounds or [], columns=None if self.rounds else ["round"])
+        evaluations = pandas.DataFrame(
+            self.evaluations or [], columns=None if self.evaluations else ["round"]
+        )
+        renamed = {name: f"eval_{name}" for name in evaluations.columns if name != "round"}
+        both = rounds.merge(evaluations.rename(columns=renamed), on="round", how="outer")
+        return both.sort_values("round", ignore_index=True)
 
     @property
     def seconds(self) -> float:

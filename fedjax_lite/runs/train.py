@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from fedjax_lite import _validate
+from fedjax_lite._extras import require
 from fedjax_lite.base import FederatedAlgorithm, PyTree, RoundInfo, ServerState
 from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.data.population import GeneratedPopulation, ResidentPopulation, StreamedPopulation
@@ -47,6 +48,7 @@ def train(
     best: str | None = None,
     best_mode: Literal["max", "min"] | None = None,
     checkpoints: Checkpoints | None = None,
+    progress: bool = False,
 ) -> TrainResult:
     r"""Runs rounds of an algorithm, and records what happens.
 
@@ -90,6 +92,8 @@ def train(
       checkpoints: Where to save the run. If there is a checkpoint already, the run goes on from
         it, to the same bits as if it had never been interrupted; one that had ended returns its
         result.
+      progress: Show how far the run is: a bar in a terminal or a notebook, lines of the evaluations
+        elsewhere. Needs rich.
 
     Returns:
       A `TrainResult`.
@@ -180,6 +184,11 @@ def train(
         if streamed:
             sources = prefetch(draw_ahead, range(run.done, num_rounds))
         signal_came = stack.enter_context(first_signal())
+        if progress:
+            require("rich", "run")
+            from fedjax_lite.runs.progress import shown
+
+            run.ledger.show = stack.enter_context(shown(num_rounds))
         run.start()
         while True:
             if run.done % eval_every == 0:

@@ -2,10 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import rich.console
 import rich.progress
 
+_MOST_SHOWN = 3  # Metrics of an evaluation, so that a line stays one.
 Show = Callable[[int, str, bool], None]
 
 
@@ -18,7 +20,7 @@ def progress(num_rounds: int, *, stderr: bool) -> Iterator[Show]:
       stderr: Whether stdout is kept for something else.
     """
     console = rich.console.Console(stderr=stderr)
-    if not console.is_terminal:
+    if not (console.is_terminal or console.is_jupyter):
 
         def show_line(done: int, text: str, loud: bool) -> None:
             if loud:
@@ -29,6 +31,27 @@ def progress(num_rounds: int, *, stderr: bool) -> Iterator[Show]:
     with bar("round", console) as counting:
         task = counting.add_task("", total=num_rounds)
         yield lambda done, text, loud: counting.update(task, completed=done, description=text)
+
+
+@contextlib.contextmanager
+def shown(num_rounds: int) -> Iterator[Callable[[dict[str, Any], bool], None]]:
+    """`show(row, is_evaluation)` of rows: in words, the last evaluation, or the loss of rounds."""
+    with progress(num_rounds, stderr=False) as show:
+        text, evaluated = "", False
+
+        def show_row(row: dict[str, Any], is_evaluation: bool) -> None:
+            nonlocal text, evaluated
+            evaluated |= is_evaluation
+            if is_evaluation:
+                numbers = {name: x for name, x in row.items() if isinstance(x, float)}
+                numbers.pop("seconds", None)
+                told = list(numbers.items())[:_MOST_SHOWN]
+                text = "  ".join(f"{name} {value:.4g}" for name, value in told)
+            elif not evaluated:
+                text = f"loss {row['loss']:.4g}"
+            show(row["round"], text, is_evaluation)
+
+        yield show_row
 
 
 def bar(what: str, console: rich.console.Console) -> rich.progress.Progress:

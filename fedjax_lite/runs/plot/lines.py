@@ -10,14 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fedjax_lite.cli import plots
+from fedjax_lite.runs.plot.style import COLORS, new_axes, save, tidy
 
-# Okabe and Ito (2008), which colour-blind readers can tell apart, with grey for yellow.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A919C")
 _STYLES = ("-", "--", ":", "-.")
 _PER_STYLE = 4
+PERCENT = np.arange(101)  # Where the spread over clients is read off.
 MAX_CURVES = _PER_STYLE * len(_STYLES)
-_SPREAD = "mean \N{PLUS-MINUS SIGN} standard deviation"
+SPREAD = "mean \N{PLUS-MINUS SIGN} standard deviation"
 
 
 class Curve(NamedTuple):
@@ -66,23 +65,34 @@ def draw(out: Path, panels: Sequence[Panel], title: str) -> list[Path]:
         figure, grid = plt.subplots(1, len(shown), layout="constrained", squeeze=False)
         legend: dict[str, Line2D] = {}
         for axes, panel in zip(grid[0], shown, strict=True):
-            legend |= _draw_panel(axes, panel)
+            legend |= draw_panel(axes, panel)
         figure.suptitle(title)
         height = 4.0
-        if len(legend) > 1 or _SPREAD in next(iter(legend)):
+        if len(legend) > 1 or SPREAD in next(iter(legend)):
             columns = max(1, 80 * len(shown) // (max(map(len, legend)) + 8))
             height += 0.23 * -(-len(legend) // columns)
             figure.legend(
                 legend.values(), legend, loc="outside lower center", ncols=columns, frameon=False
             )
         figure.set_size_inches(6.4 * len(shown), height)
-        plots.save(figure, path)
+        save(figure, path)
     return list(pictures)
 
 
-def _draw_panel(axes: Axes, panel: Panel) -> dict[str, Line2D]:
-    """Draws the lines; returns them by label."""
-    plots.tidy(axes)
+def on_axes(panel: Panel, axes: Axes | None) -> Axes:
+    """Draws a panel on axes, new ones if there are none, with a legend where there is a choice."""
+    if len(panel.curves) > MAX_CURVES:
+        raise ValueError(f"these are {len(panel.curves)} lines; choose at most {MAX_CURVES}.")
+    axes = new_axes() if axes is None else axes
+    legend = draw_panel(axes, panel)
+    if len(legend) > 1 or any(legend):
+        axes.legend(legend.values(), legend, frameon=False)
+    return axes
+
+
+def draw_panel(axes: Axes, panel: Panel) -> dict[str, Line2D]:
+    """Draws the lines of a panel; returns them by label."""
+    tidy(axes)
     lines = {}
     for place, curve in panel.curves:
         color = COLORS[place % len(COLORS)]
@@ -91,7 +101,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> dict[str, Line2D]:
         mean, num_seeds = values.mean(0), len(values)
         label = curve.label
         if num_seeds > 1:
-            label += f" ({_SPREAD} of {num_seeds} seeds)"
+            label = f"{label} ({SPREAD} of {num_seeds} seeds)".strip()
             spread = values.std(0, ddof=1)
             axes.fill_between(
                 curve.x, mean - spread, mean + spread, color=color, alpha=0.18, linewidth=0
