@@ -166,10 +166,8 @@ def test_what_cannot_be_drawn_is_told(call, message):
 
 
 def test_importing_the_package_imports_no_extra():
-    program = (
-        "import sys, fedjax_lite; print([name for name in ('matplotlib', 'pandas', 'sklearn', 'tyro')"
-        " if name in sys.modules])"
-    )
+    extras = ["matplotlib", "pandas", "sklearn", "tyro"]
+    program = f"import sys, fedjax_lite; print([x for x in {extras} if x in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
