@@ -109,7 +109,7 @@ def test_recorded_runs_are_drawn(sweep):
         assert [label.partition(" (")[0] for label in legend] == [
             *("algorithm.mu 0.1", "algorithm.mu 1")
         ]
-    assert axes.get_title() == "digits()"
+    assert axes.get_title() == "digits, fed_prox"
     assert texts(fl.plot.runs(sweep, "loss", labels=["a", "b"]).get_legend())[0].startswith("a (")
 
 

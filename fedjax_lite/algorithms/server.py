@@ -146,6 +146,7 @@ def federated_algorithm(
     _validate.choice("shuffle", options["shuffle"], (True, False))
     _validate.choice("on_nonfinite", options["on_nonfinite"], ON_NONFINITE)
     execution, batch_size = Execution.of(options), options["batch_size"]
+    drop = options["on_nonfinite"] == "drop"
     batching = Batching(
         batch_size=DEFAULT_BATCH_SIZE if batch_size is None else batch_size,
         num_epochs=options["num_epochs"],
@@ -227,8 +228,8 @@ def federated_algorithm(
             execution=execution,
         )
         skip = result.weight == 0
-        weight = jnp.where(skip, 1, result.weight)
-        aggregate = optax.tree.scale(1 / weight, result.update) if average else result.update
+        mean = 1 / jnp.where(skip, 1, result.weight)
+        aggregate = optax.tree.scale(mean, result.update) if average else result.update
         metrics: dict[str, jax.Array] = {}
         after = server
         if pipeline is not None:
@@ -236,13 +237,14 @@ def federated_algorithm(
                 jax.random.fold_in(key, KEY_SERVER), server.pipeline_state, aggregate
             )
             after = dataclasses.replace(server, pipeline_state=pipeline_state)
-        model_state = optax.tree.scale(1 / weight, result.model_state)
+        model_state = optax.tree.scale(mean, result.model_state)
         aggregate = _like_params(aggregate, server.params)
         after = _step(optimizer, after, aggregate, model_state, result.statistics, cohort)
         after = jax.tree.map(lambda new, old: jnp.where(skip, old, new), after, server)
         after = dataclasses.replace(after, store=result.store, round=server.round + 1)
         down = (server.params, server.model_state) if broadcast is None else broadcast(server)
-        left_out = result.clients["nonfinite"] & (options["on_nonfinite"] == "drop")
+        nonfinite = result.clients["nonfinite"]
+        left_out = nonfinite if drop else jnp.zeros_like(nonfinite)
         return after, round_info(cohort, result, aggregate, server, down, left_out, metrics)
 
     return FederatedAlgorithm(init, Paced(round, check), client_params)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fedjax_lite.runs.plot.lines import PERCENT, Curve, Panel
-from fedjax_lite.runs.reading import Run, number
+from fedjax_lite.runs.reading import Run, flattened, number
 
 
 def panels(groups: Sequence[Sequence[Run]], labels: Sequence[str]) -> list[Panel]:
@@ -58,8 +58,15 @@ def panels(groups: Sequence[Sequence[Run]], labels: Sequence[str]) -> list[Panel
 
 def title(groups: Sequence[Sequence[Run]]) -> str:
     """What all runs have in common, of the settings by which a run is known."""
-    shared = []
+    shared: list[str] = []
     for name in ("dataset", "algorithm", "note"):
-        values = {str(run.settings.get(name, "")) for group in groups for run in group}
-        shared += [Path(value).name for value in values] if len(values) == 1 else []
+        settings = (run.settings.get(name, "") for group in groups for run in group)
+        values = {_brief(name, str(value)) for value in settings}
+        shared += values if len(values) == 1 else []
     return ", ".join(filter(None, shared))
+
+
+def _brief(name: str, value: str) -> str:
+    """The function that an expression calls, or the file that it reads."""
+    flat = flattened(name, value)
+    return Path(str(flat.get(f"{name}.path", flat.get(name, "")))).name
