@@ -1,0 +1,130 @@
+"""The programs of the README and of the documentation run, and their commands are commands."""
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+import fedjax_lite as fl
+from fedjax_lite.cli import main
+from fedjax_lite.experiments.settings import Settings, calls_of
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    path.stem: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+}
+FENCED = r"^```{}\n(.*?)^```"
+
+
+def blocks(text, language):
+    return re.findall(FENCED.format(language), text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # Some write records and checkpoints.
+    monkeypatch.setattr(fl, "configure_cpu", lambda: None)  # Here, JAX has computed something.
+    yield
+    plt.close("all")
+
+
+def run(name):
+    names = {}
+    for program in blocks(PAGES[name], "python"):
+        exec(program, names)
+    return names
+
+
+def printed_losses(capsys):
+    return list(map(float, re.findall(r"'loss': Array\(([\d.]+)", capsys.readouterr().out)))
+
+
+@pytest.mark.parametrize("name", sorted(set(PAGES) - {"README", "index", "algorithms"}))
+def test_the_programs_of_a_page_run(name, alone):
+    names = run(name)
+    assert names or not blocks(PAGES[name], "python")
+
+
+def test_the_first_programs_learn(alone, capsys):
+    names = run("index")
+    assert max(printed_losses(capsys)) < 0.5
+    assert names["infos"].loss.shape == (8, 100)
+    assert float(names["infos"].loss[:, -1].max()) < 0.5
+    assert names["losses"].shape == (16,)
+    assert names["slope"] < 0  # a higher rate would have learned more
+
+
+def test_the_algorithms_learn(alone, capsys):
+    names = run("algorithms")
+    assert max(printed_losses(capsys)) < 0.5
+    assert names["info"].update_norm > 0
+
+
+def test_the_program_of_the_readme_is_the_first_one():
+    (program,) = blocks(PAGES["README"], "python")
+    assert program == blocks(PAGES["index"], "python")[0]
+    assert len([line for line in program.splitlines() if line.strip()]) <= 18
+
+
+def commands():
+    for name, text in PAGES.items():
+        for block in blocks(text, "(?:sh)?"):
+            for line in block.splitlines():
+                if line.startswith("fedjax-lite "):
+                    yield pytest.param(shlex.split(line)[1:], id=f"{name}: {line[12:60]}")
+
+
+FUNCTIONS = {
+    "baseline": "baseline.baseline",
+    "data": "data.data",
+    "eval": "eval.evaluate",
+    "list": "listing.list_choices",
+    "plot": "plot.plot",
+    "quickstart": "quickstart.quickstart",
+    "sweep": "sweep.sweep",
+    "train": "train.train",
+}
+
+
+@pytest.mark.parametrize("args", list(commands()))
+def test_the_commands_are_commands(args, monkeypatch):
+    asked = []
+    monkeypatch.setattr(f"fedjax_lite.cli.{FUNCTIONS[args[0]]}", asked.append)
+    if "--resume" in args:  # Of a run that is not here.
+        place = args.index("--resume")
+        args = args[:place] + args[place + 2 :]
+    main(args)
+    (options,) = asked
+    if args[0] in ("train", "sweep") and ".py:" not in "".join(args):
+        names = [field.name for field in dataclasses.fields(Settings)]
+        calls_of(Settings(**{name: getattr(options, name) for name in names}))
+
+
+def test_the_two_commands_are_there():
+    assert "pip install -e '.[run]' && fedjax-lite quickstart" in PAGES["README"]
+    assert "pip install -e '.[test]' && pytest" in PAGES["README"]
+
+
+def test_links_lead_somewhere():
+    for name, text in PAGES.items():
+        folder = ROOT if name == "README" else ROOT / "docs"
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            if "://" not in target:
+                assert (folder / target).exists(), (name, target)
+
+
+def test_the_figure_of_a_round_can_be_drawn(tmp_path):
+    program = (ROOT / "docs" / "figures.py").read_text()
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    (tmp_path / "docs" / "figures.py").write_text(program)
+    subprocess.run([sys.executable, "docs/figures.py"], cwd=tmp_path, check=True)
+    drawn = (tmp_path / "docs" / "images" / "round.svg").read_text()
+    assert drawn.count("<path") > 100
