@@ -2,17 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fedjax_lite import data, models, samplers
-from fedjax_lite.algorithms import (
-    apfl,
-    fed_avg,
-    fed_nova,
-    fed_prox,
-    fed_sgd,
-    federated_algorithm,
-    scaffold,
-    server_optimizers,
-)
+from fedjax_lite import algorithms, data, models, samplers, updates
+from fedjax_lite.algorithms import *  # noqa: F403
+from fedjax_lite.algorithms import server_optimizers
 from fedjax_lite.base import (
     ClientResult,
     ClientUpdate,
@@ -50,7 +42,7 @@ from fedjax_lite.runs import (
     sweep,
     train,
 )
-from fedjax_lite.updates import chain, clip_by_norm, quantize_uniform
+from fedjax_lite.updates import *  # noqa: F403
 from fedjax_lite.xla import UnconfiguredCPUWarning, clients_mesh, configure_cpu, replicate
 
 if TYPE_CHECKING:
@@ -77,10 +69,7 @@ __all__ = [
     "TunedLanes",
     "UnconfiguredCPUWarning",
     "UpdateTransform",
-    "apfl",
-    "chain",
     "clients_mesh",
-    "clip_by_norm",
     "cohort",
     "cohort_of",
     "configure_cpu",
@@ -89,11 +78,6 @@ __all__ = [
     "evaluate_clients",
     "evaluate_fine_tuned",
     "experiment",
-    "fed_avg",
-    "fed_nova",
-    "fed_prox",
-    "fed_sgd",
-    "federated_algorithm",
     "function_model",
     "linen_model",
     "load_state",
@@ -103,11 +87,9 @@ __all__ = [
     "partition",
     "plot",
     "prefetch",
-    "quantize_uniform",
     "read_runs",
     "replicate",
     "samplers",
-    "scaffold",
     "server_optimizers",
     "stopping",
     "summarize_clients",
@@ -115,6 +97,9 @@ __all__ = [
     "train",
     "tune_lanes",
 ]
+# What is exported there is public.
+__all__ += algorithms.__all__
+__all__ += updates.__all__
 
 __version__ = "0.1.0"
 
@@ -129,4 +114,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(__all__)

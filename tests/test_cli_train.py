@@ -295,6 +295,26 @@ def test_a_recorded_run_is_run_again_to_the_same_bits(tmp_path, capsys):
     assert "net(width=6)" in configs[0]["config"]["model"]
 
 
+def test_every_command_that_runs_takes_a_file_of_settings(tmp_path, monkeypatch):
+    asked = {}
+    for command in ("quickstart", "baseline"):
+        keep = lambda options, command=command: asked.update({command: options})
+        monkeypatch.setattr(f"fedjax_lite.cli.{command}.{command}", keep)
+    path = tmp_path / "a.yaml"
+    path.write_text("dataset: digits\nrounds: 7\njson: true\n")
+    main(["quickstart", "--config", str(path), "--rounds=8"])
+    found = asked["quickstart"]
+    assert (found.dataset, found.rounds, found.json) == ("digits", 8, True)
+    path.write_text("name: emnist-cnn\nsynthetic: true\nnum-clients: 9\n")
+    main(["baseline", "--config", str(path), "--rounds=8"])
+    found = asked["baseline"]
+    assert (found.name, found.synthetic, found.num_clients, found.rounds) == (
+        *("emnist-cnn", True, 9, 8),
+    )
+    main(["baseline", "shakespeare-lstm", "--config", str(path)])
+    assert (asked["baseline"].name, asked["baseline"].num_clients) == ("shakespeare-lstm", 9)
+
+
 def test_the_versions_are_told_in_one_line(capsys):
     main(["--version"])
     versions = f"{fl.__version__}, jax {jax.__version__}, Python {platform.python_version()}"

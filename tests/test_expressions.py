@@ -171,7 +171,7 @@ def test_what_is_known_is_filled_in_where_it_is_taken():
     assert (seen["num_classes"], seen["width"]) == (5, 8)
 
 
-FILE = """
+FILE = """from __future__ import annotations
 import dataclasses
 from beside import WIDTH
 

@@ -62,7 +62,8 @@ def _main(args: Sequence[str] | None) -> None:
             "list": List,
         }
         defaults = {}
-        given = settings_from_file(args, {"train": Train, "sweep": Sweep})
+        configured = {name: commands[name] for name in ("quickstart", "train", "sweep", "baseline")}
+        given = settings_from_file(args, configured)
         if given is not None:
             path, arguments = given
             try:

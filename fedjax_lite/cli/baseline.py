@@ -33,6 +33,8 @@ class Baseline:
     seeds each, and needs no files.
 
     Attributes:
+      config: File of settings, .yaml or .json, with the names that follow; those on the command
+        line go before.
       name: One of those that --list shows.
       list: Print the baselines, their settings and the published results.
       data: The data: a file of FedJAX or TensorFlow Federated, the folder cifar-10-batches-bin,
@@ -48,6 +50,7 @@ class Baseline:
       json: Print one JSON object, and nothing else, on stdout.
     """
 
+    config: Annotated[Path | None, _QUIET] = None
     name: Annotated[Positional[str | None], arg(metavar="NAME", help_behavior_hint="")] = None
     list: bool = False
     data: Annotated[Path | None, _QUIET] = None

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from fedjax_lite._extras import require
 from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.runs import settings_of_training
@@ -115,6 +117,7 @@ def _distinct(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
 
 def _arguments(path: Path, settings: dict[Any, Any], command: str, options: type) -> list[str]:
     hints = typing.get_type_hints(options)
+    annotated = typing.get_type_hints(options, include_extras=True)
     arguments = []
     for key, value in settings.items():
         name = str(key).replace("-", "_")
@@ -128,7 +131,9 @@ def _arguments(path: Path, settings: dict[Any, Any], command: str, options: type
             close = difflib.get_close_matches(name, hints, 1)
             way_out = f"did you mean {close[0]}?" if close else f"see fedjax-lite {command} --help"
             raise UsageError(f"{path}: {key} is no setting of {command}; {way_out}")
-        if value is not None:
+        if value is not None and Positional in getattr(annotated[name], "__metadata__", ()):
+            arguments.append(str(value))
+        elif value is not None:
             try:
                 arguments += _argument(name, value, hints[name])
             except ValueError as error:

@@ -30,6 +30,8 @@ class Quickstart:
     """Train a small federated model and draw how its loss and accuracy develop.
 
     Attributes:
+      config: File of settings, .yaml or .json, with the names that follow; those on the command
+        line go before.
       dataset: halfspace (points in a square, generated) or digits (images of 8 x 8 pixels,
         skewed over 50 clients).
       rounds: Number of rounds.
@@ -39,6 +41,7 @@ class Quickstart:
       json: Print one JSON object, and nothing else, on stdout.
     """
 
+    config: Path | None = None
     dataset: Literal["halfspace", "digits"] = "halfspace"
     rounds: int = 100
     seed: int = 0

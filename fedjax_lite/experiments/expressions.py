@@ -9,18 +9,15 @@ itself, such as the number of classes, is left out and filled in.
 import ast
 import dataclasses
 import difflib
-import importlib.util
 import inspect
 import math
 import re
-import sys
-import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+
+from fedjax_lite.experiments.own_files import from_file, told_with_line
 
 Table = Mapping[str, Callable[..., Any]]
 """Functions by the names that expressions have for them."""
@@ -204,7 +201,7 @@ class _Reader:
             raise self.error(f"** is refused; {_REFUSED}.")
         if node.id in self._files:
             name = self._files[node.id]
-            function = _from_file(self._role.setting, name)
+            function = from_file(self._role.setting, name)
         else:
             name, function = node.id, self._find(node.id)
         positional = [self.value(arg) for arg in args]
@@ -344,7 +341,7 @@ def build(role: Role, call: Call, known: Mapping[str, Any] | None = None) -> Any
     except Exception as error:
         path = call.name.rpartition(".py:")[0]
         if path:
-            raise ValueError(_told(f"{path}.py", error)) from error
+            raise ValueError(told_with_line(f"{path}.py", error)) from error
         if isinstance(error, jax.errors.JAXTypeError):
             raise  # It is not known yet what an argument is.
         if isinstance(error, (ValueError, TypeError)):
@@ -401,53 +398,3 @@ def replaced(call: Call, at: tuple[str, ...], value: Any) -> Call:
     more = list(call.more)
     more[places[0]] = replaced(more[places[0]], tuple(rest), value) if rest else value
     return dataclasses.replace(call, more=tuple(more))
-
-
-_MODULES: dict[Path, ModuleType] = {}
-
-
-def _from_file(setting: str, text: str) -> Callable[..., Any]:
-    """The function `path.py:name`."""
-    where, _, name = text.rpartition(":")
-    path = Path(where).expanduser().resolve()
-    if not path.is_file():
-        raise ValueError(f"{setting} is {text!r}: there is no file {where}; write its path.")
-    if path not in _MODULES:
-        _MODULES[path] = _imported(path, where)
-    module = _MODULES[path]
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
-        close = difflib.get_close_matches(name, functions, 1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{setting} is {text!r}: {where} has no function {name}{meant}")
-    return function
-
-
-def _imported(path: Path, where: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))  # As of a script: it may import from beside it.
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(_told(where, error)) from error
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
-
-
-def _told(where: str, error: Exception) -> str:
-    """An error inside a file of the user's, with the line that it comes from."""
-    file = str(Path(where).expanduser().resolve())
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == file
-    ]
-    if isinstance(error, SyntaxError) and error.filename == file:
-        lines = [error.lineno]
-    line = f", line {lines[-1]}" if lines else ""
-    return f"{where}{line}: {type(error).__name__}: {error}"

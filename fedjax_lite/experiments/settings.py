@@ -1,5 +1,6 @@
 """The settings of a run: what it is made of, in expressions, and a few numbers."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -264,9 +265,13 @@ def parsed(setting: str, value: Any) -> Any:
 
 def _is_path(role: Role, text: str) -> bool:
     """Whether a text is a path and no expression: names go before files of the same name."""
-    if text.replace("-", "_") in role.table or re.search(r"\.py:|[()]", text):
+    if text.replace("-", "_") in role.table:
         return False
-    return Path(text).exists() or "." in text or "/" in text or os.sep in text
+    with contextlib.suppress(OSError, ValueError):  # What is too long for a path, or has a NUL.
+        if Path(text).exists():
+            return True
+    is_call = re.search(r"\.py:|[()]", text)
+    return not is_call and any(mark in text for mark in (".", "/", os.sep))
 
 
 def _put(name: str, value: Any, argument: str, number: Any) -> Any:
