@@ -6,10 +6,14 @@ from fedjax_lite import algorithms, data, models, samplers, updates
 from fedjax_lite.algorithms import *  # noqa: F403
 from fedjax_lite.algorithms import server_optimizers
 from fedjax_lite.base import (
+    Client,
     ClientResult,
     ClientUpdate,
     Cohort,
     FederatedAlgorithm,
+    Guarantees,
+    Message,
+    Reducer,
     RoundInfo,
     ServerState,
     UpdateTransform,
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoints",
+    "Client",
     "ClientEvaluation",
     "ClientResult",
     "ClientUpdate",
@@ -57,11 +62,14 @@ __all__ = [
     "Experiment",
     "FederatedAlgorithm",
     "FederatedDataset",
+    "Guarantees",
     "History",
     "InterruptedTraining",
+    "Message",
     "Model",
     "NonFiniteWarning",
     "Recorder",
+    "Reducer",
     "RoundInfo",
     "ServerState",
     "SweepResult",

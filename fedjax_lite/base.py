@@ -83,6 +83,8 @@ class ServerState:
       store: What clients keep between rounds: a pytree of arrays `[num_clients, ...]`, indexed
         by client id; empty if they keep nothing.
       pipeline_state: State of the update pipeline; empty if there is none.
+      pipeline_store: What the update pipeline keeps with clients between rounds: arrays
+        `[num_clients, ...]`; empty if it keeps nothing.
     """
 
     params: PyTree
@@ -91,6 +93,7 @@ class ServerState:
     round: jax.Array
     store: PyTree = ()
     pipeline_state: PyTree = ()
+    pipeline_store: PyTree = ()
 
     def __repr__(self) -> str:
         return record(self, vars(self))
@@ -114,12 +117,12 @@ class RoundInfo:
       skipped: True if no client contributed: `params`, `model_state` and
         `opt_state` are then unchanged, and only `round` advances.
       clients: Per-client arrays `[clients, ...]` in cohort order, zero in empty slots:
-        the metrics that clients report, such as `loss`, and `num_examples`, `num_steps`,
-        `update_norm`, `weight`, `nonfinite`, and `bits_down` and `bits_up`, what they are sent
-        and send: params, model state, statistics.
-      metrics: Means over the clients that were not left out of what was measured before and
-        after their training, weighted by their numbers of examples, and what the update
-        pipeline reports of its server half; often empty.
+        the metrics that clients report, such as `loss`, and `client_id` (-1 in empty slots),
+        `num_examples`, `num_steps`, `update_norm`, `weight`, `nonfinite`, and `bits_down` and
+        `bits_up`, what they are sent and send: params, model state, statistics.
+      metrics: Of the scalars that clients and transforms report, but for `loss`: the means over the
+        clients that were not left out, weighted by their numbers of examples; and what the update
+        pipeline reports of its server half.
     """
 
     loss: jax.Array
@@ -155,65 +158,188 @@ class FederatedAlgorithm(NamedTuple):
     client_params: Callable[[ServerState, PyTree], PyTree] | None = None
 
 
+class Client(NamedTuple):
+    """Who a client is, and what it has: one client of a cohort, in one round.
+
+    Attributes:
+      id: Its position in the population, int32 scalar.
+      num_examples: How many examples it has, int32 scalar.
+      num_steps: How many local steps it takes in this round, int32 scalar.
+      entry: What it kept from the last round that it took part in, or `client_entry(params)` before
+        its first; `()` if clients keep nothing.
+      key: A typed key of its own for this round.
+    """
+
+    id: jax.Array
+    num_examples: jax.Array
+    num_steps: jax.Array
+    entry: PyTree
+    key: jax.Array
+
+
 class ClientResult(NamedTuple):
     """What one client sends to the server, and what it keeps.
 
     Attributes:
       update: Pytree of arrays; the server receives the weighted sum over clients.
       weight: Scalar weight of the update in that sum, not negative.
-      metrics: Scalars or arrays by name, reported per client and not aggregated.
-      model_state: What the model keeps but does not train, summed with the same weight.
-      client_output: What the client keeps for the next round that it takes part in, like its
-        `client_input`. A client that is left out, has no examples or weighs nothing keeps what it
-        had.
+      metrics: Scalars or arrays by name, reported per client; scalars also as their mean over the
+        clients that were not left out, weighted by their numbers of examples.
+      model_state: What the model keeps but does not train, summed with the same weight; `None` if
+        that of the server stays.
+      entry: What the client keeps for the next round that it takes part in, like its
+        `Client.entry`; `None` if that stays. A client that is left out, has no examples or weighs
+        nothing keeps what it had.
       norm: L2 norm of the update, if it is known; the runner computes it otherwise.
       statistics: Pytree of arrays that the server receives beside the update, as the plain sum
-        over clients with a weight: counts, losses, control variates. No pipeline acts on them.
+        over clients with a weight: counts, losses, control variates.
     """
 
     update: PyTree
-    weight: jax.Array
-    metrics: dict[str, jax.Array]
-    model_state: PyTree
-    client_output: PyTree = ()
+    weight: Any
+    metrics: dict[str, Any] = {}  # noqa: RUF012, which no one changes
+    model_state: PyTree = None
+    entry: PyTree = None
     norm: jax.Array | None = None
     statistics: PyTree = ()
-
-
-class UpdateTransform(NamedTuple):
-    """What happens to updates between clients and server, in the spirit of optax.
-
-    Attributes:
-      init: `init(params) -> state`.
-      client: `client(key, state, update, weight) -> (update, info)`, on the update of one client,
-        before it is weighted and summed, with a typed key of the client's own. `info` has scalars
-        by name, which are reported per client; `bits_up` is the size of the update as it is sent.
-      server: `server(key, state, aggregate) -> (aggregate, state, info)`, on the aggregate, before
-        the server optimizer is given it. `info` has scalars by name.
-    """
-
-    init: Callable[[PyTree], PyTree]
-    client: Callable[[jax.Array, PyTree, PyTree, jax.Array], tuple[PyTree, dict[str, jax.Array]]]
-    server: Callable[[jax.Array, PyTree, PyTree], tuple[PyTree, PyTree, dict[str, jax.Array]]]
 
 
 class ClientUpdate(NamedTuple):
     """What one client computes, written for a single client; the runner maps it.
 
     Attributes:
-      init: `init(shared, client_input, key) -> client_state`, with `shared` what the server
-        broadcasts (the same for all clients, never copied per client) and `client_input` what
-        the client kept from the last round that it took part in, `()` if clients keep nothing.
-      step: `step(shared, client_state, batch, key) -> client_state`, one local
-        step on a batch of the client's examples.
-      final: `final(shared, client_state, num_examples) -> ClientResult`, once
-        all of the client's steps are done.
-      measure: `measure(shared, client_state, batch) -> {name: values [batch]}`, or `None`. Its
+      init: `init(server, client) -> state`, with `server` what the server broadcasts (the same for
+        all clients, never copied per client) and `client` a `Client`.
+      step: `step(server, client, state, batch, key) -> state`, one local step on a batch of the
+        client's examples.
+      final: `final(server, client, state) -> ClientResult`, once all of its steps are done.
+      measure: `measure(server, client, state, batch) -> {name: values [batch]}`, or `None`. Its
         means over the client's examples, before the first step and after the last one, are
         reported as the metrics `{name}_before` and `{name}_after`.
     """
 
-    init: Callable[[PyTree, PyTree, jax.Array], PyTree]
-    step: Callable[[PyTree, PyTree, Batch, jax.Array], PyTree]
-    final: Callable[[PyTree, PyTree, jax.Array], ClientResult]
-    measure: Callable[[PyTree, PyTree, Batch], dict[str, jax.Array]] | None = None
+    init: Callable[[Any, Client], PyTree]
+    step: Callable[[Any, Client, PyTree, Batch, jax.Array], PyTree]
+    final: Callable[[Any, Client, PyTree], ClientResult]
+    measure: Callable[[Any, Client, PyTree, Batch], dict[str, jax.Array]] | None = None
+
+
+class Message(NamedTuple):
+    """An update on its way from a client to the server, as transforms see and change it.
+
+    Attributes:
+      update: The update.
+      weight: Its weight, scalar.
+      entry: What the transform keeps with the client, from the last round that it took part in,
+        and for the next; `()` if it keeps nothing.
+      statistics: Pytree of arrays that the transform sends beside, summed over clients with a
+        weight; `()` if it sends nothing.
+      metrics: Scalars by name that are reported per client; `bits_up` is the size of the update as
+        it is sent.
+    """
+
+    update: PyTree
+    weight: jax.Array
+    entry: PyTree = ()
+    statistics: PyTree = ()
+    metrics: dict[str, jax.Array] = {}  # noqa: RUF012, which no one changes
+
+
+class Guarantees(NamedTuple):
+    """What is known of each client's update at a point of a pipeline, when it is built.
+
+    Attributes:
+      sensitivity: Upper bound of its L2 norm, a number that may be traced; `None` if there is none.
+      is_masked: Whether it is hidden in a mask that only the sum over clients takes off.
+    """
+
+    sensitivity: Any = None
+    is_masked: bool = False
+
+
+def _nothing_known(before: Guarantees) -> Guarantees:
+    return before._replace(sensitivity=None)
+
+
+class UpdateTransform(NamedTuple):
+    """What happens to updates between clients and server, in the spirit of optax.
+
+    Attributes:
+      init: `init(params) -> state`, of the server.
+      client: `client(key, state, message, client) -> message`, for the update of one client before
+        it is weighted and summed, with a typed key of the client's own in this round.
+      server: `server(key, state, aggregate, statistics) -> (aggregate, state, info)`, for the
+        aggregate before the server optimizer is given it, and the sum of what the transform sent
+        beside. `info` has scalars by name.
+      entry: `entry(params) -> pytree of arrays`, what the transform keeps with a client before its
+        first round; `None` if it keeps nothing.
+      broadcast: `broadcast(key, state, params) -> (params, bits)`, what clients receive in place of
+        the server's params, and its size; `None` if they receive these.
+      guarantees: `guarantees(before) -> after`, of `Guarantees`, when a pipeline is built. It
+        raises a `ValueError` where the transform makes no sense after what comes before it.
+
+    A transform that halves each update, and counts whom it was given:
+
+    >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
+    >>> def client(key, state, message, client):
+    ...     return message._replace(update=message.update / 2, statistics=jnp.float32(1))
+    >>> def server(key, state, aggregate, count):
+    ...     return aggregate, state, {"halved": count}
+    >>> halve = fl.UpdateTransform(lambda params: (), client, server)
+    >>> model = fl.function_model(lambda w, batch: -w * batch["x"])
+    >>> algorithm = fl.fed_avg(model, optax.sgd(1.0), pipeline=halve)
+    >>> dataset = fl.FederatedDataset.from_clients([{"x": [2.0]}, {"x": [6.0]}])
+    >>> both = fl.cohort_of(dataset.resident(), [0, 1])
+    >>> state, info = algorithm.round(jax.random.key(0), algorithm.init(jnp.float32(0.0)), both)
+    >>> float(state.params), float(info.metrics["halved"])
+    (2.0, 2.0)
+    """
+
+    init: Callable[[PyTree], PyTree]
+    client: Callable[[jax.Array, PyTree, Message, Client], Message]
+    server: Callable[
+        [jax.Array, PyTree, PyTree, PyTree], tuple[PyTree, PyTree, dict[str, jax.Array]]
+    ]
+    entry: Callable[[PyTree], PyTree] | None = None
+    broadcast: Callable[[jax.Array, PyTree, PyTree], tuple[PyTree, Any]] | None = None
+    guarantees: Callable[[Guarantees], Guarantees] = _nothing_known
+
+
+class Reducer(NamedTuple):
+    """How the updates of a cohort become one aggregate: by addition, or looked at side by side.
+
+    Of the two forms, a reducer has one. What is added up costs no memory; what is stacked takes
+    that of all updates, spread over the devices by coordinate.
+
+    Attributes:
+      summand: `summand(update, weight) -> pytree`, what is added up for one client.
+      finish: `finish(total, weight) -> aggregate`, of the sums over clients; `weight` is 1 in place
+        of 0, and the round is then skipped.
+      stacked: `stacked(updates, weights, total) -> aggregate`, with `updates` a list of arrays
+        `[clients, coordinates]`, one for each array of the params, that hold some of its
+        coordinates, and weights `[clients]`, 0 of clients that are left out and of empty slots.
+        It returns a list of arrays `[coordinates]`. `total(x)` is the sum of `x` over all
+        coordinates' holders, such as of a matrix of inner products.
+      skips_empty: Whether a round to which no client contributes leaves all as it was.
+
+    The largest update, coordinate by coordinate:
+
+    >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
+    >>> def largest(updates, weights, total):
+    ...     return [x.max(0, where=weights[:, None] > 0, initial=-jnp.inf) for x in updates]
+    >>> model = fl.function_model(lambda w, batch: -w * batch["x"])
+    >>> algorithm = fl.fed_avg(model, optax.sgd(1.0), reducer=fl.Reducer(stacked=largest))
+    >>> dataset = fl.FederatedDataset.from_clients([{"x": [2.0]}, {"x": [6.0]}])
+    >>> both = fl.cohort_of(dataset.resident(), [0, 1])
+    >>> state, info = algorithm.round(jax.random.key(0), algorithm.init(jnp.float32(0.0)), both)
+    >>> float(state.params)  # Of the deltas -2 and -6.
+    2.0
+    """
+
+    summand: Callable[[PyTree, jax.Array], PyTree] | None = None
+    finish: Callable[[PyTree, jax.Array], PyTree] | None = None
+    stacked: (
+        Callable[[list[jax.Array], jax.Array, Callable[[jax.Array], jax.Array]], list[jax.Array]]
+        | None
+    ) = None
+    skips_empty: bool = True

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from fedjax_lite.engine.batches import KEY_DATA, Client, client_key, count_steps, read_batch
+from fedjax_lite.engine.batches import KEY_DATA, Slot, client_key, count_steps, read_batch
 from fedjax_lite.xla import random as fl_random
 
 
@@ -17,7 +17,7 @@ def cohort_batches(cohort, key, *, max_steps, batching):
 
     def client(slot):
         key_data = client_key(fl_random.fast(key), cohort.client_ids[slot], KEY_DATA)
-        read = lambda step: read_batch(cohort, key_data, Client.of(cohort, slot), step, batching)
+        read = lambda step: read_batch(cohort, key_data, Slot.of(cohort, slot), step, batching)
         return jax.vmap(read)(jnp.arange(max_steps))
 
     return jax.vmap(client)(jnp.arange(cohort.capacity))

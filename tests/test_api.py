@@ -10,7 +10,7 @@ import pytest
 
 import fedjax_lite as fl
 
-UPDATE = ("batch_size", "pipeline", "on_nonfinite")
+UPDATE = ("batch_size", "pipeline", "reducer", "on_nonfinite")
 STEPS = ("num_epochs", "num_steps", "shuffle", "differentiable")
 SPEED = ("lanes", "mesh", "rewrite_convolutions")
 NAMES = {
@@ -39,7 +39,8 @@ NAMES = {
     "experiment": [
         *("dataset", "test", "held_out", "partition", "num_clients", "data_seed", "model"),
         *("algorithm", "num_epochs", "num_steps", "batch_size", "client_optimizer", "client_lr"),
-        *("server_optimizer", "server_lr", "updates", "sampler", "cohort_size", "metrics"),
+        *("server_optimizer", "server_lr", "updates", "reducer", "sampler", "cohort_size"),
+        "metrics",
         *("fine_tune_epochs", "rounds", "seed", "eval_every", "lanes"),
     ],
     "fed_avg": [
@@ -58,7 +59,7 @@ NAMES = {
         *("model", "server_optimizer", "reduction", "weighting", *UPDATE, *SPEED),
     ],
     "federated_algorithm": [
-        *("model", "client_update", "server_optimizer", "average", "client_entry"),
+        *("model", "client_update", "server_optimizer", "client_entry"),
         *("client_params", "broadcast", *UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
     "function_model": ["loss", "init", "metrics", "predict"],
@@ -85,9 +86,19 @@ NAMES = {
     ],
     "tune_lanes": ["build", "key", "state", "cohort", "candidates", "repeats"],
     "Checkpoints": ["folder", "every", "keep", "settings"],
+    "Client": ["id", "num_examples", "num_steps", "entry", "key"],
+    "Guarantees": ["sensitivity", "is_masked"],
+    "Message": ["update", "weight", "entry", "statistics", "metrics"],
+    "Reducer": ["summand", "finish", "stacked", "skips_empty"],
+    "coordinate_median": [],
+    "downlink": ["transform"],
+    "error_feedback": ["transform"],
+    "fixed_point": ["scale"],
+    "modular_sum": [],
+    "weighted_mean": ["denominator", "skip_empty"],
     "ClientEvaluation": ["clients", "num_examples", "pooled"],
     "ClientResult": [
-        *("update", "weight", "metrics", "model_state", "client_output", "norm", "statistics"),
+        *("update", "weight", "metrics", "model_state", "entry", "norm", "statistics"),
     ],
     "ClientUpdate": ["init", "step", "final", "measure"],
     "Cohort": [
@@ -111,13 +122,14 @@ NAMES = {
     ],
     "ServerState": [
         *("params", "model_state", "opt_state", "round", "store", "pipeline_state"),
+        "pipeline_store",
     ],
     "SweepResult": ["states", "histories"],
     "TrainResult": [
         *("state", "averaged", "best", "history", "stopped", "compile_s", "run_s"),
         *("client_updates_per_s", "examples_per_s"),
     ],
-    "UpdateTransform": ["init", "client", "server"],
+    "UpdateTransform": ["init", "client", "server", "entry", "broadcast", "guarantees"],
     "TunedLanes": ["lanes", "seconds"],
     "UnconfiguredCPUWarning": None,
 }

@@ -435,6 +435,15 @@ def trained(built, num_rounds):
             lambda *common, **options: fl.apfl(*common, alpha=0.2, layerwise=True, **options),
         ),
         (
+            {"reducer": "coordinate_median", "updates": "error_feedback(quantize_uniform(4))"},
+            lambda *common, **options: fl.fed_avg(
+                *common,
+                pipeline=fl.chain(fl.error_feedback(fl.quantize_uniform(4))),
+                reducer=fl.coordinate_median(),
+                **options,
+            ),
+        ),
+        (
             {"updates": "clip_by_norm(0.1), quantize_uniform(16)"},
             lambda *common, **options: fl.fed_avg(
                 *common,

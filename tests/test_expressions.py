@@ -234,7 +234,10 @@ def test_names_are_those_of_the_python_api():
             n for n in dir(module) if inspect.isfunction(vars(module)[n])
         }
     assert set(ROLES["partition"].table) == set(dir(fl.partition))
-    assert {"clip_by_norm", "quantize_uniform"} <= set(ROLES["updates"].table)
+    assert set(ROLES["updates"].table) == {
+        *("clip_by_norm", "downlink", "error_feedback", "fixed_point", "quantize_uniform"),
+    }
+    assert set(ROLES["reducer"].table) == {"coordinate_median", "modular_sum", "weighted_mean"}
     for name in ("sgd", "adam", "lamb", "lars", "yogi", "chain", "clip_by_global_norm", "adamw"):
         assert OPTIMIZERS[name] is getattr(optax, name)
     for name in ("cosine_decay_schedule", "exponential_decay", "join_schedules"):

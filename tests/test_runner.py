@@ -24,20 +24,20 @@ ROWS, CLIENTS = 40, 9
 def counting(lanes, batch_size, num_devices):
     """The server's params are the number of times that each row was seen."""
 
-    def init(server, client_input, key):
+    def init(server, client):
         return jnp.zeros(ROWS)
 
-    def step(server, counts, batch, key):
+    def step(server, client, counts, batch, key):
         return counts.at[batch["row"]].add(batch["mask"])
 
-    def final(server, counts, num_examples):
-        return fl.ClientResult(counts, 1.0, {}, {})
+    def final(server, client, counts):
+        return fl.ClientResult(counts, 1.0)
 
     return fl.federated_algorithm(
         fl.function_model(lambda params, batch: params),
         fl.ClientUpdate(init, step, final),
         optax.sgd(-1.0),
-        average=False,
+        reducer=fl.weighted_mean(denominator=1.0),
         batch_size=batch_size,
         num_epochs=2,
         lanes=lanes,
@@ -104,9 +104,9 @@ def custom(init=None, step=None, final=None, **options):
     return fl.federated_algorithm(
         regression_model(),
         fl.ClientUpdate(
-            init or (lambda server, entry, key: server.params),
-            step or (lambda server, client, batch, key: client),
-            final or (lambda server, client, num_examples: sent(client)),
+            init or (lambda server, client: server.params),
+            step or (lambda server, client, state, batch, key: state),
+            final or (lambda server, client, state: sent(state)),
         ),
         optax.sgd(1.0),
         mesh=fl.clients_mesh(1),
@@ -115,7 +115,7 @@ def custom(init=None, step=None, final=None, **options):
 
 
 def sent(update, weight=1.0, metrics=None, model_state=None, **kept):
-    return fl.ClientResult(update, weight, metrics or {}, model_state or {}, **kept)
+    return fl.ClientResult(update, weight, metrics or {}, model_state, **kept)
 
 
 @jax.tree_util.register_dataclass
@@ -135,15 +135,15 @@ def one_round(algorithm):
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_client_states_may_hold_numbers_keys_and_nodes(lanes):
     algorithm = custom(
-        init=lambda server, entry, key: (Own(server.params), 0, key, entry),
-        step=lambda server, client, batch, key: (
-            Own(client[0].params),
-            client[1] + 1,
+        init=lambda server, client: (Own(server.params), 0, client.key, client.entry),
+        step=lambda server, client, state, batch, key: (
+            Own(state[0].params),
+            state[1] + 1,
             key,
-            client[3] / 2,
+            state[3] / 2,
         ),
-        final=lambda server, client, num_examples: sent(
-            client[0].params, 1, {"steps": client[1]}, client_output=client[3]
+        final=lambda server, client, state: sent(
+            state[0].params, 1, {"steps": state[1]}, entry=state[3]
         ),
         client_entry=lambda params: 1.0,
         batch_size=2,
@@ -158,37 +158,41 @@ def test_client_states_may_hold_numbers_keys_and_nodes(lanes):
     ("parts", "error", "message"),
     [
         (
-            {"step": lambda server, client, batch, key: client["w"]},
+            {"step": lambda server, client, state, batch, key: state["w"]},
             ValueError,
             r"what client_update.step returned is float32\[3\], in place of .*'w'.*; return a cl",
         ),
         (
-            {"step": lambda server, client, batch, key: jax.tree.map(lambda x: x[None], client)},
+            {
+                "step": lambda server, client, state, batch, key: jax.tree.map(
+                    lambda x: x[None], state
+                )
+            },
             ValueError,
             r"client_update.step returned is .*float32\[1, 3\]",
         ),
         (
-            {"final": lambda server, client, num_examples: (client, 1.0, {}, {})},
+            {"final": lambda server, client, state: (state, 1.0, {}, {})},
             TypeError,
             "what client_update.final returned is of type tuple; pass a ClientResult",
         ),
         (
-            {"final": lambda server, client, num_examples: sent(client, jnp.ones(2))},
+            {"final": lambda server, client, state: sent(state, jnp.ones(2))},
             ValueError,
             "the weight of client_update.final is .*; return a scalar",
         ),
         (
-            {"final": lambda server, client, num_examples: sent(client["w"])},
+            {"final": lambda server, client, state: sent(state["w"])},
             ValueError,
             r"the update of client_update.final is \[3\], in place of .*; return a difference",
         ),
         (
-            {"final": lambda server, client, num_examples: sent(client, model_state={"n": 1.0})},
+            {"final": lambda server, client, state: sent(state, model_state={"n": 1.0})},
             ValueError,
             r"the model_state of client_update.final is .*, in place of \{\}; return",
         ),
         (
-            {"final": lambda server, client, num_examples: sent(client, metrics={"weight": 1.0})},
+            {"final": lambda server, client, state: sent(state, metrics={"weight": 1.0})},
             ValueError,
             "the metrics of client_update.final have 'weight', which every algorithm reports",
         ),
@@ -215,9 +219,9 @@ def test_a_round_traces_what_a_client_does_once():
 
 def test_metrics_of_clients_are_numbers():
     update = fl.ClientUpdate(
-        init=lambda server, entry, key: server.params,
-        step=lambda server, w, batch, key: w,
-        final=lambda server, w, num_examples: fl.ClientResult(w, 1.0, {"kind": "slow"}, {}),
+        init=lambda server, client: server.params,
+        step=lambda server, client, w, batch, key: w,
+        final=lambda server, client, w: fl.ClientResult(w, 1.0, {"kind": "slow"}),
     )
     model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2)
     algorithm = fl.federated_algorithm(model, update, optax.sgd(1.0))
@@ -225,3 +229,88 @@ def test_metrics_of_clients_are_numbers():
     cohort = fl.cohort_of(dataset.resident(), [0])
     with pytest.raises(TypeError, match=r"final\['kind'\] is 'slow'; report numbers"):
         algorithm.round.trace(jax.random.key(0), algorithm.init(jnp.float32(0)), cohort)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_client_knows_who_it_is(lanes):
+    """Its id, its numbers of examples and steps, a key of its own, and what it kept."""
+    told = lambda client: {
+        "id": client.id,
+        "own_examples": client.num_examples,
+        "own_steps": client.num_steps,
+        "drawn": jax.random.bits(client.key, dtype=jnp.uint32) % 65536,
+        "kept": client.entry,
+    }
+    algorithm = custom(
+        init=lambda server, client: (server.params, told(client)),
+        step=lambda server, client, state, batch, key: (
+            state[0],
+            jax.tree.map(jnp.maximum, state[1], told(client)),
+        ),
+        final=lambda server, client, state: sent(
+            state[0],
+            1.0,
+            {
+                **told(client),
+                "same": jnp.all(
+                    jnp.stack(
+                        jax.tree.leaves(jax.tree.map(lambda x, y: x == y, state[1], told(client)))
+                    )
+                ),
+            },
+            entry=client.entry + client.id,
+        ),
+        client_entry=lambda params: jnp.int32(1),
+        batch_size=2,
+        lanes=lanes,
+    )
+    state, info = one_round(algorithm)
+    ids = np.arange(10)
+    trained = np.array(info.clients["num_steps"]) > 0
+    assert info.clients["client_id"].tolist() == ids.tolist()
+    for name, expected in (
+        ("id", ids),
+        ("own_examples", info.clients["num_examples"]),
+        ("own_steps", info.clients["num_steps"]),
+        ("kept", np.ones(10)),
+        ("same", np.ones(10)),
+    ):
+        np.testing.assert_array_equal(info.clients[name], np.where(trained, expected, 0))
+    assert len(set(info.clients["drawn"][trained].tolist())) == trained.sum()
+    np.testing.assert_array_equal(state.store, np.where(trained, 1 + ids, 1))
+
+
+def test_what_clients_report_is_a_number_of_the_round():
+    """Scalars as means over the examples of clients that count; arrays stay with the clients."""
+    algorithm = custom(
+        final=lambda server, client, state: sent(
+            jax.tree.map(lambda x: jnp.where(client.id == 3, jnp.nan, x), state),
+            1.0,
+            {"id": client.id, "both": jnp.ones(2), "loss": 1.0 * client.id},
+        ),
+        batch_size=2,
+    )
+    _, info = one_round(algorithm)
+    ids, sizes = np.arange(10), np.array(info.clients["num_examples"])
+    counts = np.where(ids == 3, 0, sizes)
+    expected = (ids * counts).sum() / counts.sum()
+    assert set(info.metrics) == {"id"}
+    np.testing.assert_allclose(info.metrics["id"], expected, rtol=1e-6)
+    np.testing.assert_allclose(info.loss, expected, rtol=1e-6)
+    assert info.clients["both"].shape == (10, 2)
+
+
+def test_a_model_state_that_is_left_alone_stays():
+    model = fl.models.resnet18(4, norm="batch", input_shape=(8, 8, 3), width=8)
+    update = fl.ClientUpdate(
+        init=lambda server, client: server.params,
+        step=lambda server, client, state, batch, key: state,
+        final=lambda server, client, state: fl.ClientResult(state, 1.0),
+    )
+    algorithm = fl.federated_algorithm(model, update, optax.sgd(0.0), mesh=fl.clients_mesh(1))
+    examples = {"x": np.zeros((3, 8, 8, 3), np.float32), "y": np.zeros(3, np.int32)}
+    dataset = fl.FederatedDataset.from_clients([examples])
+    state = algorithm.init(jax.random.key(0))
+    cohort = fl.cohort_of(dataset.resident(fl.clients_mesh(1)), [0])
+    after, _ = algorithm.round(jax.random.key(1), state, cohort)
+    jax.tree.map(np.testing.assert_array_equal, after.model_state, state.model_state)

@@ -16,20 +16,19 @@ eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devic
 def diary(forget=False, **options):
     """Clients count their rounds and keep the sum of the targets that they have seen."""
 
-    def init(server, client_input, key):
-        return {"entry": client_input, "seen": jnp.zeros(3)}
+    def init(server, client):
+        return jnp.zeros(3)
 
-    def step(server, client, batch, key):
-        seen = jnp.where(batch["mask"][:, None], batch["y"][:, None] + batch["x"], 0).sum(0)
-        return {**client, "seen": client["seen"] + seen}
+    def step(server, client, seen, batch, key):
+        return seen + jnp.where(batch["mask"][:, None], batch["y"][:, None] + batch["x"], 0).sum(0)
 
-    def final(server, client, num_examples):
+    def final(server, client, seen):
         kept = {
-            "rounds": client["entry"]["rounds"] + 1,
-            "seen": client["entry"]["seen"] + client["seen"],
+            "rounds": client.entry["rounds"] + 1,
+            "seen": client.entry["seen"] + seen,
         }
-        update = {"w": client["seen"], "b": kept["rounds"].astype(jnp.float32)}
-        return fl.ClientResult(update, 1.0, {}, {}, {} if forget else kept)
+        update = {"w": seen, "b": kept["rounds"].astype(jnp.float32)}
+        return fl.ClientResult(update, 1.0, entry={} if forget else kept)
 
     return fl.federated_algorithm(
         regression_model(),
@@ -158,7 +157,7 @@ def test_what_clients_keep_has_one_form():
     algorithm = diary(forget=True)
     cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)))
     state = algorithm.init(jax.random.key(0), num_clients=10)
-    with pytest.raises(ValueError, match=r"client_output is \{\}, in place of .*; return"):
+    with pytest.raises(ValueError, match=r"the entry of client_update.final is \{\}, in place"):
         algorithm.round(jax.random.key(0), state, cohort)
 
 

@@ -207,14 +207,16 @@ def rounds_on_disk(folder):
 def test_what_clients_and_a_pipeline_keep_is_resumed(tmp_path):
     counting = fl.UpdateTransform(
         lambda params: jnp.int32(0),
-        lambda key, count, update, weight: (optax.tree.scale(0.9**count, update), {}),
-        lambda key, count, aggregate: (aggregate, count + 1, {}),
+        lambda key, count, message, client: message._replace(
+            update=optax.tree.scale(0.9**count, message.update)
+        ),
+        lambda key, count, aggregate, statistics: (aggregate, count + 1, {}),
     )
     algorithm = fl.scaffold(
         regression_model(),
         optax.sgd(0.1),
         batch_size=3,
-        pipeline=fl.chain(counting, fl.quantize_uniform(16)),
+        pipeline=fl.chain(counting, fl.error_feedback(fl.quantize_uniform(16))),
     )
     options = setting(algorithm=algorithm, population=regression_dataset())
     straight = fl.train(**options)

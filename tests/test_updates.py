@@ -14,7 +14,10 @@ KEY = jax.random.key(0)
 
 
 def of_one_client(transform, update, key=KEY):
-    return transform.client(key, transform.init(update), update, jnp.float32(1.0))
+    """The update as it is sent, and what is reported."""
+    message = fl.Message(update, jnp.float32(1.0))
+    sent = transform.client(key, transform.init(update), message, None)
+    return sent.update, sent.metrics
 
 
 @pytest.mark.parametrize(("bound", "factor"), [(6.5, 0.5), (13.5, 1.0)])
@@ -55,15 +58,21 @@ def test_a_chain_runs_forth_on_clients_and_back_on_the_server():
     def adding(x):
         return fl.UpdateTransform(
             lambda params: jnp.float32(0),
-            lambda key, state, update, weight: (update * 10 + x, {"last": x}),
-            lambda key, state, aggregate: (aggregate * 10 + x, state + x, {"first": x}),
+            lambda key, state, message, client: message._replace(
+                update=message.update * 10 + x, metrics={"last": x}
+            ),
+            lambda key, state, aggregate, statistics: (
+                aggregate * 10 + x,
+                state + x,
+                {"first": x},
+            ),
         )
 
     both = fl.chain(adding(1.0), adding(2.0))
     update, info = of_one_client(both, jnp.float32(0))
     assert update == 12.0
     assert info == {"last": 2.0}
-    aggregate, state, info = both.server(KEY, both.init(update), jnp.float32(0))
+    aggregate, state, info = both.server(KEY, both.init(update), jnp.float32(0), ())
     assert aggregate == 21.0
     assert state == (1.0, 2.0)
     assert info == {"first": 1.0}
@@ -101,8 +110,10 @@ def counting():
     """Counts rounds, and shrinks updates by the count on clients and by ten on the server."""
     return fl.UpdateTransform(
         lambda params: jnp.float32(1),
-        lambda key, state, update, weight: (optax.tree.scale(1 / state, update), {}),
-        lambda key, state, aggregate: (
+        lambda key, state, message, client: message._replace(
+            update=optax.tree.scale(1 / state, message.update)
+        ),
+        lambda key, state, aggregate, statistics: (
             optax.tree.scale(0.1, aggregate),
             state + 1,
             {"count": state},

@@ -12,6 +12,7 @@ from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import StoreOptions, complete, documented
 from fedjax_lite.base import (
     Batch,
+    Client,
     ClientResult,
     ClientUpdate,
     FederatedAlgorithm,
@@ -127,16 +128,19 @@ def apfl(
         own = begin(state, own)
         return _mix(own.params, state.params, own.alpha)
 
-    def client_init(shared: ServerState, client_input: Personal, key: jax.Array) -> _ClientState:
-        del key
-        own = begin(shared, client_input)
+    def client_init(shared: ServerState, client: Client) -> _ClientState:
+        own = begin(shared, client.entry)
         chosen = optimizer(shared)
         return _ClientState(
             local.start(shared, chosen), own, chosen.init(own.params), chosen.init(own.alpha)
         )
 
     def client_step(
-        shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
+        shared: ServerState,
+        client: Client,
+        client_state: _ClientState,
+        batch: Batch,
+        key: jax.Array,
     ) -> _ClientState:
         trained, own, own_state, alpha_state = client_state
         chosen = optimizer(shared)
@@ -160,12 +164,12 @@ def apfl(
         )
 
     def client_final(
-        shared: ServerState, client_state: _ClientState, num_examples: jax.Array
+        shared: ServerState, client: Client, client_state: _ClientState
     ) -> ClientResult:
         own = client_state.own._replace(num_rounds=client_state.own.num_rounds + 1)
-        result = local.result(shared, client_state.trained, client_weight(num_examples))
+        result = local.result(shared, client_state.trained, client_weight(client.num_examples))
         mean_alpha = jnp.mean(jnp.stack(jax.tree.leaves(own.alpha)))
-        return result._replace(client_output=own, metrics={**result.metrics, "alpha": mean_alpha})
+        return result._replace(entry=own, metrics={**result.metrics, "alpha": mean_alpha})
 
     return server.federated_algorithm(
         model,

@@ -11,10 +11,10 @@ from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
 from fedjax_lite.base import (
     Batch,
+    Client,
     ClientResult,
     ClientUpdate,
     FederatedAlgorithm,
-    PyTree,
     ServerState,
 )
 from fedjax_lite.models.model import Model
@@ -158,13 +158,18 @@ def local_training(
     client_weight = server.resolve_weighting(weighting)
     optimizer = local.resolve_optimizer(client_optimizer)
 
-    def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> local.LocalState:
-        del client_input, key
+    def client_init(shared: ServerState, client: Client) -> local.LocalState:
+        del client
         return local.start(shared, optimizer(shared))
 
     def client_step(
-        shared: ServerState, trained: local.LocalState, batch: Batch, key: jax.Array
+        shared: ServerState,
+        client: Client,
+        trained: local.LocalState,
+        batch: Batch,
+        key: jax.Array,
     ) -> local.LocalState:
+        del client
         gradient, aux = local.gradient(model, trained.params, trained, batch, key)
         if mu is not None:
             pull = optax.tree.sub(trained.params, shared.params)
@@ -172,9 +177,9 @@ def local_training(
         return local.descend(optimizer(shared), trained, gradient, aux, batch)
 
     def client_final(
-        shared: ServerState, trained: local.LocalState, num_examples: jax.Array
+        shared: ServerState, client: Client, trained: local.LocalState
     ) -> ClientResult:
-        return local.result(shared, trained, client_weight(num_examples))
+        return local.result(shared, trained, client_weight(client.num_examples))
 
     return ClientUpdate(
         client_init, client_step, client_final, local.measure(model, measure_clients)

@@ -13,6 +13,7 @@ from fedjax_lite.algorithms.fed_avg import local_training
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
 from fedjax_lite.base import (
     Batch,
+    Client,
     ClientResult,
     ClientUpdate,
     FederatedAlgorithm,
@@ -86,28 +87,30 @@ def fed_nova(
     client_weight = server.resolve_weighting(weighting)
     optimizer = local.resolve_optimizer(client_optimizer)
 
-    def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> _ClientState:
+    def client_init(shared: ServerState, client: Client) -> _ClientState:
         probe = jnp.zeros(())
-        return _ClientState(
-            training.init(shared, client_input, key), probe, optimizer(shared).init(probe)
-        )
+        return _ClientState(training.init(shared, client), probe, optimizer(shared).init(probe))
 
     def client_step(
-        shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
+        shared: ServerState,
+        client: Client,
+        client_state: _ClientState,
+        batch: Batch,
+        key: jax.Array,
     ) -> _ClientState:
         trained, probe, probe_state = client_state
         update, probe_state = optimizer(shared).update(1 + mu * probe, probe_state, probe)
         return _ClientState(
-            training.step(shared, trained, batch, key),
+            training.step(shared, client, trained, batch, key),
             optax.apply_updates(probe, update),
             probe_state,
         )
 
     def client_final(
-        shared: ServerState, client_state: _ClientState, num_examples: jax.Array
+        shared: ServerState, client: Client, client_state: _ClientState
     ) -> ClientResult:
-        result = training.final(shared, client_state.trained, num_examples)
-        weight, effective = client_weight(num_examples), -client_state.probe
+        result = training.final(shared, client, client_state.trained)
+        weight, effective = client_weight(client.num_examples), -client_state.probe
         # With a rate of zero the delta is zero, too.
         scale = 1 / jnp.where(effective == 0, 1, effective)
         return result._replace(

@@ -11,6 +11,7 @@ from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import RoundOptions, complete, documented
 from fedjax_lite.base import (
     Batch,
+    Client,
     ClientResult,
     ClientUpdate,
     FederatedAlgorithm,
@@ -18,6 +19,7 @@ from fedjax_lite.base import (
     ServerState,
 )
 from fedjax_lite.models.model import Model
+from fedjax_lite.updates.reducers import weighted_mean
 from fedjax_lite.xla.precision import widen
 
 REDUCTIONS = ("mean", "sum")
@@ -97,8 +99,8 @@ def fed_sgd(
         weighting or ("examples" if reduction == "mean" else "uniform")
     )
 
-    def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> _ClientState:
-        del client_input, key
+    def client_init(shared: ServerState, client: Client) -> _ClientState:
+        del client
         return _ClientState(
             # Sums of many small terms: in float32 at least.
             gradient=widen(optax.tree.zeros_like(shared.params)),
@@ -107,7 +109,11 @@ def fed_sgd(
         )
 
     def client_step(
-        shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
+        shared: ServerState,
+        client: Client,
+        client_state: _ClientState,
+        batch: Batch,
+        key: jax.Array,
     ) -> _ClientState:
         loss = local.batch_loss(
             model, client_state.model_state, batch, key, mean=reduction == "sum"
@@ -120,24 +126,27 @@ def fed_sgd(
         )
 
     def client_final(
-        shared: ServerState, client_state: _ClientState, num_examples: jax.Array
+        shared: ServerState, client: Client, client_state: _ClientState
     ) -> ClientResult:
         del shared
         gradient = client_state.gradient
         if reduction == "mean":
-            gradient = optax.tree.scale(1 / jnp.maximum(num_examples, 1).astype(float), gradient)
+            gradient = optax.tree.scale(
+                1 / jnp.maximum(client.num_examples, 1).astype(float), gradient
+            )
         return ClientResult(
             update=gradient,
-            weight=client_weight(num_examples),
-            metrics={"loss": client_state.loss / jnp.maximum(num_examples, 1)},
+            weight=client_weight(client.num_examples),
+            metrics={"loss": client_state.loss / jnp.maximum(client.num_examples, 1)},
             model_state=client_state.model_state,
         )
 
+    if reduction == "sum" and options.get("reducer") is None:
+        options["reducer"] = weighted_mean(denominator=1.0)
     return server.federated_algorithm(
         model,
         ClientUpdate(client_init, client_step, client_final),
         server_optimizer,
-        average=reduction == "mean",
         shuffle=False,
         **options,
     )

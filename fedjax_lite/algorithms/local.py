@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_lite import _validate
-from fedjax_lite.base import Batch, ClientResult, PyTree, ServerState
+from fedjax_lite.base import Batch, Client, ClientResult, PyTree, ServerState
 from fedjax_lite.models.model import Model, applying
 from fedjax_lite.xla.precision import squared_norm
 
 LossAndAux = Callable[[PyTree], tuple[jax.Array, tuple[jax.Array, PyTree]]]
-Measure = Callable[[ServerState, "LocalState", Batch], dict[str, jax.Array]]
+Measure = Callable[[ServerState, Client, "LocalState", Batch], dict[str, jax.Array]]
 
 ClientOptimizer: TypeAlias = (
     optax.GradientTransformation | Callable[[jax.Array], optax.GradientTransformation]
@@ -190,7 +190,10 @@ def measure(model: Model, measure_clients: bool) -> Measure | None:
     if not measure_clients:
         return None
 
-    def metrics(shared: ServerState, local: LocalState, batch: Batch) -> dict[str, jax.Array]:
+    def metrics(
+        shared: ServerState, client: Client, local: LocalState, batch: Batch
+    ) -> dict[str, jax.Array]:
+        del shared, client
         with applying(model, local.params, batch):
             return model.metrics(local.params, local.model_state, batch)
 

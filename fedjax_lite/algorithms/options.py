@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, get_
 
 from jax.sharding import Mesh
 
-from fedjax_lite.base import UpdateTransform
+from fedjax_lite.base import Reducer, UpdateTransform
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -37,6 +37,14 @@ class _UpdateOptions(TypedDict, total=False):
             None,
             "What happens to the updates between clients and server, such as"
             " `fl.chain(fl.clip_by_norm(1.0), fl.quantize_uniform(256))`.",
+        ),
+    ]
+    reducer: Annotated[
+        Reducer | None,
+        Option(
+            None,
+            "How the updates become one aggregate, such as `fl.coordinate_median()`; by default"
+            " their weighted mean, `fl.weighted_mean()`.",
         ),
     ]
     on_nonfinite: Annotated[

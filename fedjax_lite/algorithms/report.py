@@ -1,5 +1,7 @@
 """What is reported of a round."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -7,13 +9,20 @@ from fedjax_lite.base import Cohort, PyTree, RoundInfo, ServerState
 from fedjax_lite.engine.waves import MEASURED, CohortResult
 from fedjax_lite.xla.precision import squared_norm
 
+NOT_AVERAGED = {
+    *("loss", "client_id", "num_examples", "num_steps", "update_norm", "weight", "nonfinite"),
+    *("bits_up", "bits_down"),
+}
+"""What `RoundInfo` has for a round in another form, or not at all."""
+
 
 def round_info(
     cohort: Cohort,
     result: CohortResult,
     aggregate: PyTree,
     server: ServerState,
-    down: PyTree,
+    down_bits: Any,
+    skip: jax.Array,
     left_out: jax.Array,
     metrics: dict[str, jax.Array],
 ) -> RoundInfo:
@@ -24,18 +33,20 @@ def round_info(
       result: What they sent.
       aggregate: What the server optimizer was given.
       server: The state before the round.
-      down: What was sent to clients.
+      down_bits: Bits that a client is sent.
+      skip: Whether the round left all as it was.
       left_out: `[clients]`, those whose update was not finite and did not count.
       metrics: What the server half of the pipeline reports.
     """
-    clients, skip = result.clients, result.weight == 0
+    clients = result.clients
     # Without a pipeline that says more, clients send params, model state and statistics.
-    bits = clients.get("bits_up", _num_bits(server.params))
-    bits += _num_bits((server.model_state, result.statistics))
+    bits = clients.get("bits_up", num_bits(server.params))
+    bits += num_bits((result.model_state, result.statistics))
     clients = {
         **clients,
+        "client_id": cohort.client_ids,
         "bits_up": jnp.where(clients["num_steps"] > 0, bits, 0.0),
-        "bits_down": jnp.where(cohort.client_ids >= 0, _num_bits(down), 0.0),
+        "bits_down": jnp.where(cohort.client_ids >= 0, down_bits, 0.0),
     }
     trained = jnp.where(left_out, 0, clients["num_examples"].astype(float))
     owned = jnp.where(left_out, 0, cohort.num_examples.astype(float))
@@ -44,7 +55,15 @@ def round_info(
         total = jnp.where(left_out, 0, counts * values).sum()
         return jnp.where(counts.sum() > 0, total / jnp.maximum(counts.sum(), 1), jnp.nan)
 
-    measured = {n: mean(values, owned) for n, values in clients.items() if n.endswith(MEASURED)}
+    def share(name: str) -> jax.Array:
+        # What was measured is of all examples, and what was reported of those processed.
+        return owned if name.endswith(MEASURED) else trained
+
+    told = {
+        name: mean(values, share(name))
+        for name, values in clients.items()
+        if values.ndim == 1 and name not in NOT_AVERAGED
+    }
     return RoundInfo(
         loss=mean(clients["loss"], trained) if "loss" in clients else jnp.float32(jnp.nan),
         update_norm=jnp.where(skip, 0, jnp.sqrt(squared_norm(jax.lax.stop_gradient(aggregate)))),
@@ -54,9 +73,10 @@ def round_info(
         num_nonfinite=clients["nonfinite"].sum(),
         skipped=skip,
         clients=clients,
-        metrics={**measured, **metrics},
+        metrics={**told, **metrics},
     )
 
 
-def _num_bits(tree: PyTree) -> float:
+def num_bits(tree: PyTree) -> float:
+    """The size of arrays."""
     return sum(8.0 * x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -10,6 +10,7 @@ from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import StoreOptions, complete, documented
 from fedjax_lite.base import (
     Batch,
+    Client,
     ClientResult,
     ClientUpdate,
     FederatedAlgorithm,
@@ -34,7 +35,6 @@ class ScaffoldState(NamedTuple):
 
 class _ClientState(NamedTuple):
     trained: local.LocalState
-    control: PyTree
     total: PyTree
 
 
@@ -100,16 +100,19 @@ def scaffold(
     client_weight = server.resolve_weighting(weighting)
     optimizer = local.resolve_optimizer(client_optimizer)
 
-    def client_init(shared: ServerState, client_input: PyTree, key: jax.Array) -> _ClientState:
-        del key
+    def client_init(shared: ServerState, client: Client) -> _ClientState:
         trained = local.start(shared, optimizer(shared))
         # Sums of many terms: in float32 at least.
-        return _ClientState(trained, client_input, widen(optax.tree.zeros_like(client_input)))
+        return _ClientState(trained, widen(optax.tree.zeros_like(client.entry)))
 
     def client_step(
-        shared: ServerState, client_state: _ClientState, batch: Batch, key: jax.Array
+        shared: ServerState,
+        client: Client,
+        client_state: _ClientState,
+        batch: Batch,
+        key: jax.Array,
     ) -> _ClientState:
-        trained, control, total = client_state
+        (trained, total), control = client_state, client.entry
         gradient, aux = local.gradient(model, trained.params, trained, batch, key)
         if option == 1:
             at_server, _ = local.gradient(model, shared.params, trained, batch, key)
@@ -119,19 +122,17 @@ def scaffold(
         corrected = jax.tree.map(
             lambda g, own, mean: g - own + mean, gradient, control, shared.opt_state.control
         )
-        return _ClientState(
-            local.descend(optimizer(shared), trained, corrected, aux, batch), control, total
-        )
+        return _ClientState(local.descend(optimizer(shared), trained, corrected, aux, batch), total)
 
     def client_final(
-        shared: ServerState, client_state: _ClientState, num_examples: jax.Array
+        shared: ServerState, client: Client, client_state: _ClientState
     ) -> ClientResult:
-        trained, control, total = client_state
+        (trained, total), control = client_state, client.entry
         count = trained.num_examples if option == 1 else trained.num_steps
         after = optax.tree.scale(1 / jnp.maximum(count, 1).astype(float), total)
         after = optax.tree.cast_like(after, control)
-        return local.result(shared, trained, client_weight(num_examples))._replace(
-            client_output=after, statistics=optax.tree.sub(widen(after), widen(control))
+        return local.result(shared, trained, client_weight(client.num_examples))._replace(
+            entry=after, statistics=optax.tree.sub(widen(after), widen(control))
         )
 
     return server.federated_algorithm(

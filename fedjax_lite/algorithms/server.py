@@ -1,7 +1,7 @@
 """The server's half of a round, and what makes it an algorithm."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, Unpack
 
 import jax
@@ -11,12 +11,14 @@ import optax
 from fedjax_lite import _validate
 from fedjax_lite.algorithms import local
 from fedjax_lite.algorithms.options import StoreOptions, complete, documented
-from fedjax_lite.algorithms.report import round_info
+from fedjax_lite.algorithms.report import num_bits, round_info
 from fedjax_lite.base import (
     ClientUpdate,
     Cohort,
     FederatedAlgorithm,
+    Guarantees,
     PyTree,
+    Reducer,
     RoundInfo,
     ServerState,
     UpdateTransform,
@@ -27,6 +29,7 @@ from fedjax_lite.engine.runner import ON_NONFINITE, run_clients
 from fedjax_lite.engine.store import create_store
 from fedjax_lite.models.model import Model
 from fedjax_lite.updates.pipeline import send_through
+from fedjax_lite.updates.reducers import weighted_mean
 from fedjax_lite.xla import random
 from fedjax_lite.xla.cpu import Paced, jit_once, warn_if_unconfigured
 from fedjax_lite.xla.mesh import replicate
@@ -77,7 +80,6 @@ def federated_algorithm(
     client_update: ClientUpdate,
     server_optimizer: optax.GradientTransformation,
     *,
-    average: bool = True,
     client_entry: Callable[[PyTree], PyTree] | None = None,
     client_params: Callable[[ServerState, PyTree], PyTree] | None = None,
     broadcast: Callable[[ServerState], PyTree] | None = None,
@@ -85,7 +87,8 @@ def federated_algorithm(
 ) -> FederatedAlgorithm:
     """An algorithm of one's own, from what a single client computes.
 
-    The server optimizer is given the weighted mean of the clients' updates as its gradient, and
+    The server optimizer is given what the `reducer` makes of the clients' updates, their weighted
+    mean by default, as its gradient, and
     the arguments `statistics`, what clients send beside, and `num_clients`, the size of the
     population, if it takes extra arguments.
 
@@ -95,14 +98,12 @@ def federated_algorithm(
         with an empty `store`.
       server_optimizer: Any optax transformation, also one of
         `optax.GradientTransformationExtraArgs`.
-      average: Divide the weighted sum of the updates by the sum of the weights; else the
-        optimizer is given the sum.
       client_entry: `client_entry(params) -> pytree of arrays`, what a client keeps before its
         first round, if clients keep something. `init` then needs `num_clients`, and
-        `state.store` holds arrays `[num_clients, ...]`: a client's `client_input` is its entry,
-        its `client_output` replaces it. A round returns a new store; let it reuse the memory
-        of the old one by `jax.jit(algorithm.round, donate_argnames="state")`, or by a `scan`
-        over rounds.
+        `state.store` holds arrays `[num_clients, ...]`: a client is given its `Client.entry`, and
+        the `entry` of its result replaces it. A round returns a new store; let it reuse the
+        memory of the old one by `jax.jit(algorithm.round, donate_argnames="state")`, or by a
+        `scan` over rounds.
       client_params: See `FederatedAlgorithm`.
       broadcast: `broadcast(state)`, what of the state is sent to clients, whose size is reported;
         params and model state by default.
@@ -121,13 +122,13 @@ def federated_algorithm(
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
     >>> model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2 / 2)
-    >>> def init(server, rounds, key):
-    ...     return server.params, rounds
-    >>> def step(server, client, batch, key):
+    >>> def init(server, client):
+    ...     return server.params
+    >>> def step(server, client, w, batch, key):
     ...     loss = lambda w: model.loss(w, {}, batch, key)[0].mean(where=batch["mask"])
-    ...     return client[0] - 0.5 * jax.grad(loss)(client[0]), client[1]
-    >>> def final(server, client, num_examples):
-    ...     return fl.ClientResult(server.params - client[0], 1.0, {}, {}, client[1] + 1)
+    ...     return w - 0.5 * jax.grad(loss)(w)
+    >>> def final(server, client, w):
+    ...     return fl.ClientResult(server.params - w, 1.0, entry=client.entry + 1)
     >>> algorithm = federated_algorithm(
     ...     model, fl.ClientUpdate(init, step, final), optax.sgd(1.0),
     ...     client_entry=lambda params: jnp.int32(0),
@@ -142,7 +143,6 @@ def federated_algorithm(
     options = complete(federated_algorithm, options)
     _validate.instance("model", model, Model, "fl.function_model(loss)")
     _validate.instance("client_update", client_update, ClientUpdate)
-    _validate.choice("average", average, (True, False))
     _validate.choice("shuffle", options["shuffle"], (True, False))
     _validate.choice("on_nonfinite", options["on_nonfinite"], ON_NONFINITE)
     execution, batch_size = Execution.of(options), options["batch_size"]
@@ -153,15 +153,31 @@ def federated_algorithm(
         num_steps=options["num_steps"],
         shuffle=options["shuffle"],
     )
-    pipeline = options["pipeline"]
+    pipeline, reducer = options["pipeline"], options["reducer"]
+    reducer = weighted_mean() if reducer is None else reducer
+    _validate.instance("reducer", reducer, Reducer, "fl.coordinate_median()")
     if pipeline is not None:
         _validate.instance("pipeline", pipeline, UpdateTransform)
+        guarantees = pipeline.guarantees(Guarantees())
+        if guarantees.is_masked and reducer.stacked is not None:
+            raise ValueError(
+                "reducer looks at single updates, and pipeline hides them in masks; choose one that"
+                " adds up, such as fl.modular_sum()."
+            )
         client_update = send_through(pipeline, client_update)
     optimizer = local.named("server_optimizer", _checked(server_optimizer))
 
+    def entry_of(params: PyTree) -> PyTree:
+        return () if client_entry is None else client_entry(params)
+
+    def pipeline_entry_of(params: PyTree) -> PyTree:
+        return () if pipeline is None or pipeline.entry is None else pipeline.entry(params)
+
+    keeps = client_entry is not None or (pipeline is not None and pipeline.entry is not None)
+
     @jit_once
     def build(key_or_params: PyTree, model_state: PyTree | None) -> tuple[ServerState, PyTree]:
-        """The state without a store, and what a client keeps before its first round."""
+        """The state without stores, and what a client keeps before its first round."""
         if random.is_key(key_or_params):
             params, drawn_state = model.init(key_or_params)
             model_state = drawn_state if model_state is None else model_state
@@ -178,7 +194,7 @@ def federated_algorithm(
             round=jnp.int32(0),
             pipeline_state=() if pipeline is None else pipeline.init(params),
         )
-        return state, () if client_entry is None else client_entry(params)
+        return state, (entry_of(params), pipeline_entry_of(params))
 
     def init(
         key_or_params: PyTree,
@@ -190,64 +206,98 @@ def federated_algorithm(
             _validate.key("key_or_params", key_or_params)
         else:
             _validate.params(key_or_params)
-        if num_clients is None and client_entry is not None:
+        if num_clients is None and keeps:
             raise ValueError(
                 "num_clients is None, and clients of this algorithm keep something between rounds;"
                 " pass the size of the population."
             )
-        state, entry = build(key_or_params, model_state)
+        state, entries = build(key_or_params, model_state)
         state = replicate(state, execution.mesh)
-        if client_entry is None or num_clients is None:
+        if not keeps or num_clients is None:
             return state
         num_clients = _validate.integer("num_clients", num_clients, minimum=1)
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(entry))
-        store = create_store(
-            entry, num_clients, execution.memory_kind, execution.mesh, traced=traced
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(entries))
+        store, pipeline_store = create_store(
+            entries, num_clients, execution.memory_kind, execution.mesh, traced=traced
         )
-        return dataclasses.replace(state, store=store)
+        return dataclasses.replace(state, store=store, pipeline_store=pipeline_store)
 
     def check(key: jax.Array, state: ServerState, cohort: Cohort) -> None:
         _validate.key("key", key)
         _validate.instance("cohort", cohort, Cohort, "fl.cohort(key, population, 10)")
         _validate.instance("state", state, ServerState, "algorithm.init(key)")
-        _check_state(state, optimizer.init, pipeline and pipeline.init, client_entry)
+        stores = {"store": entry_of, "pipeline_store": pipeline_entry_of}
+        _check_state(state, optimizer.init, pipeline and pipeline.init, stores)
 
     @jax.jit
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
         warn_if_unconfigured()
         check(key, state, cohort)
-        server = dataclasses.replace(state, store=())
+        server = dataclasses.replace(state, store=(), pipeline_store=())
+        key_server = random.fold_in_pair(key, KEY_SERVER, 0)
+        received, bits_down = server, None
+        if pipeline is not None and pipeline.broadcast is not None:
+            params, bits_down = pipeline.broadcast(key_server, server.pipeline_state, server.params)
+            received = dataclasses.replace(server, params=params)
+        stores = state.store if pipeline is None else (state.store, state.pipeline_store)
         result = run_clients(
             client_update,
-            server,
+            received,
             cohort,
             key,
             batching=adapt_batch_size(cohort, batching, batch_size),
-            store=state.store,
+            store=stores,
             on_nonfinite=options["on_nonfinite"],
+            reducer=reducer,
             execution=execution,
         )
-        skip = result.weight == 0
-        mean = 1 / jnp.where(skip, 1, result.weight)
-        aggregate = optax.tree.scale(mean, result.update) if average else result.update
+        is_empty = result.weight == 0
+        skip = is_empty if reducer.skips_empty else jnp.bool_(False)
+        weight = jnp.where(is_empty, 1, result.weight)
+        aggregate, statistics = result.update, result.statistics
+        if reducer.finish is not None:
+            aggregate = reducer.finish(aggregate, weight)
         metrics: dict[str, jax.Array] = {}
         after = server
         if pipeline is not None:
+            statistics, of_pipeline = statistics
             aggregate, pipeline_state, metrics = pipeline.server(
-                jax.random.fold_in(key, KEY_SERVER), server.pipeline_state, aggregate
+                key_server, server.pipeline_state, aggregate, of_pipeline
             )
             after = dataclasses.replace(server, pipeline_state=pipeline_state)
-        model_state = optax.tree.scale(mean, result.model_state)
+        model_state = _mean_state(result.model_state, weight, is_empty, server.model_state)
         aggregate = _like_params(aggregate, server.params)
-        after = _step(optimizer, after, aggregate, model_state, result.statistics, cohort)
+        after = _step(optimizer, after, aggregate, model_state, statistics, cohort)
         after = jax.tree.map(lambda new, old: jnp.where(skip, old, new), after, server)
-        after = dataclasses.replace(after, store=result.store, round=server.round + 1)
+        store, pipeline_store = (result.store, ()) if pipeline is None else result.store
+        after = dataclasses.replace(
+            after, store=store, pipeline_store=pipeline_store, round=server.round + 1
+        )
         down = (server.params, server.model_state) if broadcast is None else broadcast(server)
+        down_bits = num_bits(down)
+        if bits_down is not None:
+            down_bits += bits_down - num_bits(server.params)
         nonfinite = result.clients["nonfinite"]
         left_out = nonfinite if drop else jnp.zeros_like(nonfinite)
-        return after, round_info(cohort, result, aggregate, server, down, left_out, metrics)
+        info = round_info(cohort, result, aggregate, server, down_bits, skip, left_out, metrics)
+        return after, info
 
     return FederatedAlgorithm(init, Paced(round, check), client_params)
+
+
+def _mean_state(
+    total: PyTree, weight: jax.Array, is_empty: jax.Array, model_state: PyTree
+) -> PyTree:
+    """The mean of the clients' model states; that of the server if they leave it, or are none."""
+    if not jax.tree.leaves(total):
+        return model_state
+    remedy = "return the model state that the client has come to, or None."
+    of = "the model_state of client_update.final"
+    _validate.same_form(of, total, model_state, remedy, dtypes=False)
+    mean = optax.tree.scale(1 / weight, total)
+    return jax.tree.map(
+        lambda new, old: jnp.where(is_empty, old, _round_like(new, old)), mean, model_state
+    )
 
 
 def _like_params(aggregate: PyTree, params: PyTree) -> PyTree:
@@ -268,9 +318,6 @@ def _step(
     cohort: Cohort,
 ) -> ServerState:
     """The server's step along the aggregate."""
-    remedy = "return the model state that the client has come to, or that of the server."
-    of = "the model_state of client_update.final"
-    _validate.same_form(of, model_state, server.model_state, remedy, dtypes=False)
     updates, opt_state = optimizer.update(
         aggregate,
         server.opt_state,
@@ -281,7 +328,7 @@ def _step(
     return dataclasses.replace(
         server,
         params=optax.apply_updates(server.params, updates),
-        model_state=jax.tree.map(_round_like, model_state, server.model_state),
+        model_state=model_state,
         opt_state=opt_state,
     )
 
@@ -290,14 +337,14 @@ def _check_state(
     state: ServerState,
     opt_state: Callable[[PyTree], PyTree],
     pipeline_state: Callable[[PyTree], PyTree] | None,
-    client_entry: Callable[[PyTree], PyTree] | None,
+    stores: Mapping[str, Callable[[PyTree], PyTree]],
 ) -> None:
     """Refuses the state of another algorithm; that of another model fails where it is used."""
-    entry = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], float), state.store)
-    parts = [
-        ("opt_state", state.opt_state, opt_state),
-        ("store, for one client,", entry, client_entry or (lambda params: ())),
-    ]
+    parts = [("opt_state", state.opt_state, opt_state)]
+    for name, entry in stores.items():
+        kept = getattr(state, name)
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], float), kept)
+        parts.append((f"{name}, for one client,", one, entry))
     if pipeline_state is not None:  # Without a pipeline, the state of one is only passed on.
         parts.append(("pipeline_state", state.pipeline_state, pipeline_state))
     remedy = (

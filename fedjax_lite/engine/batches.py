@@ -21,7 +21,7 @@ def client_key(key: jax.Array, client_id: ArrayLike, purpose: ArrayLike) -> jax.
     return random.fold_in_pair(key, purpose, client_id)
 
 
-class Client(NamedTuple):
+class Slot(NamedTuple):
     """One client, as its slot in a cohort has it, or several of them.
 
     Attributes:
@@ -35,8 +35,8 @@ class Client(NamedTuple):
     offset: jax.Array
 
     @classmethod
-    def of(cls, cohort: Cohort, slot: ArrayLike) -> "Client":
-        """The client of a slot."""
+    def of(cls, cohort: Cohort, slot: ArrayLike) -> "Slot":
+        """That of a cohort with this number."""
         return cls(cohort.client_ids[slot], cohort.num_examples[slot], cohort.offsets[slot])
 
 
@@ -127,7 +127,7 @@ def bound_steps(cohort: Cohort, batching: Batching) -> int:
 
 
 def read_batch(
-    cohort: Cohort, key: jax.Array, client: Client, step: ArrayLike, batching: Batching
+    cohort: Cohort, key: jax.Array, client: Slot, step: ArrayLike, batching: Batching
 ) -> Batch:
     """The batch of one local step of one client.
 
@@ -192,7 +192,7 @@ def _unless_full(
 
 
 def _read_in_order(
-    examples: dict[str, jax.Array], client: Client, first: jax.Array, batch_size: int
+    examples: dict[str, jax.Array], client: Slot, first: jax.Array, batch_size: int
 ) -> Batch:
     """The client's rows from its `first` on, as one slice."""
     begin = client.offset + first

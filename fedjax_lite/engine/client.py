@@ -9,22 +9,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lite import _validate
-from fedjax_lite.base import ClientResult, ClientUpdate, Cohort, PyTree
+from fedjax_lite.base import Client, ClientResult, ClientUpdate, Cohort, PyTree, Reducer
 from fedjax_lite.engine.batches import (
     KEY_DATA,
     KEY_INIT,
     KEY_STEP,
     Batching,
-    Client,
+    Slot,
     read_batch,
     steps_per_epoch,
 )
 from fedjax_lite.engine.execution import Rewrite
-from fedjax_lite.engine.store import check_output
+from fedjax_lite.engine.store import check_entry
 from fedjax_lite.xla import random
 from fedjax_lite.xla.precision import squared_norm
 
-_REPORTED = {"num_examples", "num_steps", "update_norm", "weight", "nonfinite", "bits_down"}
+_REPORTED = {
+    "client_id",
+    "num_examples",
+    "num_steps",
+    "update_norm",
+    "weight",
+    "nonfinite",
+    "bits_down",
+}
 
 
 class Sent(NamedTuple):
@@ -47,20 +55,30 @@ class Trainee(NamedTuple):
     """A client whose turn it is, or those of a wave.
 
     Attributes:
-      client: Who it is.
+      slot: Who it is, and where its rows are.
       num_steps: How many local steps it takes, int32.
       keys: Its keys of this round `[3]`, by purpose.
+      entry: What it kept.
     """
 
-    client: Client
+    slot: Slot
     num_steps: jax.Array
     keys: jax.Array
+    entry: PyTree
+
+    @property
+    def client(self) -> Client:
+        """What a client update sees of it."""
+        slot = self.slot
+        return Client(
+            slot.id, slot.num_examples, self.num_steps, self.entry, self.keys[..., KEY_INIT]
+        )
 
 
 class Work(NamedTuple):
     """The work of one client, or of a wave of clients `[lanes]`."""
 
-    init: Callable[[Trainee, PyTree], PyTree]
+    init: Callable[[Trainee], PyTree]
     step: Callable[[jax.Array, Trainee, PyTree], PyTree]
     measure: Callable[[Trainee, PyTree], dict[str, jax.Array]]
     final: Callable[[Trainee, PyTree, PyTree], Sent]
@@ -74,6 +92,7 @@ def client_work(
     batching: Batching,
     rewrite: Rewrite,
     on_nonfinite: str,
+    reducer: Reducer,
 ) -> Work:
     """The work of one client of a cohort.
 
@@ -85,15 +104,16 @@ def client_work(
       batching: What a client runs through.
       rewrite: What is applied to functions that run inside loops.
       on_nonfinite: As in `run_clients`.
+      reducer: As in `run_clients`.
     """
 
-    def init(trainee: Trainee, entry: PyTree) -> PyTree:
-        return _validate.strong(client_update.init(shared, entry, trainee.keys[KEY_INIT]))
+    def init(trainee: Trainee) -> PyTree:
+        return _validate.strong(client_update.init(shared, trainee.client))
 
     def step(step: jax.Array, trainee: Trainee, client_state: PyTree) -> PyTree:
-        batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.client, step, batching)
+        batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.slot, step, batching)
         key_step = random.fold_in_pair(trainee.keys[KEY_STEP], 0, step)
-        after = client_update.step(shared, client_state, batch, key_step)
+        after = client_update.step(shared, trainee.client, client_state, batch, key_step)
         _validate.same_form(
             "what client_update.step returned",
             after,
@@ -111,14 +131,14 @@ def client_work(
         shared_, state = jax.lax.stop_gradient((shared, client_state))
 
         def sums(i: jax.Array) -> dict[str, jax.Array]:
-            batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.client, i, in_order)
+            batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.slot, i, in_order)
             with _validate.reading(batch):
-                measured = values(shared_, state, batch)
+                measured = values(shared_, trainee.client, state, batch)
             for name, value in measured.items():
                 _validate.per_example(f"metric {name!r}", value.shape, batch["mask"].shape[0])
             return {name: jnp.where(batch["mask"], x, 0).sum() for name, x in measured.items()}
 
-        num_examples = trainee.client.num_examples
+        num_examples = trainee.slot.num_examples
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, jnp.int32(0))
         )
@@ -127,15 +147,18 @@ def client_work(
         return jax.tree.map(lambda x: x / jnp.maximum(num_examples, 1), total)
 
     def final(trainee: Trainee, client_state: PyTree, measured: PyTree) -> Sent:
-        result = client_update.final(shared, client_state, trainee.client.num_examples)
-        result = _validate.strong(_check_result(result))
-        check_output(result.client_output, store)
+        result = _check_result(client_update.final(shared, trainee.client, client_state))
+        result = _validate.strong(result)
+        entry = trainee.entry
+        if result.entry is not None:
+            entry = result.entry
+            check_entry(entry, store)
         # No gradient: that of a norm is not a number at zero, whatever it is multiplied with.
         norm = jax.lax.stop_gradient(result.norm)
         if norm is None:
             norm = jnp.sqrt(squared_norm(jax.lax.stop_gradient(result.update)))
         weight = _validate.scalar("the weight of client_update.final", result.weight)
-        others = (result.model_state, result.statistics, result.client_output)
+        others = (result.model_state, result.statistics, entry)
         floats = [x for x in jax.tree.leaves(others) if jnp.issubdtype(x.dtype, jnp.inexact)]
         finite = jnp.isfinite(norm + squared_norm(jax.lax.stop_gradient(floats)) + weight)
         finite &= weight >= 0  # Below zero, a client would pull the mean to the other side.
@@ -153,13 +176,17 @@ def client_work(
             "weight": weight,
             "nonfinite": jnp.where(finite, 0.0, 1.0),
         }
+        update = result.update
+        if reducer.summand is not None:
+            update = reducer.summand(update, weight)
         return Sent(
-            update=weighted(result.update),
+            update=jax.tree.map(lambda x: jnp.where(left_out, 0, x), update),
             weight=weight,
-            model_state=weighted(result.model_state),
+            # Of a client that leaves it as it is, there is nothing to add up.
+            model_state=weighted(() if result.model_state is None else result.model_state),
             statistics=jax.tree.map(lambda x: jnp.where(counts, x, 0), result.statistics),
             metrics=metrics,
-            output=result.client_output,
+            output=entry,
         )
 
     return Work(rewrite(init), rewrite(step), measure, rewrite(final))

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from fedjax_lite.base import ClientUpdate, Cohort, PyTree
+from fedjax_lite.base import ClientUpdate, Cohort, PyTree, Reducer
 from fedjax_lite.engine.batches import Batching, bound_steps, count_processed, count_steps
 from fedjax_lite.engine.client import client_work
 from fedjax_lite.engine.execution import Execution, choose_rewrite, resolved
+from fedjax_lite.engine.stacking import reduce_stacked
 from fedjax_lite.engine.store import check_store
 from fedjax_lite.engine.waves import CohortResult, exchange, schedule, sum_waves
 from fedjax_lite.xla import random
@@ -25,6 +26,7 @@ from fedjax_lite.xla.mesh import AXIS, deal, sum_over_devices
 
 ON_NONFINITE = ("drop", "keep")
 _DEFAULT = Execution()
+_SUM = Reducer(lambda update, weight: jax.tree.map(lambda x: weight * x, update))
 
 
 def run_clients(
@@ -37,6 +39,7 @@ def run_clients(
     store: PyTree = (),
     keep_output: bool = True,
     on_nonfinite: str = "drop",
+    reducer: Reducer = _SUM,
     execution: Execution = _DEFAULT,
 ) -> CohortResult:
     """Runs the local steps of every client of a cohort and sums what the clients send.
@@ -51,10 +54,12 @@ def run_clients(
       keep_output: Whether what clients return for the store replaces what they had.
       on_nonfinite: `"drop"` leaves out a client whose update has a norm that is not finite (or
         whose model state, statistics, weight or output is not), `"keep"` lets it through.
+      reducer: How updates become one: what of each is added up, or whether all are stacked.
       execution: How; changes the speed, and results only by the order of additions.
 
     Returns:
-      The weighted sum, the total weight, the store and the metrics. A client without examples
+      The sum of the updates, or what the reducer makes of them stacked; the total weight, the store
+      and the metrics. A client without examples
       takes no step, has weight zero and zeros for metrics, and keeps what it had.
 
     Raises:
@@ -67,6 +72,7 @@ def run_clients(
     mesh, rewrite = execution.mesh, choose_rewrite(execution)
     num_steps = count_steps(cohort.num_examples, batching)
     table = _deal(cohort, execution)
+    slots = table.reshape(-1)
 
     def run_waves(
         table: jax.Array,
@@ -81,7 +87,7 @@ def run_clients(
         bound = bound_steps(cohort, batching) if execution.differentiable else None
         kept_store = store if keep_output else ()
         client = client_work(
-            client_update, shared, cohort, kept_store, batching, rewrite, on_nonfinite
+            client_update, shared, cohort, kept_store, batching, rewrite, on_nonfinite, reducer
         )
         result = sum_waves(
             client,
@@ -91,14 +97,20 @@ def run_clients(
             store,
             cohort.capacity,
             keep_output=keep_output,
+            stacks=reducer.stacked is not None,
             bound=bound,
         )
-        if mesh is None:
-            return result
-        store = result.store
-        if execution.num_devices > 1:
-            store = exchange(store, table, result.clients["weight"], cohort)
-        return sum_over_devices(result._replace(store=()))._replace(store=store)
+        update, store = result.update, result.store
+        if mesh is not None:
+            if execution.num_devices > 1:
+                store = exchange(store, table, result.clients["weight"], cohort)
+            without = () if reducer.stacked is not None else update
+            result = sum_over_devices(result._replace(update=without, store=()))
+        if reducer.stacked is not None:
+            weights = result.clients["weight"]
+            update = reduce_stacked(reducer, update, slots, weights, execution.num_devices)
+            result = result._replace(update=update)
+        return result._replace(store=store)
 
     without_examples = dataclasses.replace(cohort, examples={})
     replicated = (num_steps, shared, without_examples, random.fast(key), store)

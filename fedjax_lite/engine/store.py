@@ -60,11 +60,11 @@ def check_store(store: PyTree, num_clients: int) -> None:
             )
 
 
-def check_output(client_output: PyTree, store: PyTree) -> None:
-    """Refuses a `client_output` that is not of the store's structure, shapes and dtypes."""
-    entry = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), store)
+def check_entry(entry: PyTree, store: PyTree) -> None:
+    """Refuses an entry that is not of the store's structure, shapes and dtypes."""
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), store)
     remedy = "return what the client keeps in the form that it is stored in."
-    _validate.same_form("client_output", client_output, entry, remedy)
+    _validate.same_form("the entry of client_update.final", entry, expected, remedy)
 
 
 def read(store: PyTree, client_ids: jax.Array) -> PyTree:

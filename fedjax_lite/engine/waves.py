@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lite.base import Cohort, PyTree
-from fedjax_lite.engine.batches import KEY_DATA, KEY_INIT, KEY_STEP, Client, client_key
+from fedjax_lite.engine.batches import KEY_DATA, KEY_INIT, KEY_STEP, Slot, client_key
 from fedjax_lite.engine.client import Sent, Trainee, Work
 from fedjax_lite.engine.store import read, write
 from fedjax_lite.xla.mesh import AXIS
@@ -49,12 +49,13 @@ def schedule(cohort: Cohort, num_steps: jax.Array, table: jax.Array) -> jax.Arra
     return fields.at[table].get(mode="fill", fill_value=0)
 
 
-def _trainee(row: jax.Array, key: jax.Array) -> Trainee:
+def _trainee(row: jax.Array, key: jax.Array, store: PyTree) -> Trainee:
     """The client of a row `[4]`, or of rows `[lanes, 4]`, in a round with this key."""
     client_id, num_examples, offset, num_steps = jnp.moveaxis(row, -1, 0)
     purposes = jnp.array([KEY_INIT, KEY_DATA, KEY_STEP])
     keys = client_key(key, client_id[..., None], purposes)
-    return Trainee(Client(client_id, num_examples, offset), num_steps, keys)
+    slot = Slot(client_id, num_examples, offset)
+    return Trainee(slot, num_steps, keys, read(store, client_id))
 
 
 def _repeat(
@@ -73,7 +74,7 @@ def _repeat(
     return jax.lax.scan(masked, state, jnp.arange(bound, dtype=end.dtype))[0]
 
 
-def _wave(lane: Work, *, alone: bool) -> Work:
+def _wave(lane: Work, *, alone: bool, stacks: bool) -> Work:
     """The work of a wave: its `final` sums over clients, but for what is each client's own.
 
     One client alone goes without an axis of lanes, which would make its matrix products batched
@@ -89,7 +90,10 @@ def _wave(lane: Work, *, alone: bool) -> Work:
     def final(trainees: Trainee, states: PyTree, measured: PyTree) -> Sent:
         sent = jax.vmap(lane.final)(trainees, states, measured)
         sent = _where(trainees.num_steps > 0, sent, jax.tree.map(jnp.zeros_like, sent))
-        update, weight, model_state, statistics = jax.tree.map(lambda x: x.sum(0), sent.summed)
+        update, *others = sent.summed
+        weight, model_state, statistics = jax.tree.map(lambda x: x.sum(0), others)
+        if not stacks:
+            update = jax.tree.map(lambda x: x.sum(0), update)
         return sent._replace(
             update=update, weight=weight, model_state=model_state, statistics=statistics
         )
@@ -97,9 +101,9 @@ def _wave(lane: Work, *, alone: bool) -> Work:
     return Work(jax.vmap(lane.init), step, jax.vmap(lane.measure), final)
 
 
-def _run_wave(wave: Work, bound: int | None, trainees: Trainee, entries: PyTree) -> Sent:
+def _run_wave(wave: Work, bound: int | None, trainees: Trainee) -> Sent:
     """A wave from beginning to end."""
-    states = wave.init(trainees, entries)
+    states = wave.init(trainees)
     before = wave.measure(trainees, states)
     states = _repeat(
         trainees.num_steps.max(),
@@ -137,6 +141,7 @@ def sum_waves(
     capacity: int,
     *,
     keep_output: bool,
+    stacks: bool,
     bound: int | None,
 ) -> CohortResult:
     """Runs one device's waves and sums what their clients send.
@@ -149,52 +154,66 @@ def sum_waves(
       store: What clients keep.
       capacity: Number of slots of the cohort.
       keep_output: Whether the store is kept up to date.
+      stacks: Whether updates are returned one by one, `[slots, ...]`, and not their sum.
       bound: Length of the loops if they are to be differentiated.
     """
     if alone := table.shape[1] == 1:
         table, waves = table[:, 0], waves[:, 0]
-    work, num_axes = _wave(lane, alone=alone), table.ndim - 1
+    work, num_axes = _wave(lane, alone=alone, stacks=stacks), table.ndim - 1
 
-    def trainees_of(wave: jax.Array) -> Trainee:
-        return _trainee(jax.lax.dynamic_index_in_dim(waves, wave, keepdims=False), key)
+    def trainees_of(wave: jax.Array, store: PyTree) -> Trainee:
+        return _trainee(jax.lax.dynamic_index_in_dim(waves, wave, keepdims=False), key, store)
 
     def form() -> tuple[PyTree, dict[str, jax.Array]]:
         """What a wave sends, its steps left out, which change no shape."""
-        trainees = trainees_of(jnp.int32(0))
-        states = work.init(trainees, read(store, trainees.client.id))
+        trainees = trainees_of(jnp.int32(0), store)
+        states = work.init(trainees)
         measured = work.measure(trainees, states)
         sent = work.final(trainees, states, _measured(measured, measured))
         return sent.summed, sent.metrics
 
     def add_wave(wave: jax.Array, carry: tuple[PyTree, PyTree, PyTree]) -> PyTree:
-        total, per_client, kept_store = carry
-        trainees = trainees_of(wave)
-        current = kept_store if keep_output else store
-        sent = _run_wave(work, bound, trainees, read(current, trainees.client.id))
-        total = jax.tree.map(jnp.add, total, sent.summed)
-        per_client = [
-            jax.lax.dynamic_update_index_in_dim(all_, x, wave, 0)
-            for all_, x in zip(per_client, pack(sent.metrics, num_axes), strict=True)
-        ]
+        (updates, *total), per_client, kept_store = carry
+        trainees = trainees_of(wave, kept_store if keep_output else store)
+        sent = _run_wave(work, bound, trainees)
+
+        def put(all_: jax.Array, x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(all_, x, wave, 0)
+
+        update, *others = sent.summed
+        updates = jax.tree.map(put if stacks else jnp.add, updates, update)
+        total = jax.tree.map(jnp.add, total, others)
+        per_client = list(map(put, per_client, pack(sent.metrics, num_axes)))
         if keep_output:
             kept = sent.metrics["weight"] != 0
-            kept_store = write(kept_store, trainees.client.id, kept, sent.output)
-        return total, per_client, kept_store
+            kept_store = write(kept_store, trainees.slot.id, kept, sent.output)
+        return (updates, *total), per_client, kept_store
 
     summed, metrics = jax.eval_shape(form)
     packed = jax.eval_shape(functools.partial(pack, num_axes=num_axes), metrics)
+    num_waves = table.shape[0]
+
+    def none_yet(x: jax.ShapeDtypeStruct, *shape: int) -> jax.Array:
+        return jnp.zeros((*shape, *x.shape), x.dtype)
+
+    one_update, *others = summed
     # Sorted by length, the waves without a step are the last ones: they need not run.
-    longest = waves[..., 3].reshape(table.shape[0], -1).max(1)
+    longest = waves[..., 3].reshape(len(table), -1).max(1)
     (update, weight, model_state, statistics), per_client, kept_store = _repeat(
         (longest > 0).sum(dtype=jnp.int32),
         add_wave,
         (
-            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), summed),
-            [jnp.zeros((table.shape[0], *x.shape), x.dtype) for x in packed],
+            (
+                jax.tree.map(lambda x: none_yet(x, *([num_waves] if stacks else [])), one_update),
+                *jax.tree.map(none_yet, others),
+            ),
+            [none_yet(x, num_waves) for x in packed],
             store if keep_output else (),
         ),
-        None if bound is None else table.shape[0],
+        None if bound is None else num_waves,
     )
+    if stacks:  # One axis of slots.
+        update = jax.tree.map(lambda x: x.reshape(-1, *x.shape[1 + num_axes :]), update)
 
     def in_cohort_order(x: jax.Array) -> jax.Array:
         return jnp.zeros((capacity, x.shape[-1]), x.dtype).at[table].set(x, mode="drop")

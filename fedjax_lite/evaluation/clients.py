@@ -12,11 +12,11 @@ from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite._repr import record
-from fedjax_lite.base import Batch, ClientResult, ClientUpdate, Cohort, PyTree, ServerState
+from fedjax_lite.base import Batch, Client, ClientResult, ClientUpdate, Cohort, PyTree, ServerState
 from fedjax_lite.engine.batches import (
     DEFAULT_BATCH_SIZE,
     Batching,
-    Client,
+    Slot,
     adapt_batch_size,
     read_batch,
 )
@@ -213,21 +213,23 @@ def _evaluate_clients(
     batching: Batching,
     execution: Execution,
 ) -> ClientEvaluation:
-    def init(shared: ServerState, entry: PyTree, key: jax.Array) -> _Measured:
-        own = () if client_params is None else client_params(shared, entry)
+    def init(shared: ServerState, client: Client) -> _Measured:
+        own = () if client_params is None else client_params(shared, client.entry)
         # Its form alone: the rows outside of the runner are those of all devices.
-        batch = jax.eval_shape(lambda: read_batch(cohort, key, Client.of(cohort, 0), 0, batching))
+        batch = jax.eval_shape(lambda: read_batch(cohort, key, Slot.of(cohort, 0), 0, batching))
         params = shared.params if client_params is None else own
         return _Measured(own, measure.zeros(params, shared.model_state, batch))
 
-    def step(shared: ServerState, measured: _Measured, batch: Batch, key: jax.Array) -> _Measured:
-        del key
+    def step(
+        shared: ServerState, client: Client, measured: _Measured, batch: Batch, key: jax.Array
+    ) -> _Measured:
+        del client, key
         params = shared.params if client_params is None else measured.params
         sums = measure.sums(params, shared.model_state, batch)
         return measured._replace(sums=jax.tree.map(jnp.add, measured.sums, sums))
 
-    def final(shared: ServerState, measured: _Measured, num_examples: jax.Array) -> ClientResult:
-        return report_sums(shared, measured.sums, num_examples)
+    def final(shared: ServerState, client: Client, measured: _Measured) -> ClientResult:
+        return report_sums(measured.sums)
 
     result = run_clients(
         ClientUpdate(init, step, final),
@@ -249,9 +251,6 @@ class _Measured(NamedTuple):
     sums: dict[str, PyTree]
 
 
-def report_sums(shared: PyTree, sums: PyTree, num_examples: jax.Array) -> ClientResult:
+def report_sums(sums: PyTree) -> ClientResult:
     """What a client sends that only measures."""
-    del shared, num_examples
-    return ClientResult(
-        update=(), weight=jnp.ones(()), metrics={"sums": sums}, model_state=(), norm=jnp.zeros(())
-    )
+    return ClientResult((), jnp.ones(()), {"sums": sums}, norm=jnp.zeros(()))

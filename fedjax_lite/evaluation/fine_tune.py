@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from fedjax_lite import _validate
 from fedjax_lite.algorithms.fed_avg import local_training
 from fedjax_lite.algorithms.local import ClientOptimizer
-from fedjax_lite.base import Batch, ClientResult, ClientUpdate, Cohort, PyTree, ServerState
+from fedjax_lite.base import Batch, Client, ClientResult, ClientUpdate, Cohort, PyTree, ServerState
 from fedjax_lite.engine.batches import (
     DEFAULT_BATCH_SIZE,
     KEY_DATA,
     Batching,
-    Client,
+    Slot,
     adapt_batch_size,
     client_key,
     read_batch,
@@ -163,35 +163,31 @@ def _evaluate_fine_tuned(
     reading = reading_once(held_out_cohort, None)
     key_train, key_held_out = jax.random.split(key)
 
-    # What a client keeps, and finds in its input, is its place in the held-out cohort.
-    def init(shared: PyTree, slot: jax.Array, key: jax.Array) -> tuple[jax.Array, PyTree]:
-        return slot, training.init(shared[0], (), key)
+    # What a client keeps, its entry, is its place in the held-out cohort.
+    def init(shared: PyTree, client: Client) -> PyTree:
+        return training.init(shared[0], client)
 
     def step(
-        shared: PyTree, client_state: tuple[jax.Array, PyTree], batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, PyTree]:
-        slot, trained = client_state
-        return slot, training.step(shared[0], trained, batch, key)
+        shared: PyTree, client: Client, trained: PyTree, batch: Batch, key: jax.Array
+    ) -> PyTree:
+        return training.step(shared[0], client, trained, batch, key)
 
-    def final(
-        shared: PyTree, client_state: tuple[jax.Array, PyTree], num_examples: jax.Array
-    ) -> ClientResult:
+    def final(shared: PyTree, client: Client, trained: PyTree) -> ClientResult:
         state, held_out, key = shared
-        slot, trained = client_state
-        client = Client.of(held_out, slot)
-        key_data = client_key(key, client.id, KEY_DATA)
+        slot = Slot.of(held_out, client.entry)
+        key_data = client_key(key, slot.id, KEY_DATA)
 
         def add(i: jax.Array, sums: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            batch = read_batch(held_out, key_data, client, i, reading)
+            batch = read_batch(held_out, key_data, slot, i, reading)
             both = tuple(measure.sums(x.params, x.model_state, batch) for x in (state, trained))
             return jax.tree.map(jnp.add, sums, both)
 
         zeros = measure.zeros(
-            state.params, state.model_state, read_batch(held_out, key_data, client, 0, reading)
+            state.params, state.model_state, read_batch(held_out, key_data, slot, 0, reading)
         )
-        num_batches = steps_per_epoch(client.num_examples, reading)
+        num_batches = steps_per_epoch(slot.num_examples, reading)
         sums = jax.lax.fori_loop(0, num_batches, add, (zeros, zeros))
-        return report_sums(shared, sums, num_examples)
+        return report_sums(sums)
 
     # Its clients lie on other devices than those of the training cohort.
     held_out_cohort = on_every_device(held_out_cohort)

@@ -169,6 +169,8 @@ def algorithm_of(calls: Calls, settings: Settings, model: Model) -> FederatedAlg
         updates = chain(*updates) if updates else None
     if updates is not None:
         known["pipeline"] = updates
+    if calls.reducer is not None:
+        known["reducer"] = _made("reducer", calls.reducer)
     algorithm = _made("algorithm", calls.algorithm, known)
     _validate.instance("what algorithm returned", algorithm, FederatedAlgorithm)
     return algorithm

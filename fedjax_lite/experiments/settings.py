@@ -59,6 +59,7 @@ class Settings:
       server_lr: Learning rate of the server; 1 by default with sgd.
       updates: What happens to clients' updates on their way, such as
         "clip_by_norm(1.0), quantize_uniform(256)".
+      reducer: How updates become one, such as coordinate_median; their weighted mean by default.
       sampler: Who takes part in a round, such as uniform, poisson, importance, round_robin or
         everyone.
       cohort_size: Clients in a round, with poisson the expected number; 20 by default.
@@ -88,6 +89,7 @@ class Settings:
     server_optimizer: str = "sgd"
     server_lr: float | None = None
     updates: str | None = None
+    reducer: str | None = None
     sampler: str = "uniform"
     cohort_size: int | None = None
     metrics: str | None = None
@@ -112,6 +114,7 @@ class Calls(NamedTuple):
     client_optimizer: Any
     server_optimizer: Any
     updates: Any
+    reducer: Any
     sampler: Any
     metrics: Any
 

@@ -9,6 +9,7 @@ import optax
 
 from fedjax_lite import algorithms, data, models, samplers, updates
 from fedjax_lite.algorithms import server_optimizers
+from fedjax_lite.base import Reducer, UpdateTransform
 from fedjax_lite.data import partition
 from fedjax_lite.evaluation import metrics
 from fedjax_lite.experiments.expressions import Role, Table
@@ -18,6 +19,14 @@ def _functions(module: ModuleType, *left_out: str) -> dict[str, Callable[..., An
     names = [name for name in module.__all__ if name not in left_out]
     found = {name: getattr(module, name) for name in names}
     return {name: value for name, value in found.items() if inspect.isfunction(value)}
+
+
+def _returning(kind: type, module: ModuleType, *left_out: str) -> dict[str, Callable[..., Any]]:
+    return {
+        name: function
+        for name, function in _functions(module, *left_out).items()
+        if inspect.signature(function).return_annotation is kind
+    }
 
 
 def _of_optax(kinds: tuple[str, ...], left_out: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -78,11 +87,13 @@ ROLES: Mapping[str, Role] = {
             "algorithm",
             _functions(algorithms, "federated_algorithm"),
             "algorithms",
-            *("model", "client_optimizer", "server_optimizer", "pipeline", "lanes", "mesh"),
+            *("model", "client_optimizer", "server_optimizer", "pipeline", "reducer"),
+            *("lanes", "mesh"),
         ),
         _role("client_optimizer", _OPTIMIZERS_AND_SCHEDULES, "optimizers"),
         _role("server_optimizer", _OPTIMIZERS_AND_SCHEDULES, "optimizers"),
-        _role("updates", _functions(updates, "chain"), "updates"),
+        _role("updates", _returning(UpdateTransform, updates, "chain"), "updates"),
+        _role("reducer", _returning(Reducer, updates), "reducers"),
         _role("sampler", _functions(samplers), "samplers", "num_clients", "num_examples"),
         _role("metrics", _functions(metrics, "mean"), "metrics", "num_classes"),
     )

@@ -9,7 +9,7 @@ from fedjax_lite.experiments.expressions import Call
 from fedjax_lite.experiments.settings import Calls, Settings, calls_of, to_settings
 
 # In these, numbers can be arguments of a compiled program; the rest decides what is compiled.
-TRACED = ("algorithm", "client_optimizer", "server_optimizer", "updates")
+TRACED = ("algorithm", "client_optimizer", "server_optimizer", "updates", "reducer")
 
 
 def varied_settings(base: Settings, given: Mapping[str, Any]) -> Settings:

@@ -5,11 +5,24 @@ for the server; `chain` composes them.
 """
 
 from fedjax_lite.updates.clipping import clip_by_norm
-from fedjax_lite.updates.pipeline import chain
+from fedjax_lite.updates.feedback import error_feedback
+from fedjax_lite.updates.pipeline import chain, downlink
 from fedjax_lite.updates.quantization import quantize_uniform
+from fedjax_lite.updates.reducers import (
+    coordinate_median,
+    fixed_point,
+    modular_sum,
+    weighted_mean,
+)
 
 __all__ = [
     "chain",
     "clip_by_norm",
+    "coordinate_median",
+    "downlink",
+    "error_feedback",
+    "fixed_point",
+    "modular_sum",
     "quantize_uniform",
+    "weighted_mean",
 ]

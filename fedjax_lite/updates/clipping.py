@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from fedjax_lite import _validate
-from fedjax_lite.base import PyTree, UpdateTransform
-from fedjax_lite.updates.pipeline import stateless
+from fedjax_lite.base import Guarantees, Message, UpdateTransform
+from fedjax_lite.updates.pipeline import stateless, unmasked
 from fedjax_lite.xla.precision import squared_norm, widen
 
 
@@ -28,18 +28,18 @@ def clip_by_norm(max_norm: ArrayLike) -> UpdateTransform:
     Raises:
       ValueError: `max_norm` is not positive.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> clip = clip_by_norm(1.0)
-    >>> update, info = clip.client(jax.random.key(0), (), jnp.array([3.0, 4.0]), 1.0)
-    >>> [round(float(x), 4) for x in update], float(info["clipped"])
+    >>> message = fl.Message(jnp.array([3.0, 4.0]), 1.0)
+    >>> clipped = clip.client(jax.random.key(0), (), message, None)
+    >>> [round(float(x), 4) for x in clipped.update], float(clipped.metrics["clipped"])
     ([0.6, 0.8], 1.0)
     """
     max_norm = _validate.number("max_norm", max_norm, positive=True)
 
-    def client(
-        key: jax.Array, update: PyTree, weight: jax.Array
-    ) -> tuple[PyTree, dict[str, jax.Array]]:
-        del key, weight
+    def client(key: jax.Array, message: Message) -> Message:
+        del key
+        update = message.update
         squared = squared_norm(update)
         # Where the squares overflow, all is in units of a power of two, which changes no digit.
         unit = jnp.where(jnp.isinf(squared), _unit(squared.dtype), 1)
@@ -56,9 +56,12 @@ def clip_by_norm(max_norm: ArrayLike) -> UpdateTransform:
             return jnp.where(clipped, factor * (unit * x), x).astype(x.dtype)
 
         scaled = jax.tree.map(scale, update)
-        return scaled, {"clipped": clipped.astype(float)}
+        return message._replace(update=scaled, metrics={"clipped": clipped.astype(float)})
 
-    return stateless(client)
+    def guarantees(before: Guarantees) -> Guarantees:
+        return unmasked("clip_by_norm", before)._replace(sensitivity=max_norm)
+
+    return stateless(client, guarantees)
 
 
 def _unit(dtype: DTypeLike) -> jax.Array:

@@ -1,13 +1,26 @@
 """Update transforms one after another, and around a client update."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_lite import _validate
-from fedjax_lite.base import Batch, ClientResult, ClientUpdate, PyTree, UpdateTransform
+from fedjax_lite.base import (
+    Batch,
+    Client,
+    ClientResult,
+    ClientUpdate,
+    Guarantees,
+    Message,
+    PyTree,
+    UpdateTransform,
+)
+from fedjax_lite.xla import random
 from fedjax_lite.xla.precision import squared_norm
+
+_KEY_PIPELINE = 1  # Of the keys that derive from a client's, the one of its transforms.
 
 
 def chain(*transforms: UpdateTransform) -> UpdateTransform:
@@ -22,83 +35,195 @@ def chain(*transforms: UpdateTransform) -> UpdateTransform:
 
     Raises:
       TypeError: A transform is none.
+      ValueError: A transform makes no sense after those before it; with the reason.
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> twice = chain(fl.clip_by_norm(2.0), fl.clip_by_norm(1.0))
-    >>> update, info = twice.client(jax.random.key(0), twice.init({}), jnp.float32(5.0), 1.0)
-    >>> float(update)
+    >>> float(twice.guarantees(fl.Guarantees()).sensitivity)
     1.0
     """
+    guarantees = Guarantees()
     for i, transform in enumerate(transforms):
         _validate.instance(f"transforms[{i}]", transform, UpdateTransform)
+        guarantees = transform.guarantees(guarantees)
+
+    keeps = any(transform.entry is not None for transform in transforms)
 
     def init(params: PyTree) -> PyTree:
         return tuple(transform.init(params) for transform in transforms)
 
-    def client(
-        key: jax.Array, state: PyTree, update: PyTree, weight: jax.Array
-    ) -> tuple[PyTree, dict[str, jax.Array]]:
-        info: dict[str, jax.Array] = {}
-        keys = jax.random.split(key, max(len(transforms), 1))
-        for transform, own_key, own_state in zip(transforms, keys, state, strict=False):
-            update, own_info = transform.client(own_key, own_state, update, weight)
-            info |= own_info
-        return update, info
+    def keys_of(key: jax.Array) -> jax.Array:
+        return jax.random.split(key, max(len(transforms), 1))
+
+    def entry_of(params: PyTree) -> PyTree:
+        return tuple(_entry(transform, params) for transform in transforms)
+
+    def client(key: jax.Array, state: PyTree, message: Message, client: Client) -> Message:
+        entries, statistics = [], []
+        parts = zip(
+            transforms, keys_of(key), state, _parts(message.entry, transforms), strict=False
+        )
+        for transform, own_key, own_state, own_entry in parts:
+            own = message._replace(entry=own_entry, statistics=())
+            sent = transform.client(own_key, own_state, own, client)
+            entries.append(sent.entry)
+            statistics.append(sent.statistics)
+            message = sent._replace(metrics={**message.metrics, **sent.metrics})
+        entry = tuple(entries) if keeps else message.entry
+        return message._replace(entry=entry, statistics=tuple(statistics))
 
     def server(
-        key: jax.Array, state: PyTree, aggregate: PyTree
+        key: jax.Array, state: PyTree, aggregate: PyTree, statistics: PyTree
     ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
         info: dict[str, jax.Array] = {}
-        states = list(state)
-        keys = jax.random.split(key, max(len(transforms), 1))
+        states, keys = list(state), keys_of(key)
+        sums = _parts(statistics, transforms)
         for i in reversed(range(len(transforms))):
-            aggregate, states[i], own_info = transforms[i].server(keys[i], states[i], aggregate)
+            aggregate, states[i], own_info = transforms[i].server(
+                keys[i], states[i], aggregate, sums[i]
+            )
             info |= own_info
         return aggregate, tuple(states), info
 
-    return UpdateTransform(init, client, server)
+    def broadcast(key: jax.Array, state: PyTree, params: PyTree) -> tuple[PyTree, Any]:
+        bits: Any = None
+        for transform, own_key, own_state in zip(transforms, keys_of(key), state, strict=False):
+            if transform.broadcast is not None:
+                params, bits = transform.broadcast(own_key, own_state, params)
+        return params, bits
 
+    def after(before: Guarantees) -> Guarantees:
+        for transform in transforms:
+            before = transform.guarantees(before)
+        return before
 
-def stateless(client: Any) -> UpdateTransform:
-    """A transform that acts on clients alone, `client(key, update, weight) -> (update, info)`."""
+    sends_down = any(transform.broadcast is not None for transform in transforms)
     return UpdateTransform(
-        lambda params: (),
-        lambda key, state, update, weight: client(key, update, weight),
-        lambda key, state, aggregate: (aggregate, state, {}),
+        init, client, server, entry_of if keeps else None, broadcast if sends_down else None, after
+    )
+
+
+def _entry(transform: UpdateTransform, params: PyTree) -> PyTree:
+    return () if transform.entry is None else transform.entry(params)
+
+
+def _parts(tree: PyTree, transforms: tuple[UpdateTransform, ...]) -> PyTree:
+    """What belongs to each of the transforms; nothing, where none of them has any."""
+    return tree or ((),) * len(transforms)
+
+
+def unmasked(name: str, before: Guarantees) -> Guarantees:
+    """What is known before a transform that reads or changes single updates.
+
+    Raises:
+      ValueError: They are hidden in masks.
+    """
+    if before.is_masked:
+        raise ValueError(
+            f"{name} comes after a mask, and would change what only the sum over clients unmasks;"
+            " put it before the mask."
+        )
+    return before
+
+
+def stateless(
+    client: Callable[[jax.Array, Message], Message],
+    guarantees: Callable[[Guarantees], Guarantees],
+) -> UpdateTransform:
+    """A transform that acts on clients alone, by `client(key, message) -> message`."""
+    return UpdateTransform(
+        init=lambda params: (),
+        client=lambda key, state, message, _: client(key, message),
+        server=lambda key, state, aggregate, statistics: (aggregate, state, {}),
+        guarantees=guarantees,
+    )
+
+
+def downlink(transform: UpdateTransform) -> UpdateTransform:
+    """Does to the server's params on their way down what a transform does to updates.
+
+    Clients start from what they receive, and their deltas are from there; the server goes on from
+    its own params.
+
+    Args:
+      transform: One that keeps nothing with clients, and whose server half does nothing.
+
+    Returns:
+      The `UpdateTransform`. Updates pass it as they are. `bits_down` is the size that it reports.
+
+    Raises:
+      ValueError: `transform` keeps something with clients.
+
+    >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
+    >>> model = fl.function_model(lambda w, batch: jnp.sum((w - batch["x"]) ** 2, -1))
+    >>> coarse = downlink(fl.quantize_uniform(2))
+    >>> algorithm = fl.fed_avg(model, optax.sgd(0.0), pipeline=coarse)
+    >>> dataset = fl.FederatedDataset.from_clients([{"x": [[0.0, 0.0]]}])
+    >>> one = fl.cohort_of(dataset.resident(), [0])
+    >>> state, info = algorithm.round(jax.random.key(0), algorithm.init(jnp.array([1.0, 3.0])), one)
+    >>> info.clients["bits_down"].tolist()  # Two numbers of a bit, and two extremes of 32.
+    [66.0]
+    """
+    _validate.instance("transform", transform, UpdateTransform, "fl.quantize_uniform(256)")
+    if transform.entry is not None:
+        raise ValueError(
+            "transform keeps something with each client, and the server broadcasts to all alike;"
+            " pass one without an entry."
+        )
+
+    def broadcast(key: jax.Array, state: PyTree, params: PyTree) -> tuple[PyTree, Any]:
+        message = Message(params, jnp.ones(()))
+        nobody = Client(jnp.int32(-1), jnp.int32(0), jnp.int32(0), (), key)
+        sent = transform.client(key, state, message, nobody)
+        return sent.update, sent.metrics.get("bits_up")
+
+    return UpdateTransform(
+        init=transform.init,
+        client=lambda key, state, message, client: message,
+        server=lambda key, state, aggregate, statistics: (aggregate, state, {}),
+        broadcast=broadcast,
+        guarantees=lambda before: before,
     )
 
 
 def send_through(pipeline: UpdateTransform, client_update: ClientUpdate) -> ClientUpdate:
-    """A client update whose updates go through the client half of a pipeline."""
+    """A client update whose updates go through the client half of a pipeline.
 
-    def init(shared: Any, client_input: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
-        key_own, key_pipeline = jax.random.split(key)
-        return key_pipeline, client_update.init(shared, client_input, key_own)
+    What a client keeps is a pair: that of the client update, and that of the pipeline. So are the
+    statistics that it sends.
+    """
 
-    def step(
-        shared: Any, client_state: tuple[jax.Array, PyTree], batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, PyTree]:
-        key_pipeline, own = client_state
-        return key_pipeline, client_update.step(shared, own, batch, key)
+    def own(client: Client) -> Client:
+        return client._replace(entry=client.entry[0])
 
-    def final(
-        shared: Any, client_state: tuple[jax.Array, PyTree], num_examples: jax.Array
-    ) -> ClientResult:
-        key_pipeline, own = client_state
-        result = client_update.final(shared, own, num_examples)
+    def init(shared: Any, client: Client) -> PyTree:
+        return client_update.init(shared, own(client))
+
+    def step(shared: Any, client: Client, state: PyTree, batch: Batch, key: jax.Array) -> PyTree:
+        return client_update.step(shared, own(client), state, batch, key)
+
+    def final(shared: Any, client: Client, state: PyTree) -> ClientResult:
+        result = client_update.final(shared, own(client), state)
         # What the client trained, and not what is left of it, is reported and checked.
         norm = result.norm
         if norm is None:
             norm = jnp.sqrt(squared_norm(jax.lax.stop_gradient(result.update)))
-        update, info = pipeline.client(
-            key_pipeline, shared.pipeline_state, result.update, result.weight
+        kept, kept_by_pipeline = client.entry
+        message = Message(result.update, result.weight, kept_by_pipeline)
+        key = random.fold_in_pair(client.key, _KEY_PIPELINE, 0)
+        sent = pipeline.client(key, shared.pipeline_state, message, own(client))
+        _validate.instance("what the client half of the pipeline returned", sent, Message)
+        return result._replace(
+            update=sent.update,
+            weight=sent.weight,
+            norm=norm,
+            metrics={**result.metrics, **sent.metrics},
+            entry=(kept if result.entry is None else result.entry, sent.entry),
+            statistics=(result.statistics, sent.statistics),
         )
-        return result._replace(update=update, norm=norm, metrics={**result.metrics, **info})
 
-    def measure(
-        shared: Any, client_state: tuple[jax.Array, PyTree], batch: Batch
-    ) -> dict[str, jax.Array]:
+    def measure(shared: Any, client: Client, state: PyTree, batch: Batch) -> dict[str, jax.Array]:
         assert client_update.measure is not None
-        return client_update.measure(shared, client_state[1], batch)
+        return client_update.measure(shared, own(client), state, batch)
 
     return ClientUpdate(init, step, final, None if client_update.measure is None else measure)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lite import _validate
-from fedjax_lite.base import PyTree, UpdateTransform
-from fedjax_lite.updates.pipeline import stateless
+from fedjax_lite.base import Guarantees, Message, UpdateTransform
+from fedjax_lite.updates.pipeline import stateless, unmasked
 from fedjax_lite.xla.precision import widen
 
 
@@ -33,11 +33,11 @@ def quantize_uniform(num_levels: int = 256) -> UpdateTransform:
       ValueError: `num_levels` is out of range.
       TypeError: `num_levels` is no integer.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> quantize = quantize_uniform(3)
     >>> update = jnp.array([0.0, 1.0, 2.0])  # Levels themselves stay as they are.
-    >>> update, info = quantize.client(jax.random.key(0), (), update, 1.0)
-    >>> update.tolist(), int(info["bits_up"])
+    >>> sent = quantize.client(jax.random.key(0), (), fl.Message(update, 1.0), None)
+    >>> sent.update.tolist(), int(sent.metrics["bits_up"])
     ([0.0, 1.0, 2.0], 70)
     """
     num_levels = _validate.integer("num_levels", num_levels, minimum=2, maximum=2**24)
@@ -60,14 +60,18 @@ def quantize_uniform(num_levels: int = 256) -> UpdateTransform:
         share = (below + jax.random.bernoulli(key, position - below)) / (num_levels - 1)
         return ((1 - share) * lowest + share * highest).astype(x.dtype)
 
-    def client(
-        key: jax.Array, update: PyTree, weight: jax.Array
-    ) -> tuple[PyTree, dict[str, jax.Array]]:
-        del weight
-        leaves, structure = jax.tree.flatten(update)
+    def client(key: jax.Array, message: Message) -> Message:
+        leaves, structure = jax.tree.flatten(message.update)
         keys = jax.random.split(key, len(leaves))
         quantized = [quantize(*pair) for pair in zip(keys, leaves, strict=True)]
         bits_up = sum(bits * x.size + 64 for x in leaves if x.size)
-        return jax.tree.unflatten(structure, quantized), {"bits_up": jnp.asarray(bits_up, float)}
+        return message._replace(
+            update=jax.tree.unflatten(structure, quantized),
+            metrics={"bits_up": jnp.asarray(bits_up, float)},
+        )
 
-    return stateless(client)
+    def guarantees(before: Guarantees) -> Guarantees:
+        # Rounding moves elements up as well: the norm may grow.
+        return unmasked("quantize_uniform", before)._replace(sensitivity=None)
+
+    return stateless(client, guarantees)

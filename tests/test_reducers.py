@@ -1,0 +1,360 @@
+"""Reducers, and transforms with everything that the contract allows, against plain loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import SIZES, everyone, regression_dataset, regression_model
+
+import fedjax_lite as fl
+
+KEY = jax.random.key(1)
+devices = pytest.mark.parametrize(
+    "num_devices",
+    [
+        1,
+        *(
+            pytest.param(n, marks=pytest.mark.skipif(jax.device_count() < n, reason="devices"))
+            for n in (2, 8)
+        ),
+    ],
+)
+
+
+def deltas(dataset, params, rate=0.1):
+    """What each client of a data set sends, trained alone from some params; flat, in float64."""
+    mesh = fl.clients_mesh(1)
+    algorithm = fl.fed_avg(regression_model(), optax.sgd(rate), mesh=mesh, batch_size=4)
+    state = algorithm.init(jax.device_get(params))
+    population = dataset.resident(mesh)
+    found = []
+    for i in range(dataset.num_clients):
+        alone, _ = algorithm.round(KEY, state, everyone(population, [i]))
+        found.append(flat(optax.tree.sub(state.params, alone.params)))
+    return np.array(found)
+
+
+def flat(params):
+    return np.append(np.asarray(params["w"], np.float64), float(params["b"]))
+
+
+def start():
+    return {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.float32(0.25)}
+
+
+@devices
+@pytest.mark.parametrize("lanes", [1, 3, 64])
+@pytest.mark.parametrize("present", [range(10), [0, 3, 4, 6], [7], [2, 1]])
+def test_medians_are_those_of_numpy(num_devices, lanes, present):
+    """Of ragged clients, one without examples, beside empty slots and one that is left out."""
+    dataset = regression_dataset()
+    broken = dataset.map(
+        lambda features: {
+            **features,
+            # Client 4 is not finite.
+            "y": np.where(np.repeat(np.arange(10), SIZES) == 4, np.nan, features["y"]),
+        }
+    )
+    mesh = fl.clients_mesh(num_devices)
+    algorithm = fl.fed_avg(
+        regression_model(),
+        optax.sgd(0.1),
+        batch_size=4,
+        reducer=fl.coordinate_median(),
+        mesh=mesh,
+        lanes=lanes,
+    )
+    state = algorithm.init(start())
+    ids = [*present, *[-1] * (12 - len(present))]
+    after, info = algorithm.round(KEY, state, fl.cohort_of(broken.resident(mesh), ids))
+    sent = deltas(dataset, state.params)
+    count = [i for i in present if i != 4 and SIZES[i] > 0]
+    expected = flat(state.params) - np.median(sent[count], axis=0)
+    np.testing.assert_allclose(flat(after.params), expected, rtol=1e-5, atol=1e-6)
+    assert info.num_nonfinite == (4 in present)
+
+
+def test_a_median_does_not_heed_one_attacker():
+    def client(key, state, message, client):
+        scale = jnp.where(client.id == 3, -1e6, 1.0)
+        return message._replace(update=optax.tree.scale(scale, message.update))
+
+    attack = fl.UpdateTransform(
+        lambda params: (), client, lambda key, state, aggregate, statistics: (aggregate, state, {})
+    )
+    moved = {}
+    for name, reducer in (("mean", None), ("median", fl.coordinate_median())):
+        algorithm = fl.fed_avg(
+            regression_model(), optax.sgd(0.1), batch_size=4, pipeline=attack, reducer=reducer
+        )
+        state = algorithm.init(start())
+        after, _ = algorithm.round(KEY, state, everyone(regression_dataset().resident()))
+        moved[name] = optax.tree.norm(optax.tree.sub(after.params, state.params))
+    assert moved["mean"] > 1e3
+    assert moved["median"] < 3
+
+
+def test_stacked_reducers_see_whole_updates_by_what_they_add_up():
+    """The update nearest to the others, by distances that each device has a part of."""
+
+    def medoid(updates, weights, total):
+        counts = weights > 0
+        gram = sum(x @ x.T for x in updates)
+        squared = jnp.diag(gram)[:, None] + jnp.diag(gram) - 2 * gram
+        distances = jnp.where(counts, total(squared), 0).sum(1)
+        best = jnp.argmin(jnp.where(counts, distances, jnp.inf))
+        return [x[best] for x in updates]
+
+    sent = deltas(regression_dataset(), start())
+    present = [i for i in range(10) if SIZES[i] > 0]
+    between = ((sent[:, None] - sent[None]) ** 2).sum(-1)[np.ix_(present, present)]
+    expected = flat(start()) - sent[present][between.sum(1).argmin()]
+    for num_devices in {1, min(8, jax.device_count())}:
+        mesh = fl.clients_mesh(num_devices)
+        algorithm = fl.fed_avg(
+            *(regression_model(), optax.sgd(0.1)),
+            batch_size=4,
+            reducer=fl.Reducer(stacked=medoid),
+            mesh=mesh,
+        )
+        state = algorithm.init(start())
+        after, _ = algorithm.round(KEY, state, everyone(regression_dataset().resident(mesh)))
+        np.testing.assert_allclose(flat(after.params), expected, rtol=1e-5, atol=1e-6)
+
+
+@devices
+def test_a_modular_sum_wraps_around(num_devices):
+    """Masks that cancel leave nothing, however large they are."""
+
+    def client(key, state, message, client):
+        # Of clients 2 i and 2 i + 1, the one adds what the other takes away.
+        pair = jax.random.fold_in(jax.random.key(5), client.id // 2)
+        sign = 1 - 2 * (client.id % 2)
+        mask = lambda x: sign * jax.random.bits(pair, x.shape, jnp.uint32).astype(jnp.int32)
+        return message._replace(update=jax.tree.map(lambda x: x + mask(x), message.update))
+
+    masks = fl.UpdateTransform(
+        lambda params: (),
+        client,
+        lambda key, state, aggregate, statistics: (aggregate, state, {}),
+        guarantees=lambda before: before._replace(is_masked=True),
+    )
+    mesh = fl.clients_mesh(num_devices)
+    dataset = regression_dataset()
+    clients = [i for i in range(10) if SIZES[i] > 0][:8]
+    dataset = dataset.select([dataset.client_ids[i] for i in clients])
+    algorithm = fl.fed_avg(
+        regression_model(),
+        optax.sgd(0.1),
+        batch_size=4,
+        pipeline=fl.chain(fl.fixed_point(2.0**16), masks),
+        reducer=fl.modular_sum(),
+        mesh=mesh,
+    )
+    state = algorithm.init(start())
+    after, info = algorithm.round(KEY, state, fl.cohort_of(dataset.resident(mesh), range(8)))
+    expected = flat(state.params) - deltas(dataset, state.params).sum(0)
+    np.testing.assert_allclose(flat(after.params), expected, atol=8 * 2.0**-17 + 1e-5)
+    assert info.clients["bits_up"].tolist() == [32.0 * 4] * 8
+
+
+def test_floats_are_no_summands_of_a_modular_sum():
+    algorithm = fl.fed_avg(regression_model(), optax.sgd(0.1), reducer=fl.modular_sum())
+    cohort = everyone(regression_dataset().resident())
+    with pytest.raises(ValueError, match=r"dtype float32, and modular_sum .* put fl.fixed_point"):
+        algorithm.round(KEY, algorithm.init(start()), cohort)
+
+
+def test_what_is_lost_comes_later():
+    """Error feedback around two levels, over rounds, with a plain loop beside it."""
+    dataset = regression_dataset()
+    quantize = fl.quantize_uniform(2)
+    mesh = fl.clients_mesh(1)
+    algorithm = fl.fed_avg(
+        regression_model(),
+        optax.sgd(0.05),
+        batch_size=4,
+        weighting="uniform",
+        pipeline=fl.error_feedback(quantize),
+        mesh=mesh,
+    )
+    state = algorithm.init(start(), num_clients=10)
+    population = dataset.resident(mesh)
+    errors = np.zeros((10, 4))
+    for r, present in enumerate([[0, 2, 4], [2, 4, 5, 1], [0, 2]]):
+        sent = deltas(dataset, state.params, 0.05)
+        before = flat(state.params)
+        state, _ = algorithm.round(KEY, state, fl.cohort_of(population, present))
+        total, number = np.zeros(4), 0
+        for i in present:
+            if SIZES[i] == 0:
+                continue
+            corrected = sent[i] + errors[i]
+            kept = np.append(
+                np.asarray(state.pipeline_store[0]["w"][i], np.float64),
+                state.pipeline_store[0]["b"][i],
+            )
+            rounded = corrected - kept
+            # Each array is rounded to its extremes.
+            w = rounded[:3]
+            assert all(
+                min(abs(x - corrected[:3].min()), abs(x - corrected[:3].max())) < 1e-5 for x in w
+            )
+            total, number = total + rounded, number + 1
+            errors[i] = kept
+        np.testing.assert_allclose(flat(state.params), before - total / number, atol=1e-5)
+        stored = np.concatenate(
+            [state.pipeline_store[0]["w"], state.pipeline_store[0]["b"][:, None]], 1
+        )
+        np.testing.assert_allclose(stored, errors, atol=1e-6)
+        assert r == 0 or np.abs(errors).max() > 0
+
+
+def test_clients_start_from_what_they_receive():
+    """A downlink that halves the params: deltas are from there, the server goes on from its own."""
+
+    def client(key, state, message, client):
+        halved = optax.tree.scale(0.5, message.update)
+        return message._replace(update=halved, metrics={"bits_up": jnp.float32(7)})
+
+    halve = fl.UpdateTransform(
+        lambda params: (), client, lambda key, state, aggregate, statistics: (aggregate, state, {})
+    )
+    dataset = regression_dataset()
+    algorithm = fl.fed_avg(
+        *(regression_model(), optax.sgd(0.1)), batch_size=4, pipeline=fl.downlink(halve)
+    )
+    state = algorithm.init(start())
+    after, info = algorithm.round(KEY, state, fl.cohort_of(dataset.resident(), [0, 2]))
+    halved = algorithm.init(optax.tree.scale(0.5, start()))
+    sent = deltas(dataset, halved.params)[[0, 2]]
+    expected = flat(state.params) - np.average(sent, axis=0, weights=np.array(SIZES)[[0, 2]])
+    np.testing.assert_allclose(flat(after.params), expected, rtol=1e-5)
+    assert info.clients["bits_down"].tolist() == [7.0, 7.0]
+    with pytest.raises(ValueError, match="transform keeps something with each client"):
+        fl.downlink(fl.error_feedback(halve))
+
+
+def test_a_transform_changes_weights_and_counts_whom_it_changed():
+    """Weights of at most 5, as for privacy, beside a denominator of its own."""
+
+    def client(key, state, message, client):
+        capped = jnp.minimum(message.weight, 5.0)
+        return message._replace(weight=capped, statistics=(message.weight > 5).astype(float))
+
+    cap = fl.UpdateTransform(
+        lambda params: (),
+        client,
+        lambda key, state, aggregate, count: (aggregate, state, {"capped": count}),
+    )
+    dataset = regression_dataset()
+    sizes = np.array(SIZES)
+    for denominator in (None, 40.0):
+        algorithm = fl.fed_avg(
+            regression_model(),
+            optax.sgd(0.1),
+            batch_size=4,
+            pipeline=fl.chain(cap, fl.clip_by_norm(100.0)),
+            reducer=fl.weighted_mean(denominator),
+        )
+        state = algorithm.init(start())
+        after, info = algorithm.round(KEY, state, everyone(dataset.resident()))
+        weights = np.minimum(sizes, 5)
+        total = (weights[:, None] * np.nan_to_num(deltas(dataset, state.params))).sum(0)
+        expected = flat(state.params) - total / (denominator or weights.sum())
+        np.testing.assert_allclose(flat(after.params), expected, rtol=1e-5)
+        assert info.metrics["capped"] == (sizes > 5).sum()
+        np.testing.assert_array_equal(info.clients["weight"], weights)
+
+
+@pytest.mark.parametrize(("skip_empty", "moves"), [(True, False), (False, True)])
+def test_a_round_without_clients_may_be_a_step(skip_empty, moves):
+    """With a denominator of its own, noise is added whoever takes part."""
+    noise = fl.UpdateTransform(
+        lambda params: jnp.int32(0),
+        lambda key, state, message, client: message,
+        lambda key, state, aggregate, statistics: (
+            jax.tree.map(lambda x: x + jax.random.normal(key, x.shape), aggregate),
+            state + 1,
+            {},
+        ),
+    )
+    algorithm = fl.fed_avg(
+        regression_model(),
+        optax.sgd(0.1),
+        pipeline=noise,
+        reducer=fl.weighted_mean(4.0, skip_empty=skip_empty),
+    )
+    state = algorithm.init(start())
+    nobody = fl.cohort_of(regression_dataset().resident(), [1, -1])
+    after, info = algorithm.round(KEY, state, nobody)
+    moved = np.abs(flat(after.params) - flat(state.params))
+    assert (moved > 1e-3).all() if moves else (moved == 0).all()
+    assert bool(info.skipped) == (not moves)
+    assert after.pipeline_state == int(moves)
+    with pytest.raises(ValueError, match=r"skip_empty is False, .* pass denominator="):
+        fl.weighted_mean(skip_empty=False)
+
+
+def test_constant_factors_of_weights_cancel_but_for_a_denominator_of_ones_own():
+    population = regression_dataset().resident()
+
+    def moved(factor, reducer):
+        algorithm = fl.fed_avg(
+            regression_model(),
+            optax.sgd(0.1),
+            batch_size=4,
+            weighting=lambda n: factor * n,
+            reducer=reducer,
+        )
+        state = algorithm.init(start())
+        after, _ = algorithm.round(KEY, state, everyone(population))
+        return flat(after.params) - flat(state.params)
+
+    np.testing.assert_allclose(moved(0.1, None), moved(1.0, None), rtol=1e-5)
+    fixed = fl.weighted_mean(10.0)
+    np.testing.assert_allclose(moved(0.1, fixed), 0.1 * moved(1.0, fixed), rtol=1e-5)
+
+
+def masked(before):
+    return before._replace(is_masked=True)
+
+
+MASK = fl.UpdateTransform(
+    lambda params: (),
+    lambda key, state, message, client: message,
+    lambda key, state, aggregate, statistics: (aggregate, state, {}),
+    guarantees=masked,
+)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: fl.chain(MASK, fl.quantize_uniform(4)), "quantize_uniform comes after a mask"),
+        (lambda: fl.chain(MASK, fl.clip_by_norm(1.0)), "clip_by_norm comes after a mask"),
+        (lambda: fl.chain(fl.chain(MASK), fl.fixed_point(2.0)), "fixed_point comes after a mask"),
+        (
+            lambda: fl.fed_avg(
+                *(regression_model(), optax.sgd(0.1)),
+                pipeline=MASK,
+                reducer=fl.coordinate_median(),
+            ),
+            "reducer looks at single updates, and pipeline hides them in masks",
+        ),
+        (lambda: fl.weighted_mean(0.0), "denominator is 0.0; choose a number above 0"),
+        (lambda: fl.fixed_point(-1.0), "scale is -1.0; choose a number above 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_when_it_is_built(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_what_is_known_of_updates_goes_along_a_chain():
+    known = fl.chain(fl.quantize_uniform(4), fl.clip_by_norm(2.0)).guarantees(fl.Guarantees())
+    assert known.sensitivity == 2.0
+    for lossy in (fl.quantize_uniform(4), fl.error_feedback(fl.clip_by_norm(1.0)), MASK):
+        after = fl.chain(fl.clip_by_norm(2.0), lossy).guarantees(fl.Guarantees())
+        assert after.sensitivity is None or lossy is MASK or after.sensitivity == 1.0
