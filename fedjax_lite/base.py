@@ -48,6 +48,10 @@ class Cohort:
       device_slots: `[devices, slots of a device]`, int32, if the rows are spread over the devices
         of a mesh, an equal part to each: the slots whose rows a device has, the largest clients
         first, the number of slots marking none. `None` if each device has all rows.
+      max_steps: `[clients]`, int32, the most local steps that each client takes, such as before it
+        is timed out; `None` if nothing bounds them.
+      staleness: `[clients]`, int32, how many rounds old the params are that each client starts
+        from, for algorithms with `max_staleness`; `None` if all start from the newest.
       sample: For generated clients, the function that draws a batch (static).
     """
 
@@ -57,6 +61,8 @@ class Cohort:
     examples: dict[str, jax.Array]
     num_clients: int = dataclasses.field(metadata={"static": True})
     device_slots: jax.Array | None = None
+    max_steps: jax.Array | None = None
+    staleness: jax.Array | None = None
     sample: Callable[[jax.Array, jax.Array], dict[str, jax.Array]] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
@@ -85,6 +91,8 @@ class ServerState:
       pipeline_state: State of the update pipeline; empty if there is none.
       pipeline_store: What the update pipeline keeps with clients between rounds: arrays
         `[num_clients, ...]`; empty if it keeps nothing.
+      versions: Params and model state of the last rounds, arrays `[max_staleness + 1, ...]`, that
+        before round r at place r modulo their number; empty without `max_staleness`.
     """
 
     params: PyTree
@@ -94,6 +102,7 @@ class ServerState:
     store: PyTree = ()
     pipeline_state: PyTree = ()
     pipeline_store: PyTree = ()
+    versions: PyTree = ()
 
     def __repr__(self) -> str:
         return record(self, vars(self))

@@ -27,7 +27,7 @@ def torch_batches(cohort, key, *, max_steps, batching):
     """For each client of the cohort, its batches without padding, as tensors."""
     batches = jax.device_get(cohort_batches(cohort, key, max_steps=max_steps, batching=batching))
     mask = batches.pop("mask")
-    num_steps = np.asarray(count_steps(cohort.num_examples, batching))
+    num_steps = np.asarray(count_steps(cohort, key, batching))
     assert num_steps.max() <= max_steps
     for slot in range(cohort.capacity):
         yield [

@@ -11,7 +11,7 @@ import pytest
 import fedjax_lite as fl
 
 UPDATE = ("batch_size", "pipeline", "reducer", "on_nonfinite")
-STEPS = ("num_epochs", "num_steps", "shuffle", "differentiable")
+STEPS = ("num_epochs", "num_steps", "max_staleness", "shuffle", "differentiable")
 SPEED = ("lanes", "mesh", "rewrite_convolutions")
 NAMES = {
     "apfl": [
@@ -22,7 +22,7 @@ NAMES = {
     "clip_by_norm": ["max_norm"],
     "clients_mesh": ["num_devices"],
     "cohort": ["key", "population", "cohort_size", "capacity"],
-    "cohort_of": ["population", "client_ids", "key"],
+    "cohort_of": ["population", "client_ids", "key", "max_steps", "staleness"],
     "configure_cpu": ["num_devices"],
     "evaluate": [
         *("model", "state", "examples", "metrics", "batch_size", "mesh", "rewrite_convolutions"),
@@ -103,7 +103,7 @@ NAMES = {
     "ClientUpdate": ["init", "step", "final", "measure"],
     "Cohort": [
         *("client_ids", "num_examples", "offsets", "examples", "num_clients", "device_slots"),
-        "sample",
+        *("max_steps", "staleness", "sample"),
     ],
     "Experiment": [
         *("settings", "calls", "model", "algorithm", "population", "sampler", "evaluate"),
@@ -122,7 +122,7 @@ NAMES = {
     ],
     "ServerState": [
         *("params", "model_state", "opt_state", "round", "store", "pipeline_state"),
-        "pipeline_store",
+        *("pipeline_store", "versions"),
     ],
     "SweepResult": ["states", "histories"],
     "TrainResult": [
@@ -386,7 +386,10 @@ def test_options_are_shown_with_defaults_and_wrong_ones_are_named(name):
     assert re.findall(r"^  (\w+):", described, re.MULTILINE) == list(parameters)
     assert max(map(len, factory.__doc__.splitlines())) <= 100
     shared = {p: parameters[p].default for p in (*UPDATE, *STEPS, *SPEED) if p in parameters}
-    expected = {"on_nonfinite": "drop", "num_epochs": 1, "shuffle": True, "differentiable": False}
+    expected = {
+        **{"on_nonfinite": "drop", "num_epochs": 1, "max_staleness": 0},
+        **{"shuffle": True, "differentiable": False},
+    }
     assert shared == {p: expected.get(p) for p in shared}
     FACTORIES[name](**shared)
     for wrong, remedy in (

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from problems import everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
-from fedjax_lite.engine.batches import Batching, Client, count_steps, read_batch
+from fedjax_lite.engine.batches import Batching, Slot, count_steps, read_batch
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +63,10 @@ def test_every_example_is_read_exactly_once_per_epoch(sizes, batch_size, shuffle
     dataset = fl.FederatedDataset.from_rows({"row": rows}, parts)
     cohort = everyone(dataset.resident(fl.clients_mesh(1)))
     batching = Batching(batch_size=batch_size, num_epochs=2, shuffle=shuffle)
-    num_steps = np.asarray(count_steps(cohort.num_examples, batching))
+    num_steps = np.asarray(count_steps(cohort, jax.random.key(0), batching))
     read = jax.jit(
         lambda slot, step: read_batch(
-            cohort, jax.random.key(0), Client.of(cohort, slot), step, batching
+            cohort, jax.random.key(0), Slot.of(cohort, slot), step, batching
         )
     )
     for slot, part in enumerate(parts):
@@ -89,8 +89,7 @@ def test_epochs_and_keys_are_shuffled_differently():
     orders = {
         tuple(
             (
-                np.asarray(read_batch(cohort, key, Client.of(cohort, 0), epoch, batching)["row"])
-                % 20
+                np.asarray(read_batch(cohort, key, Slot.of(cohort, 0), epoch, batching)["row"]) % 20
             ).tolist()
         )
         for key in jax.random.split(jax.random.key(0), 2)
@@ -146,7 +145,7 @@ def test_generated_batches_differ_between_rounds_clients_and_steps():
     cohort = fl.cohort(jax.random.key(0), fl.data.halfspace(batch_size=4), 3)
     keys = [jax.random.key(0), jax.random.key(1)]
     batches = [
-        read_batch(cohort, key, Client.of(cohort, 0), step, Batching(batch_size=4))["x"]
+        read_batch(cohort, key, Slot.of(cohort, 0), step, Batching(batch_size=4))["x"]
         for key in keys
         for step in (0, 1)
     ]
@@ -163,7 +162,7 @@ def test_generated_batches_are_masked_beyond_the_number_of_examples():
     for slot in range(2):
         masks = [
             read_batch(
-                cohort, jax.random.key(0), Client.of(cohort, slot), step, Batching(batch_size=4)
+                cohort, jax.random.key(0), Slot.of(cohort, slot), step, Batching(batch_size=4)
             )["mask"]
             for step in (0, 1)
         ]

@@ -166,8 +166,9 @@ def apfl(
     def client_final(
         shared: ServerState, client: Client, client_state: _ClientState
     ) -> ClientResult:
-        own = client_state.own._replace(num_rounds=client_state.own.num_rounds + 1)
-        result = local.result(shared, client_state.trained, client_weight(client.num_examples))
+        trained, own = client_state.trained, client_state.own
+        own = own._replace(num_rounds=own.num_rounds + 1)
+        result = local.result(shared, trained, client_weight(client, trained.num_examples))
         mean_alpha = jnp.mean(jnp.stack(jax.tree.leaves(own.alpha)))
         return result._replace(entry=own, metrics={**result.metrics, "alpha": mean_alpha})
 

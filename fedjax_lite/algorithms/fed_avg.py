@@ -51,8 +51,9 @@ def fed_avg(
         `lambda round: optax.sgd(schedule(round))`, for learning rates that change between
         rounds. Chain `optax.clip_by_global_norm` before it to clip local gradients.
       server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
-      weighting: The weight of a client: `"examples"`, `"uniform"`, or a function
-        `num_examples -> weight`, float scalar to non-negative scalar.
+      weighting: The weight of a client: `"examples"`, its number of examples; `"processed"`, that
+        of its examples in all steps that it took, so that partial work weighs what was done;
+        `"uniform"`; or a function `num_examples -> weight`, float scalar to non-negative scalar.
       measure_clients: Evaluate the model's metrics on the examples of each client, at the
         server's params and at those that it ends with: `info.clients` and, as means over all
         examples, `info.metrics` then have `{name}_before` and `{name}_after`. The time of two
@@ -179,7 +180,7 @@ def local_training(
     def client_final(
         shared: ServerState, client: Client, trained: local.LocalState
     ) -> ClientResult:
-        return local.result(shared, trained, client_weight(client.num_examples))
+        return local.result(shared, trained, client_weight(client, trained.num_examples))
 
     return ClientUpdate(
         client_init, client_step, client_final, local.measure(model, measure_clients)

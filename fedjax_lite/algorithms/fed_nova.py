@@ -110,7 +110,8 @@ def fed_nova(
         shared: ServerState, client: Client, client_state: _ClientState
     ) -> ClientResult:
         result = training.final(shared, client, client_state.trained)
-        weight, effective = client_weight(client.num_examples), -client_state.probe
+        weight = client_weight(client, client_state.trained.num_examples)
+        effective = -client_state.probe
         # With a rate of zero the delta is zero, too.
         scale = 1 / jnp.where(effective == 0, 1, effective)
         return result._replace(

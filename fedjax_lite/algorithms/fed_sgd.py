@@ -136,7 +136,7 @@ def fed_sgd(
             )
         return ClientResult(
             update=gradient,
-            weight=client_weight(client.num_examples),
+            weight=client_weight(client, client.num_examples),
             metrics={"loss": client_state.loss / jnp.maximum(client.num_examples, 1)},
             model_state=client_state.model_state,
         )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, get_
 
 from jax.sharding import Mesh
 
-from fedjax_lite.base import Reducer, UpdateTransform
+from fedjax_lite.base import Client, Reducer, UpdateTransform
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -59,10 +59,29 @@ class _UpdateOptions(TypedDict, total=False):
 
 
 class _StepOptions(TypedDict, total=False):
-    num_epochs: Annotated[int, Option(1, "How often a client runs through its examples.")]
+    num_epochs: Annotated[
+        int | Callable[[Client], Any],
+        Option(
+            1,
+            "How often a client runs through its examples; or a function of its `fl.Client` that"
+            " returns so, by its id, its number of examples, or at random by its key.",
+        ),
+    ]
     num_steps: Annotated[
-        int | None,
-        Option(None, "Number of local steps, whatever the client's size; replaces `num_epochs`."),
+        int | Callable[[Client], Any] | None,
+        Option(
+            None,
+            "Number of local steps, whatever the client's size, or a function as for `num_epochs`,"
+            " which it replaces. A cohort's `max_steps` bounds either.",
+        ),
+    ]
+    max_staleness: Annotated[
+        int,
+        Option(
+            0,
+            "How many rounds old the params may be that a client starts from, which a cohort's"
+            " `staleness` says; the state keeps so many more versions of params and model state.",
+        ),
     ]
     shuffle: Annotated[
         bool,

@@ -131,7 +131,7 @@ def scaffold(
         count = trained.num_examples if option == 1 else trained.num_steps
         after = optax.tree.scale(1 / jnp.maximum(count, 1).astype(float), total)
         after = optax.tree.cast_like(after, control)
-        return local.result(shared, trained, client_weight(client.num_examples))._replace(
+        return local.result(shared, trained, client_weight(client, trained.num_examples))._replace(
             entry=after, statistics=optax.tree.sub(widen(after), widen(control))
         )
 

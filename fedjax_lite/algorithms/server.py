@@ -13,6 +13,7 @@ from fedjax_lite.algorithms import local
 from fedjax_lite.algorithms.options import StoreOptions, complete, documented
 from fedjax_lite.algorithms.report import num_bits, round_info
 from fedjax_lite.base import (
+    Client,
     ClientUpdate,
     Cohort,
     FederatedAlgorithm,
@@ -27,6 +28,7 @@ from fedjax_lite.engine.batches import DEFAULT_BATCH_SIZE, KEY_SERVER, Batching,
 from fedjax_lite.engine.execution import Execution
 from fedjax_lite.engine.runner import ON_NONFINITE, run_clients
 from fedjax_lite.engine.store import create_store
+from fedjax_lite.engine.waves import Versions
 from fedjax_lite.models.model import Model
 from fedjax_lite.updates.pipeline import send_through
 from fedjax_lite.updates.reducers import weighted_mean
@@ -34,24 +36,25 @@ from fedjax_lite.xla import random
 from fedjax_lite.xla.cpu import Paced, jit_once, warn_if_unconfigured
 from fedjax_lite.xla.mesh import replicate
 
-Weighting = Literal["examples", "uniform"] | Callable[[jax.Array], jax.Array]
+Weighting = Literal["examples", "uniform", "processed"] | Callable[[jax.Array], jax.Array]
 
 
-def resolve_weighting(weighting: Weighting) -> Callable[[jax.Array], jax.Array]:
-    """The function `num_examples -> weight` of one client.
+def resolve_weighting(weighting: Weighting) -> Callable[[Client, jax.Array], jax.Array]:
+    """The function `(client, number of examples processed) -> weight`.
 
     Raises:
-      ValueError: `weighting` is a name other than `"examples"` and `"uniform"`, or does not
-        return a scalar.
+      ValueError: `weighting` is none of the names, or does not return a scalar.
     """
     if callable(weighting):
-        return lambda num_examples: _validate.scalar(
-            "what weighting returned", weighting(num_examples.astype(float))
+        return lambda client, processed: _validate.scalar(
+            "what weighting returned", weighting(client.num_examples.astype(float))
         )
-    _validate.choice("weighting", weighting, ("examples", "uniform"))
+    _validate.choice("weighting", weighting, ("examples", "uniform", "processed"))
     if weighting == "uniform":
-        return lambda num_examples: jnp.ones_like(num_examples, dtype=float)
-    return lambda num_examples: num_examples.astype(float)
+        return lambda client, processed: jnp.ones(())
+    if weighting == "processed":
+        return lambda client, processed: processed.astype(float)
+    return lambda client, processed: client.num_examples.astype(float)
 
 
 def resolve_server_optimizer(
@@ -147,6 +150,7 @@ def federated_algorithm(
     _validate.choice("on_nonfinite", options["on_nonfinite"], ON_NONFINITE)
     execution, batch_size = Execution.of(options), options["batch_size"]
     drop = options["on_nonfinite"] == "drop"
+    num_versions = 1 + _validate.integer("max_staleness", options["max_staleness"], minimum=0)
     batching = Batching(
         batch_size=DEFAULT_BATCH_SIZE if batch_size is None else batch_size,
         num_epochs=options["num_epochs"],
@@ -193,6 +197,7 @@ def federated_algorithm(
             opt_state=optimizer.init(params),
             round=jnp.int32(0),
             pipeline_state=() if pipeline is None else pipeline.init(params),
+            versions=_versions(params, model_state, num_versions) if num_versions > 1 else (),
         )
         return state, (entry_of(params), pipeline_entry_of(params))
 
@@ -233,7 +238,7 @@ def federated_algorithm(
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
         warn_if_unconfigured()
         check(key, state, cohort)
-        server = dataclasses.replace(state, store=(), pipeline_store=())
+        server = dataclasses.replace(state, store=(), pipeline_store=(), versions=())
         key_server = random.fold_in_pair(key, KEY_SERVER, 0)
         received, bits_down = server, None
         if pipeline is not None and pipeline.broadcast is not None:
@@ -247,6 +252,7 @@ def federated_algorithm(
             key,
             batching=adapt_batch_size(cohort, batching, batch_size),
             store=stores,
+            versions=_read_versions(state, cohort, num_versions),
             on_nonfinite=options["on_nonfinite"],
             reducer=reducer,
             execution=execution,
@@ -271,7 +277,11 @@ def federated_algorithm(
         after = jax.tree.map(lambda new, old: jnp.where(skip, old, new), after, server)
         store, pipeline_store = (result.store, ()) if pipeline is None else result.store
         after = dataclasses.replace(
-            after, store=store, pipeline_store=pipeline_store, round=server.round + 1
+            after,
+            store=store,
+            pipeline_store=pipeline_store,
+            round=server.round + 1,
+            versions=_write_version(state, after, num_versions),
         )
         down = (server.params, server.model_state) if broadcast is None else broadcast(server)
         down_bits = num_bits(down)
@@ -298,6 +308,35 @@ def _mean_state(
     return jax.tree.map(
         lambda new, old: jnp.where(is_empty, old, _round_like(new, old)), mean, model_state
     )
+
+
+def _versions(params: PyTree, model_state: PyTree, number: int) -> dict[str, PyTree]:
+    """The first version, at all places."""
+    fields = {"params": params, "model_state": model_state}
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (number, *x.shape)), fields)
+
+
+def _read_versions(state: ServerState, cohort: Cohort, number: int) -> Versions | None:
+    """What the clients of a cohort start from, if not all of them from the newest."""
+    if cohort.staleness is None:
+        return None
+    if number == 1:
+        raise ValueError(
+            "cohort.staleness is given to an algorithm that keeps no versions; build it with"
+            " max_staleness=, the largest number of rounds that can occur."
+        )
+    # None is older than the first one, nor than those that are kept.
+    age = jnp.clip(cohort.staleness, 0, jnp.minimum(number - 1, state.round))
+    return Versions(state.versions, (state.round - age) % number)
+
+
+def _write_version(state: ServerState, after: ServerState, number: int) -> PyTree:
+    """The versions with that of the next round in place of the oldest."""
+    if number == 1:
+        return state.versions
+    newest = {"params": after.params, "model_state": after.model_state}
+    place = (state.round + 1) % number
+    return jax.tree.map(lambda all_, x: all_.at[place].set(x), state.versions, newest)
 
 
 def _like_params(aggregate: PyTree, params: PyTree) -> PyTree:

@@ -2,18 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
-from fedjax_lite.base import Batch, Cohort
+from fedjax_lite.base import Batch, Client, Cohort
 from fedjax_lite.xla import random
 
 KEY_INIT, KEY_DATA, KEY_STEP, KEY_SERVER = range(4)
 DEFAULT_BATCH_SIZE = 32
+PerClient = Callable[[Client], Any]
+"""A whole number of each client, by its id, its number of examples and its key of the round."""
 
 
 def client_key(key: jax.Array, client_id: ArrayLike, purpose: ArrayLike) -> jax.Array:
@@ -46,21 +48,22 @@ class Batching:
 
     Attributes:
       batch_size: Examples in a batch; the last batch of an epoch may be short, and is masked.
-      num_epochs: How often the client runs through its examples.
+      num_epochs: How often the client runs through its examples, or a function of the `Client`.
       num_steps: Number of local steps, whatever the client's size, in as many epochs as it
-        takes; replaces `num_epochs`.
+        takes, or a function of the `Client`; replaces `num_epochs`.
       shuffle: A new order of the client's examples in each epoch, or always their own.
     """
 
     batch_size: int
-    num_epochs: int = 1
-    num_steps: int | None = None
+    num_epochs: int | PerClient = 1
+    num_steps: int | PerClient | None = None
     shuffle: bool = False
 
     def __post_init__(self) -> None:
         _validate.integer("batch_size", self.batch_size, minimum=1)
-        _validate.integer("num_epochs", self.num_epochs, minimum=1)
-        if self.num_steps is not None:
+        if not callable(self.num_epochs):
+            _validate.integer("num_epochs", self.num_epochs, minimum=1)
+        if self.num_steps is not None and not callable(self.num_steps):
             _validate.integer("num_steps", self.num_steps, minimum=1)
 
 
@@ -93,28 +96,65 @@ def steps_per_epoch(num_examples: jax.Array, batching: Batching) -> jax.Array:
     return jnp.where(num_examples > 0, jax.lax.div(num_examples - 1, size) + 1, 0)
 
 
-def count_processed(num_examples: jax.Array, batching: Batching) -> jax.Array:
-    """Examples in all local steps of clients with so many, those of each epoch counted."""
+def count_steps(cohort: Cohort, key: jax.Array, batching: Batching) -> jax.Array:
+    """Local steps `[clients]` of the clients of a cohort in the round of a key.
+
+    None without examples, and at most `cohort.max_steps`.
+    """
+    num_examples = cohort.num_examples
+    per_epoch = steps_per_epoch(num_examples, batching)
     if batching.num_steps is None:
+        steps = _per_client("num_epochs", batching.num_epochs, cohort, key) * per_epoch
+    else:
+        steps = _per_client("num_steps", batching.num_steps, cohort, key)
+        steps = jnp.where(num_examples > 0, steps, 0)
+    return steps if cohort.max_steps is None else jnp.clip(steps, 0, cohort.max_steps)
+
+
+def _per_client(name: str, number: int | PerClient, cohort: Cohort, key: jax.Array) -> Any:
+    """A number, or what a function makes of each client `[clients]`, not below zero."""
+    if not callable(number):
+        return number
+
+    def of_one(client_id: jax.Array, num_examples: jax.Array, key: jax.Array) -> jax.Array:
+        made = jnp.asarray(number(Client(client_id, num_examples, jnp.int32(0), (), key)))
+        if made.shape != () or not jnp.issubdtype(made.dtype, jnp.integer):
+            raise ValueError(
+                f"what {name} returned is of shape {made.shape} and dtype {made.dtype}; return a"
+                " whole number."
+            )
+        return jnp.maximum(made, 0).astype(jnp.int32)
+
+    keys = client_key(key, cohort.client_ids, KEY_INIT)
+    return jax.vmap(of_one)(cohort.client_ids, cohort.num_examples, keys)
+
+
+def count_processed(cohort: Cohort, num_steps: jax.Array, batching: Batching) -> jax.Array:
+    """Examples `[clients]` in so many local steps, those of each epoch counted."""
+    num_examples = cohort.num_examples
+    whole = batching.num_steps is None and cohort.max_steps is None
+    if whole and not callable(batching.num_epochs):
         return batching.num_epochs * num_examples
     per_epoch = jnp.maximum(steps_per_epoch(num_examples, batching), 1)
-    epochs, rest = jnp.divmod(count_steps(num_examples, batching), per_epoch)
+    epochs, rest = jnp.divmod(num_steps, per_epoch)
     return epochs * num_examples + jnp.minimum(rest * batching.batch_size, num_examples)
-
-
-def count_steps(num_examples: jax.Array, batching: Batching) -> jax.Array:
-    """Local steps of clients with so many examples; none without examples."""
-    if batching.num_steps is not None:
-        return jnp.where(num_examples > 0, batching.num_steps, 0)
-    return batching.num_epochs * steps_per_epoch(num_examples, batching)
 
 
 def bound_steps(cohort: Cohort, batching: Batching) -> int:
     """The most local steps that any client of the cohort could take, known when compiling.
 
     Raises:
-      ValueError: Nothing bounds the size of a generated client.
+      ValueError: Nothing bounds the size of a generated client, or a function the number of steps.
     """
+    for name in ("num_steps", "num_epochs"):
+        if callable(getattr(batching, name)):
+            raise ValueError(
+                f"{name} is a function of the client with differentiable=True, and may return any"
+                " number; pass a number, and the fewer steps of some clients as max_steps= of the"
+                " cohort."
+            )
+    assert not callable(batching.num_steps)
+    assert not callable(batching.num_epochs)
     if batching.num_steps is not None:
         return batching.num_steps
     if cohort.sample is not None:
@@ -144,7 +184,7 @@ def read_batch(
     """
     num_examples, step = client.num_examples, jnp.asarray(step, jnp.int32)
     epoch, batch_in_epoch = jnp.int32(0), step
-    if batching.num_epochs > 1 or batching.num_steps is not None:
+    if batching.num_epochs != 1 or batching.num_steps is not None:
         per_epoch = jnp.maximum(steps_per_epoch(num_examples, batching), 1)
         epoch = jax.lax.div(step, per_epoch)
         batch_in_epoch = step - epoch * per_epoch

@@ -59,12 +59,14 @@ class Trainee(NamedTuple):
       num_steps: How many local steps it takes, int32.
       keys: Its keys of this round `[3]`, by purpose.
       entry: What it kept.
+      received: Fields of what the server broadcasts that it starts from in place of the newest.
     """
 
     slot: Slot
     num_steps: jax.Array
     keys: jax.Array
     entry: PyTree
+    received: dict[str, PyTree]
 
     @property
     def client(self) -> Client:
@@ -107,13 +109,18 @@ def client_work(
       reducer: As in `run_clients`.
     """
 
+    def broadcast(trainee: Trainee) -> PyTree:
+        return dataclasses.replace(shared, **trainee.received) if trainee.received else shared
+
     def init(trainee: Trainee) -> PyTree:
-        return _validate.strong(client_update.init(shared, trainee.client))
+        return _validate.strong(client_update.init(broadcast(trainee), trainee.client))
 
     def step(step: jax.Array, trainee: Trainee, client_state: PyTree) -> PyTree:
         batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.slot, step, batching)
         key_step = random.fold_in_pair(trainee.keys[KEY_STEP], 0, step)
-        after = client_update.step(shared, trainee.client, client_state, batch, key_step)
+        after = client_update.step(
+            broadcast(trainee), trainee.client, client_state, batch, key_step
+        )
         _validate.same_form(
             "what client_update.step returned",
             after,
@@ -128,7 +135,7 @@ def client_work(
             return {}
         # The order of the examples does not matter here, and no gradient passes.
         in_order = dataclasses.replace(batching, shuffle=False)
-        shared_, state = jax.lax.stop_gradient((shared, client_state))
+        shared_, state = jax.lax.stop_gradient((broadcast(trainee), client_state))
 
         def sums(i: jax.Array) -> dict[str, jax.Array]:
             batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.slot, i, in_order)
@@ -147,7 +154,9 @@ def client_work(
         return jax.tree.map(lambda x: x / jnp.maximum(num_examples, 1), total)
 
     def final(trainee: Trainee, client_state: PyTree, measured: PyTree) -> Sent:
-        result = _check_result(client_update.final(shared, trainee.client, client_state))
+        result = _check_result(
+            client_update.final(broadcast(trainee), trainee.client, client_state)
+        )
         result = _validate.strong(result)
         entry = trainee.entry
         if result.entry is not None:

@@ -85,6 +85,8 @@ def cohort_of(
     client_ids: ArrayLike,
     *,
     key: jax.Array | None = None,
+    max_steps: ArrayLike | None = None,
+    staleness: ArrayLike | None = None,
 ) -> Cohort:
     """The cohort of given clients.
 
@@ -101,6 +103,10 @@ def cohort_of(
         examples.
       key: Typed key, another one for each round, from which generated clients draw their
         numbers of examples. Others need none.
+      max_steps: `[capacity]`, integers: the most local steps that each takes, such as before it is
+        timed out; not bounded by default.
+      staleness: `[capacity]`, integers: how many rounds old the params are that each starts from,
+        for an algorithm with `max_staleness`; all start from the newest by default.
 
     Returns:
       A `Cohort` with these clients, in this order.
@@ -115,6 +121,31 @@ def cohort_of(
     >>> cohort_of(dataset.resident(), [1, -1, 0]).num_examples.tolist()
     [1, 0, 2]
     """
+    cohort = _cohort_of(population, client_ids, key)
+    given = {"max_steps": max_steps, "staleness": staleness}
+    of_clients: dict[str, Any] = {
+        name: _of_clients(name, values, np.shape(client_ids), cohort.capacity)
+        for name, values in given.items()
+        if values is not None
+    }
+    return dataclasses.replace(cohort, **of_clients)
+
+
+def _of_clients(name: str, values: ArrayLike, shape: tuple[int, ...], capacity: int) -> jax.Array:
+    """A whole number for each slot, 0 for those that were not asked for."""
+    if not isinstance(values, jax.Array):
+        values = np.asarray(values)
+    if values.shape != shape or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(
+            f"{name} has shape {values.shape} and dtype {values.dtype} beside client_ids of shape"
+            f" {shape}; pass a whole number for each of them."
+        )
+    return jnp.pad(jnp.asarray(values, jnp.int32), (0, capacity - shape[0]))
+
+
+def _cohort_of(
+    population: Population | StreamedPopulation, client_ids: ArrayLike, key: jax.Array | None
+) -> Cohort:
     if isinstance(population, StreamedPopulation):
         return streaming.copy_cohort(population, client_ids)
     _check_kind(population)

@@ -20,7 +20,7 @@ from fedjax_lite.engine.client import client_work
 from fedjax_lite.engine.execution import Execution, choose_rewrite, resolved
 from fedjax_lite.engine.stacking import reduce_stacked
 from fedjax_lite.engine.store import check_store
-from fedjax_lite.engine.waves import CohortResult, exchange, schedule, sum_waves
+from fedjax_lite.engine.waves import CohortResult, Versions, exchange, schedule, sum_waves
 from fedjax_lite.xla import random
 from fedjax_lite.xla.mesh import AXIS, deal, sum_over_devices
 
@@ -37,6 +37,7 @@ def run_clients(
     *,
     batching: Batching,
     store: PyTree = (),
+    versions: Versions | None = None,
     keep_output: bool = True,
     on_nonfinite: str = "drop",
     reducer: Reducer = _SUM,
@@ -51,6 +52,7 @@ def run_clients(
       key: Typed key of the round; clients derive theirs from it by their id.
       batching: What a client runs through.
       store: What clients keep between rounds, arrays `[num_clients, ...]`.
+      versions: What clients start from in place of fields of `shared`, if not all from the same.
       keep_output: Whether what clients return for the store replaces what they had.
       on_nonfinite: `"drop"` leaves out a client whose update has a norm that is not finite (or
         whose model state, statistics, weight or output is not), `"keep"` lets it through.
@@ -70,8 +72,9 @@ def run_clients(
     check_store(store, cohort.num_clients)
     execution = resolved(execution, shared, cohort.capacity)
     mesh, rewrite = execution.mesh, choose_rewrite(execution)
-    num_steps = count_steps(cohort.num_examples, batching)
-    table = _deal(cohort, execution)
+    num_steps = count_steps(cohort, random.fast(key), batching)
+    sizes = num_steps if _differ(cohort, batching) else None
+    table = _deal(cohort, execution, sizes)
     slots = table.reshape(-1)
 
     def run_waves(
@@ -82,6 +85,7 @@ def run_clients(
         cohort: Cohort,
         key: jax.Array,
         store: PyTree,
+        versions: Versions | None,
     ) -> CohortResult:
         cohort = dataclasses.replace(cohort, examples=examples)
         bound = bound_steps(cohort, batching) if execution.differentiable else None
@@ -91,10 +95,11 @@ def run_clients(
         )
         result = sum_waves(
             client,
-            schedule(cohort, num_steps, table),
+            schedule(cohort, num_steps, table, versions),
             table,
             key,
             store,
+            versions,
             cohort.capacity,
             keep_output=keep_output,
             stacks=reducer.stacked is not None,
@@ -113,7 +118,7 @@ def run_clients(
         return result._replace(store=store)
 
     without_examples = dataclasses.replace(cohort, examples={})
-    replicated = (num_steps, shared, without_examples, random.fast(key), store)
+    replicated = (num_steps, shared, without_examples, random.fast(key), store, versions)
     if mesh is None:
         result = run_waves(table[0], cohort.examples, *replicated)
     else:
@@ -134,24 +139,37 @@ def run_clients(
     clients = {
         **result.clients,
         "nonfinite": result.clients["nonfinite"] > 0,
-        "num_examples": count_processed(cohort.num_examples, batching),
+        "num_examples": count_processed(cohort, num_steps, batching),
         "num_steps": num_steps,
     }
     return result._replace(clients=clients)
 
 
-def _deal(cohort: Cohort, execution: Execution) -> jax.Array:
-    """Which client runs where: slots `[devices, waves, lanes]`; the capacity means none."""
+def _differ(cohort: Cohort, batching: Batching) -> bool:
+    """Whether clients with as many examples may take other numbers of steps."""
+    own = callable(batching.num_epochs) or callable(batching.num_steps)
+    return own or cohort.max_steps is not None
+
+
+def _deal(cohort: Cohort, execution: Execution, num_steps: jax.Array | None) -> jax.Array:
+    """Which client runs where: slots `[devices, waves, lanes]`; the capacity means none.
+
+    On each device those with the most steps come first: with the most examples, unless numbers of
+    steps are given, which do not follow from these.
+    """
     num_devices, lanes = execution.num_devices, execution.lanes
     assert lanes is not None  # Resolved.
     table = cohort.device_slots
     if table is None:
-        table = deal(cohort.num_examples, num_devices)
+        table = deal(cohort.num_examples if num_steps is None else num_steps, num_devices)
     elif table.shape[0] != num_devices:
         raise ValueError(
             f"the rows of the cohort lie on {table.shape[0]} devices, and the algorithm runs on"
             f" {num_devices}; give dataset.streamed() and the algorithm the same mesh."
         )
+    elif num_steps is not None:
+        steps = num_steps.at[table].get(mode="fill", fill_value=-1)
+        table = jnp.take_along_axis(table, jnp.argsort(-steps, axis=1, stable=True), axis=1)
     waves = -(-table.shape[1] // lanes)
     unused = waves * lanes - table.shape[1]
     table = jnp.pad(table, ((0, 0), (0, unused)), constant_values=cohort.capacity)

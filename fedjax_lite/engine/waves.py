@@ -38,24 +38,41 @@ class CohortResult(NamedTuple):
     clients: dict[str, jax.Array]
 
 
-def schedule(cohort: Cohort, num_steps: jax.Array, table: jax.Array) -> jax.Array:
-    """What is to be known of the clients in a table of slots, int32 `[waves, lanes, 4]`.
+class Versions(NamedTuple):
+    """What clients start from, if not all from the same.
 
-    Id, number of examples, offset and number of steps: one array, of which a wave reads one row,
-    and not four.
+    Attributes:
+      fields: By name of a field of what the server broadcasts, arrays `[versions, ...]`.
+      places: Which version each client reads, int32 `[clients]`.
     """
-    fields = jnp.stack([cohort.client_ids, cohort.num_examples, cohort.offsets, num_steps], 1)
+
+    fields: dict[str, PyTree]
+    places: jax.Array
+
+
+def schedule(
+    cohort: Cohort, num_steps: jax.Array, table: jax.Array, versions: Versions | None = None
+) -> jax.Array:
+    """What is to be known of the clients in a table of slots, int32 `[waves, lanes, 4 or 5]`.
+
+    Id, number of examples, offset, number of steps, and version if there are several: one array, of
+    which a wave reads one row, and not four.
+    """
+    fields = [cohort.client_ids, cohort.num_examples, cohort.offsets, num_steps]
+    if versions is not None:
+        fields.append(versions.places)
     # A slot that is none takes no step.
-    return fields.at[table].get(mode="fill", fill_value=0)
+    return jnp.stack(fields, 1).at[table].get(mode="fill", fill_value=0)
 
 
-def _trainee(row: jax.Array, key: jax.Array, store: PyTree) -> Trainee:
-    """The client of a row `[4]`, or of rows `[lanes, 4]`, in a round with this key."""
-    client_id, num_examples, offset, num_steps = jnp.moveaxis(row, -1, 0)
+def _trainee(row: jax.Array, key: jax.Array, store: PyTree, versions: Versions | None) -> Trainee:
+    """The client of a row of the schedule, or of rows `[lanes, ...]`, in a round with this key."""
+    client_id, num_examples, offset, num_steps, *place = jnp.moveaxis(row, -1, 0)
     purposes = jnp.array([KEY_INIT, KEY_DATA, KEY_STEP])
     keys = client_key(key, client_id[..., None], purposes)
+    received = {} if versions is None else read(versions.fields, place[0])
     slot = Slot(client_id, num_examples, offset)
-    return Trainee(slot, num_steps, keys, read(store, client_id))
+    return Trainee(slot, num_steps, keys, read(store, client_id), received)
 
 
 def _repeat(
@@ -138,6 +155,7 @@ def sum_waves(
     table: jax.Array,
     key: jax.Array,
     store: PyTree,
+    versions: Versions | None,
     capacity: int,
     *,
     keep_output: bool,
@@ -148,10 +166,11 @@ def sum_waves(
 
     Args:
       lane: One client's work.
-      waves: The clients `[waves, lanes, 4]`; see `schedule`.
+      waves: The clients `[waves, lanes, ...]`; see `schedule`.
       table: Their slots `[waves, lanes]`; the capacity means none.
       key: Key of the round.
       store: What clients keep.
+      versions: What they start from.
       capacity: Number of slots of the cohort.
       keep_output: Whether the store is kept up to date.
       stacks: Whether updates are returned one by one, `[slots, ...]`, and not their sum.
@@ -162,7 +181,8 @@ def sum_waves(
     work, num_axes = _wave(lane, alone=alone, stacks=stacks), table.ndim - 1
 
     def trainees_of(wave: jax.Array, store: PyTree) -> Trainee:
-        return _trainee(jax.lax.dynamic_index_in_dim(waves, wave, keepdims=False), key, store)
+        row = jax.lax.dynamic_index_in_dim(waves, wave, keepdims=False)
+        return _trainee(row, key, store, versions)
 
     def form() -> tuple[PyTree, dict[str, jax.Array]]:
         """What a wave sends, its steps left out, which change no shape."""

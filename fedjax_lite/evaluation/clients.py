@@ -120,7 +120,7 @@ def evaluate_clients(
             round=state.round,
             store=() if client_params is None else state.store,
         ),
-        cohort,
+        dataclasses.replace(cohort, max_steps=None, staleness=None),
         jax.random.key(0) if key is None else key,
         measure=measure_of(model, metrics),
         client_params=client_params,

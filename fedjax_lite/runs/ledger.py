@@ -144,7 +144,9 @@ def trained(state: ServerState) -> dict[str, PyTree]:
 
 def without_extras(state: ServerState) -> ServerState:
     """What is worth keeping of the best state."""
-    return dataclasses.replace(state, opt_state=(), store=(), pipeline_state=(), pipeline_store=())
+    return dataclasses.replace(
+        state, opt_state=(), store=(), pipeline_state=(), pipeline_store=(), versions=()
+    )
 
 
 def numbers_of(info: RoundInfo, num_dropped: jax.Array) -> dict[str, jax.Array]:
