@@ -28,6 +28,7 @@ from fedjax_lite.evaluation import (
     metrics,
     summarize_clients,
 )
+from fedjax_lite.models.frozen import frozen, lora
 from fedjax_lite.models.linen import linen_model
 from fedjax_lite.models.model import Model, function_model
 from fedjax_lite.models.nnx import nnx_model
@@ -86,9 +87,11 @@ __all__ = [
     "evaluate_clients",
     "evaluate_fine_tuned",
     "experiment",
+    "frozen",
     "function_model",
     "linen_model",
     "load_state",
+    "lora",
     "metrics",
     "models",
     "nnx_model",

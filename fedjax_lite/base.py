@@ -93,6 +93,7 @@ class ServerState:
         `[num_clients, ...]`; empty if it keeps nothing.
       versions: Params and model state of the last rounds, arrays `[max_staleness + 1, ...]`, that
         before round r at place r modulo their number; empty without `max_staleness`.
+      frozen: Params that are not trained; empty if all are.
     """
 
     params: PyTree
@@ -103,6 +104,7 @@ class ServerState:
     pipeline_state: PyTree = ()
     pipeline_store: PyTree = ()
     versions: PyTree = ()
+    frozen: PyTree = ()
 
     def __repr__(self) -> str:
         return record(self, vars(self))

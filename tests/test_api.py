@@ -62,8 +62,10 @@ NAMES = {
         *("model", "client_update", "server_optimizer", "client_entry"),
         *("client_params", "broadcast", *UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
+    "frozen": ["model", "names"],
     "function_model": ["loss", "init", "metrics", "predict"],
     "linen_model": ["module", "example", "loss", "metrics", "inputs"],
+    "lora": ["model", "rank", "alpha", "names", "base"],
     "load_state": ["folder", "like", "averaged", "best"],
     "nnx_model": ["create", "loss", "metrics", "inputs"],
     "prefetch": ["make", "rounds", "depth"],
@@ -113,7 +115,7 @@ NAMES = {
     "FederatedDataset": ["examples", "offsets", "client_ids"],
     "History": ["rounds", "evaluations"],
     "InterruptedTraining": ["message", "signal", "result"],
-    "Model": ["init", "loss", "metrics", "predict", "num_classes"],
+    "Model": ["init", "loss", "metrics", "predict", "num_classes", "split", "merge"],
     "NonFiniteWarning": None,
     "Recorder": ["folder", "config", "tensorboard"],
     "RoundInfo": [
@@ -122,7 +124,7 @@ NAMES = {
     ],
     "ServerState": [
         *("params", "model_state", "opt_state", "round", "store", "pipeline_state"),
-        *("pipeline_store", "versions"),
+        *("pipeline_store", "versions", "frozen"),
     ],
     "SweepResult": ["states", "histories"],
     "TrainResult": [

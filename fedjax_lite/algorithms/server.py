@@ -190,7 +190,8 @@ def federated_algorithm(
         _validate.params(params)
         # With a dtype of their own: a weakly typed leaf would have the second round compile
         # again.
-        params, model_state = _validate.strong((params, model_state))
+        params, frozen = (params, ()) if model.split is None else model.split(params)
+        params, model_state, frozen = _validate.strong((params, model_state, frozen))
         state = ServerState(
             params=params,
             model_state=model_state,
@@ -198,6 +199,7 @@ def federated_algorithm(
             round=jnp.int32(0),
             pipeline_state=() if pipeline is None else pipeline.init(params),
             versions=_versions(params, model_state, num_versions) if num_versions > 1 else (),
+            frozen=frozen,
         )
         return state, (entry_of(params), pipeline_entry_of(params))
 
@@ -238,7 +240,7 @@ def federated_algorithm(
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
         warn_if_unconfigured()
         check(key, state, cohort)
-        server = dataclasses.replace(state, store=(), pipeline_store=(), versions=())
+        server = dataclasses.replace(state, store=(), pipeline_store=(), versions=(), frozen=())
         key_server = random.fold_in_pair(key, KEY_SERVER, 0)
         received, bits_down = server, None
         if pipeline is not None and pipeline.broadcast is not None:
@@ -253,6 +255,7 @@ def federated_algorithm(
             batching=adapt_batch_size(cohort, batching, batch_size),
             store=stores,
             versions=_read_versions(state, cohort, num_versions),
+            frozen=state.frozen,
             on_nonfinite=options["on_nonfinite"],
             reducer=reducer,
             execution=execution,
@@ -282,6 +285,7 @@ def federated_algorithm(
             pipeline_store=pipeline_store,
             round=server.round + 1,
             versions=_write_version(state, after, num_versions),
+            frozen=state.frozen,
         )
         down = (server.params, server.model_state) if broadcast is None else broadcast(server)
         down_bits = num_bits(down)

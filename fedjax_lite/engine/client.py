@@ -20,6 +20,7 @@ from fedjax_lite.engine.batches import (
     steps_per_epoch,
 )
 from fedjax_lite.engine.execution import Rewrite
+from fedjax_lite.engine.frozen import frozen_given
 from fedjax_lite.engine.store import check_entry
 from fedjax_lite.xla import random
 from fedjax_lite.xla.precision import squared_norm
@@ -95,6 +96,7 @@ def client_work(
     rewrite: Rewrite,
     on_nonfinite: str,
     reducer: Reducer,
+    frozen: PyTree,
 ) -> Work:
     """The work of one client of a cohort.
 
@@ -107,20 +109,23 @@ def client_work(
       rewrite: What is applied to functions that run inside loops.
       on_nonfinite: As in `run_clients`.
       reducer: As in `run_clients`.
+      frozen: As in `run_clients`.
     """
 
     def broadcast(trainee: Trainee) -> PyTree:
         return dataclasses.replace(shared, **trainee.received) if trainee.received else shared
 
     def init(trainee: Trainee) -> PyTree:
-        return _validate.strong(client_update.init(broadcast(trainee), trainee.client))
+        with frozen_given(frozen):
+            return _validate.strong(client_update.init(broadcast(trainee), trainee.client))
 
     def step(step: jax.Array, trainee: Trainee, client_state: PyTree) -> PyTree:
         batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.slot, step, batching)
         key_step = random.fold_in_pair(trainee.keys[KEY_STEP], 0, step)
-        after = client_update.step(
-            broadcast(trainee), trainee.client, client_state, batch, key_step
-        )
+        with frozen_given(frozen):
+            after = client_update.step(
+                broadcast(trainee), trainee.client, client_state, batch, key_step
+            )
         _validate.same_form(
             "what client_update.step returned",
             after,
@@ -139,7 +144,7 @@ def client_work(
 
         def sums(i: jax.Array) -> dict[str, jax.Array]:
             batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.slot, i, in_order)
-            with _validate.reading(batch):
+            with _validate.reading(batch), frozen_given(frozen):
                 measured = values(shared_, trainee.client, state, batch)
             for name, value in measured.items():
                 _validate.per_example(f"metric {name!r}", value.shape, batch["mask"].shape[0])
@@ -154,10 +159,9 @@ def client_work(
         return jax.tree.map(lambda x: x / jnp.maximum(num_examples, 1), total)
 
     def final(trainee: Trainee, client_state: PyTree, measured: PyTree) -> Sent:
-        result = _check_result(
-            client_update.final(broadcast(trainee), trainee.client, client_state)
-        )
-        result = _validate.strong(result)
+        with frozen_given(frozen):
+            result = client_update.final(broadcast(trainee), trainee.client, client_state)
+        result = _validate.strong(_check_result(result))
         entry = trainee.entry
         if result.entry is not None:
             entry = result.entry

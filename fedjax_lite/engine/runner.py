@@ -38,6 +38,7 @@ def run_clients(
     batching: Batching,
     store: PyTree = (),
     versions: Versions | None = None,
+    frozen: PyTree = (),
     keep_output: bool = True,
     on_nonfinite: str = "drop",
     reducer: Reducer = _SUM,
@@ -53,6 +54,7 @@ def run_clients(
       batching: What a client runs through.
       store: What clients keep between rounds, arrays `[num_clients, ...]`.
       versions: What clients start from in place of fields of `shared`, if not all from the same.
+      frozen: Params that the model does not train.
       keep_output: Whether what clients return for the store replaces what they had.
       on_nonfinite: `"drop"` leaves out a client whose update has a norm that is not finite (or
         whose model state, statistics, weight or output is not), `"keep"` lets it through.
@@ -86,12 +88,21 @@ def run_clients(
         key: jax.Array,
         store: PyTree,
         versions: Versions | None,
+        frozen: PyTree,
     ) -> CohortResult:
         cohort = dataclasses.replace(cohort, examples=examples)
         bound = bound_steps(cohort, batching) if execution.differentiable else None
         kept_store = store if keep_output else ()
         client = client_work(
-            client_update, shared, cohort, kept_store, batching, rewrite, on_nonfinite, reducer
+            client_update,
+            shared,
+            cohort,
+            kept_store,
+            batching,
+            rewrite,
+            on_nonfinite,
+            reducer,
+            frozen,
         )
         result = sum_waves(
             client,
@@ -118,7 +129,7 @@ def run_clients(
         return result._replace(store=store)
 
     without_examples = dataclasses.replace(cohort, examples={})
-    replicated = (num_steps, shared, without_examples, random.fast(key), store, versions)
+    replicated = (num_steps, shared, without_examples, random.fast(key), store, versions, frozen)
     if mesh is None:
         result = run_waves(table[0], cohort.examples, *replicated)
     else:

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from fedjax_lite import _validate
 from fedjax_lite.base import Batch, PyTree, ServerState
 from fedjax_lite.engine.execution import Execution, choose_rewrite
+from fedjax_lite.engine.frozen import frozen_given
 from fedjax_lite.evaluation.measure import Measure, measure_of
 from fedjax_lite.evaluation.metrics import Metric
 from fedjax_lite.models.model import Model
@@ -66,8 +67,7 @@ def evaluate(
         raise ValueError("examples has no rows; pass at least one example to evaluate on.")
     _validate.labels(examples.get("y"), model.num_classes)
     return _evaluate(
-        state.params,
-        state.model_state,
+        (state.params, state.model_state, state.frozen),
         {name: x if isinstance(x, jax.Array) else np.asarray(x) for name, x in examples.items()},
         measure=measure_of(model, metrics),
         batch_size=_validate.integer("batch_size", batch_size, minimum=1),
@@ -94,8 +94,7 @@ def _devices_of(state: ServerState) -> Mesh | None:
 @Paced
 @functools.partial(jax.jit, static_argnames=("measure", "batch_size", "execution"))
 def _evaluate(
-    params: PyTree,
-    model_state: PyTree,
+    variables: tuple[PyTree, PyTree, PyTree],
     examples: dict[str, jax.Array],
     *,
     measure: Measure,
@@ -119,22 +118,24 @@ def _evaluate(
         return {**batch, "mask": start + jnp.arange(batch_size) >= begin}
 
     def sum_batches(
-        first: ArrayLike, params: PyTree, model_state: PyTree, examples: dict[str, jax.Array]
+        first: ArrayLike, variables: tuple[PyTree, PyTree, PyTree], examples: dict[str, jax.Array]
     ) -> dict[str, PyTree]:
         """One device's sums, over every so many batches."""
+        params, model_state, frozen = variables
 
         def add(i: jax.Array, total: dict[str, PyTree]) -> dict[str, PyTree]:
             batch = read(examples, first + i * num_devices)
             return jax.tree.map(jnp.add, total, measure.sums(params, model_state, batch))
 
-        zeros = measure.zeros(params, model_state, read(examples, 0))
-        # Bounds that are known when compiling can be differentiated through.
-        return jax.lax.fori_loop(0, -(-num_batches // num_devices), rewrite(add), zeros)
+        with frozen_given(frozen):
+            if num_batches == 1:  # No loop, and not worth spreading.
+                return measure.sums(params, model_state, read(examples, 0))
+            zeros = measure.zeros(params, model_state, read(examples, 0))
+            # Bounds that are known when compiling can be differentiated through.
+            return jax.lax.fori_loop(0, -(-num_batches // num_devices), rewrite(add), zeros)
 
-    arguments = (params, model_state, examples)
-    if num_batches == 1:  # No loop, and not worth spreading.
-        sums = measure.sums(params, model_state, read(examples, 0))
-    elif mesh is None:
+    arguments = (variables, examples)
+    if mesh is None or num_batches == 1:
         sums = sum_batches(0, *arguments)
     else:
         sums = jax.shard_map(

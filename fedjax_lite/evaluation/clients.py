@@ -119,6 +119,7 @@ def evaluate_clients(
             opt_state=(),
             round=state.round,
             store=() if client_params is None else state.store,
+            frozen=state.frozen,
         ),
         dataclasses.replace(cohort, max_steps=None, staleness=None),
         jax.random.key(0) if key is None else key,
@@ -233,11 +234,12 @@ def _evaluate_clients(
 
     result = run_clients(
         ClientUpdate(init, step, final),
-        dataclasses.replace(state, store=()),
+        dataclasses.replace(state, store=(), frozen=()),
         cohort,
         key,
         batching=batching,
         store=state.store,
+        frozen=state.frozen,
         keep_output=False,
         execution=execution,
     )

@@ -1,5 +1,6 @@
 """Personalisation: what a model is worth to each client once it has been fine-tuned locally."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -113,7 +114,11 @@ def evaluate_fine_tuned(
     )
     return _evaluate_fine_tuned(
         ServerState(
-            params=state.params, model_state=state.model_state, opt_state=(), round=state.round
+            params=state.params,
+            model_state=state.model_state,
+            opt_state=(),
+            round=state.round,
+            frozen=state.frozen,
         ),
         train_cohort,
         held_out_cohort,
@@ -199,11 +204,12 @@ def _evaluate_fine_tuned(
     )
     result = run_clients(
         ClientUpdate(init, step, final),
-        (state, held_out_cohort, random.fast(key_held_out)),
+        (dataclasses.replace(state, frozen=()), held_out_cohort, random.fast(key_held_out)),
         train_cohort,
         key_train,
         batching=batching,
         store=places,
+        frozen=state.frozen,
         keep_output=False,
         execution=execution,
     )

@@ -26,6 +26,9 @@ class Model(NamedTuple):
         with the batch; `None` where the model says no more than its losses.
       num_classes: Number of classes, by which labels `batch["y"]` out of range are refused where
         they can be seen beforehand; `None` if it is not known.
+      split: `split(params) -> (trained, frozen)`, of a model some of whose params are frozen, as
+        `init` draws them; its other functions take what is trained. `None` if all are trained.
+      merge: `merge(trained, frozen) -> params`, the other way round.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -33,6 +36,8 @@ class Model(NamedTuple):
     metrics: Callable[[PyTree, PyTree, Batch], dict[str, jax.Array]]
     predict: Callable[[PyTree, PyTree, Batch], Any] | None = None
     num_classes: int | None = None
+    split: Callable[[PyTree], tuple[PyTree, PyTree]] | None = None
+    merge: Callable[[PyTree, PyTree], PyTree] | None = None
 
 
 def function_model(
@@ -122,7 +127,8 @@ def applying(model: Model, params: PyTree, batch: Batch) -> Iterator[None]:
 def _drawn(model: Model) -> PyTree:
     """The form of params that the model draws itself; `None` if it cannot."""
     try:
-        return jax.eval_shape(lambda: model.init(jax.random.key(0))[0])
+        drawn = jax.eval_shape(lambda: model.init(jax.random.key(0))[0])
+        return drawn if model.split is None else model.split(drawn)[0]
     except Exception:
         return None
 

@@ -1,0 +1,256 @@
+"""Models of which a part is trained: some of their params, or adapters beside them."""
+
+import fnmatch
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fedjax_lite import _validate
+from fedjax_lite.base import Batch, PyTree
+from fedjax_lite.engine.frozen import read_frozen
+from fedjax_lite.models.model import Model
+
+Names = str | Sequence[str] | Callable[[str], bool]
+"""Patterns of names of params such as "Dense_0/*", or a function of a name."""
+
+
+def frozen(model: Model, names: Names) -> Model:
+    """The model with some of its params frozen: they are as they are drawn, or given to `init`.
+
+    Frozen params are neither trained nor averaged, sent, counted, clipped or kept with clients.
+    They exist once, in `state.frozen`, however many clients train side by side.
+
+    Args:
+      model: The model, of whatever kind.
+      names: Which params are frozen: a pattern, such as `"Dense_0/*"` or `"*/bias"`, several, or a
+        function `name -> bool`. Names are the keys that lead to an array, joined by `/`.
+
+    Returns:
+      A `Model`. `algorithm.init` takes all params, or a key; `state.params` has `None` in place
+      of those that are frozen, `model.merge(state.params, state.frozen)` all.
+
+    Raises:
+      ValueError: `model` has frozen params already. In `algorithm.init`: no name matches, or all.
+
+    >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
+    >>> loss = lambda params, batch: (params["a"] * params["b"] - batch["x"]) ** 2 / 2
+    >>> model = frozen(fl.function_model(loss), "a")
+    >>> algorithm = fl.fed_avg(model, optax.sgd(0.25))
+    >>> state = algorithm.init({"a": jnp.float32(2.0), "b": jnp.float32(1.0)})
+    >>> dataset = fl.FederatedDataset.from_clients([{"x": [6.0]}])
+    >>> cohort = fl.cohort_of(dataset.resident(), [0])
+    >>> state, info = algorithm.round(jax.random.key(0), state, cohort)
+    >>> float(state.params["b"]), float(state.frozen["a"]), int(info.clients["bits_up"][0])
+    (3.0, 2.0, 32)
+    """
+    _refuse_second(model)
+    matches = _matching(names)
+
+    def split(params: PyTree) -> tuple[PyTree, PyTree]:
+        paths, structure = jax.tree.flatten_with_path(params)
+        every = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+        are_frozen = [bool(matches(name)) for name in every]
+        if all(are_frozen) or not any(are_frozen):
+            which = "all" if all(are_frozen) else "none"
+            raise ValueError(
+                f"names is {names!r}, which matches {which} of the params {', '.join(every)};"
+                " freeze some of them."
+            )
+        trained, kept = (
+            jax.tree.unflatten(
+                structure,
+                [
+                    leaf if is_frozen == wanted else None
+                    for (_, leaf), is_frozen in zip(paths, are_frozen, strict=True)
+                ],
+            )
+            for wanted in (False, True)
+        )
+        return trained, kept
+
+    def merge(trained: PyTree, kept: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda x, y: y if x is None else x, trained, kept, is_leaf=lambda x: x is None
+        )
+
+    return _reading_frozen(model, merge)._replace(init=model.init, split=split, merge=merge)
+
+
+def _matching(names: Names) -> Callable[[str], bool]:
+    if callable(names):
+        return names
+    patterns = [names] if isinstance(names, str) else list(names)
+    for pattern in patterns:
+        _validate.instance("names", pattern, str, "'Dense_0/*'")
+    return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _refuse_second(model: Model) -> None:
+    _validate.instance("model", model, Model, "fl.linen_model(...)")
+    if model.split is not None:
+        raise ValueError(
+            "model has frozen params already; name all of them in one call, of the model before."
+        )
+
+
+def _reading_frozen(model: Model, merge: Callable[[PyTree, PyTree], PyTree]) -> Model:
+    """The model as a function of what is trained."""
+
+    def loss(params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array) -> Any:
+        return model.loss(merge(params, read_frozen()), model_state, batch, key)
+
+    def metrics(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        return model.metrics(merge(params, read_frozen()), model_state, batch)
+
+    def predict(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
+        assert model.predict is not None
+        return model.predict(merge(params, read_frozen()), model_state, batch)
+
+    return model._replace(
+        loss=loss, metrics=metrics, predict=None if model.predict is None else predict
+    )
+
+
+def lora(
+    model: Model,
+    rank: int = 4,
+    *,
+    alpha: float | None = None,
+    names: Names = "*",
+    base: PyTree = None,
+) -> Model:
+    r"""The model with its params frozen, and low-rank adapters on its dense layers trained.
+
+    A layer with the kernel $W$, as a matrix from all of its inputs to all of its outputs, becomes
+
+    $$y = x W + \frac{\alpha}{r} \, x A B, \qquad A \in R^{in \times r}, \;
+    B \in R^{r \times out}.$$
+
+    $A$ starts normal with variance $1 / in$, and $B$ at zero, so that training starts from the
+    model as it is. $A B$ is never formed: a lane takes the memory of its adapters alone.
+
+    Sources: Hu et al. (2022), "LoRA: Low-Rank Adaptation of Large Language Models"; in federated
+    learning, with the adapters averaged one by one, Zhang et al. (2024), "Towards Building the
+    Federated GPT: Federated Instruction Tuning" (FedIT).
+
+    Args:
+      model: A model of a flax linen module, such as those of `fl.models`.
+      rank: $r$.
+      alpha: $\alpha$; that of the rank by default, so that the factor is 1.
+      names: On which layers of `nn.Dense` and `nn.DenseGeneral`, as for `frozen`: names are those
+        of modules, such as `"_Layer_0/Dense_0"`; all by default.
+      base: The params to start from, such as trained ones; drawn by the model by default.
+
+    Returns:
+      A `Model` whose params are `{"adapters": {name: {"a": ..., "b": ...}}, "base": ...}`, of which
+      the base is frozen.
+
+    Raises:
+      ValueError: `rank` is below 1, or `model` has frozen params. In `algorithm.init`: no layer has
+        such a name, or `base` is not of the form of the model's params.
+
+    >>> import jax, optax, fedjax_lite as fl
+    >>> model = lora(fl.models.mlp((8,), (16,), 4), rank=2)
+    >>> state = fl.fed_avg(model, optax.sgd(0.1)).init(jax.random.key(0))
+    >>> jax.tree.map(lambda x: x.shape, state.params["adapters"]["Dense_0"])
+    {'a': (8, 2), 'b': (2, 16)}
+    >>> sum(x.size for x in jax.tree.leaves(state.frozen)) == 9 * 16 + 17 * 4
+    True
+    """
+    _refuse_second(model)
+    rank = _validate.integer("rank", rank, minimum=1)
+    scale = 1.0 if alpha is None else _validate.number("alpha", alpha) / rank
+    matches = _matching(names)
+
+    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
+        key_base, key_adapters = jax.random.split(key)
+        sizes: dict[str, tuple[int, int]] = {}
+
+        def measure(layer: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
+            taken = _inputs(layer)
+            sizes[_name(layer)] = (
+                math.prod(x.shape[-taken:]),
+                math.prod(y.shape[x.ndim - taken :]),
+            )
+            return y
+
+        with nn.intercept_methods(functools.partial(_on_dense, measure)):
+            params, model_state = model.init(key_base)
+        chosen = [name for name in sizes if matches(name)]
+        if not chosen:
+            raise ValueError(
+                f"names is {names!r}, and the dense layers of the model are"
+                f" {', '.join(sizes) or 'none'}; choose some of these."
+            )
+        adapters = {}
+        for name, own in zip(chosen, jax.random.split(key_adapters, len(chosen)), strict=True):
+            inputs, outputs = sizes[name]
+            a = jax.random.normal(own, (inputs, rank)) * inputs**-0.5
+            adapters[name] = {"a": a, "b": jnp.zeros((rank, outputs))}
+        if base is not None:
+            _validate.same_form("base", base, params, "pass params of this model.")
+        return {"adapters": adapters, "base": params if base is None else base}, model_state
+
+    def adapted(call: Callable[..., Any], adapters: PyTree) -> Callable[..., Any]:
+        def add(layer: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
+            own = adapters.get(_name(layer))
+            if own is None:
+                return y
+            flat = x.reshape(*x.shape[: x.ndim - _inputs(layer)], -1)
+            low = flat @ own["a"].astype(y.dtype)
+            return y + scale * (low @ own["b"].astype(y.dtype)).reshape(y.shape)
+
+        def run(*args: Any) -> Any:
+            with nn.intercept_methods(functools.partial(_on_dense, add)):
+                return call(*args)
+
+        return run
+
+    def loss(params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array) -> Any:
+        return adapted(model.loss, params["adapters"])(read_frozen(), model_state, batch, key)
+
+    def metrics(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        return adapted(model.metrics, params["adapters"])(read_frozen(), model_state, batch)
+
+    def predict(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
+        assert model.predict is not None
+        return adapted(model.predict, params["adapters"])(read_frozen(), model_state, batch)
+
+    return model._replace(
+        init=init,
+        loss=loss,
+        metrics=metrics,
+        predict=None if model.predict is None else predict,
+        split=lambda params: ({"adapters": params["adapters"]}, params["base"]),
+        merge=lambda trained, kept: {**trained, "base": kept},
+    )
+
+
+def _on_dense(
+    function: Callable[[nn.Module, jax.Array, jax.Array], jax.Array],
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: Any,
+) -> Any:
+    """What a method of a module returns; of a dense layer's call, what the function makes of it."""
+    y = call(*args, **kwargs)
+    is_dense = isinstance(context.module, (nn.Dense, nn.DenseGeneral))
+    if not is_dense or context.method_name != "__call__":
+        return y
+    return function(context.module, args[0], y)
+
+
+def _name(layer: nn.Module) -> str:
+    return "/".join(layer.path)
+
+
+def _inputs(layer: nn.Module) -> int:
+    """How many of its input's last axes a dense layer takes."""
+    axis = getattr(layer, "axis", -1)
+    return 1 if isinstance(axis, int) else len(axis)

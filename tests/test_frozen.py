@@ -1,0 +1,344 @@
+"""Models of which a part is trained: frozen params, and adapters beside them."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from problems import SIZES, everyone, regression_dataset, regression_model
+
+import fedjax_lite as fl
+
+KEY = jax.random.key(5)
+
+
+class TwoLayers(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(3, 4, rngs=rngs)
+        self.second = nnx.Linear(4, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(jnp.tanh(self.first(x)))
+
+
+def loss(predictions, batch):
+    return (predictions[:, 0] - batch["y"]) ** 2 / 2
+
+
+def linen():
+    module = nn.Sequential([nn.Dense(4), jnp.tanh, nn.Dense(1)])
+    model = fl.linen_model(module, jnp.zeros((1, 3)), loss)
+    return model, "layers_0", "layers_2"
+
+
+def of_nnx():
+    return fl.nnx_model(lambda rngs: TwoLayers(rngs), loss), "first", "second"
+
+
+def function():
+    model, first, second = linen()
+
+    def of_params(params, batch):
+        hidden = jnp.tanh(batch["x"] @ params[first]["kernel"] + params[first]["bias"])
+        return loss(hidden @ params[second]["kernel"] + params[second]["bias"], batch)
+
+    return fl.function_model(of_params, lambda key: model.init(key)[0]), first, second
+
+
+def by_hand(params, first):
+    """The model of the second layer alone, on what the first one makes of the features."""
+    kernel, bias = params[first]["kernel"], params[first]["bias"]
+
+    def of_second(second, batch):
+        hidden = jnp.tanh(batch["x"] @ kernel + bias)
+        return loss(hidden @ second["kernel"] + second["bias"], batch)
+
+    return fl.function_model(of_second)
+
+
+def rounds(algorithm, state, number=3):
+    cohort = everyone(regression_dataset().resident())
+    for i in range(number):
+        state, info = algorithm.round(jax.random.fold_in(KEY, i), state, cohort)
+    return state, info
+
+
+def close(actual, expected, rtol=2e-6):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6), actual, expected
+    )
+
+
+@pytest.mark.parametrize("make", [linen, of_nnx, function])
+@pytest.mark.parametrize("name", ["fed_avg", "scaffold", "apfl"])
+def test_training_the_last_layer_is_training_a_model_of_it(make, name):
+    model, first, second = make()
+    params, _ = model.init(KEY)
+    options = {
+        "batch_size": 2,
+        "num_epochs": 2,
+        "client_optimizer": optax.sgd(0.05, momentum=0.5),
+        "pipeline": fl.chain(fl.clip_by_norm(0.1), fl.error_feedback(fl.quantize_uniform(16))),
+    }
+    frozen = fl.frozen(model, f"{first}/*")
+    state, info = rounds(
+        *started(getattr(fl, name)(frozen, **options), params, len(SIZES)),
+    )
+    expected, of_second = rounds(
+        *started(getattr(fl, name)(by_hand(params, first), **options), params[second], len(SIZES)),
+    )
+    close(state.params[second], expected.params)
+    close(jax.tree.leaves(state.store), jax.tree.leaves(expected.store))
+    close(jax.tree.leaves(state.pipeline_store), jax.tree.leaves(expected.pipeline_store))
+    for key in ("bits_up", "bits_down", "num_steps"):
+        np.testing.assert_array_equal(info.clients[key], of_second.clients[key])
+    np.testing.assert_allclose(info.loss, of_second.loss, rtol=1e-5)
+    # What is frozen is there once, as given, and in no place of what is trained.
+    assert jax.tree.leaves(state.params[first]) == []
+    jax.tree.map(np.testing.assert_array_equal, state.frozen[first], params[first])
+    whole = frozen.merge(state.params, state.frozen)
+    assert jax.tree.structure(whole) == jax.tree.structure(params)
+
+
+def started(algorithm, params, num_clients):
+    return algorithm, algorithm.init(params, num_clients=num_clients)
+
+
+@pytest.mark.parametrize("names", ["b", ["b"], lambda name: name != "w"])
+def test_names_are_patterns_or_a_function(names):
+    algorithm = fl.fed_avg(fl.frozen(regression_model(), names), optax.sgd(0.1))
+    state = algorithm.init(KEY)
+    assert state.params["b"] is None
+    assert state.frozen["w"] is None
+    after, _ = rounds(algorithm, state, 1)
+    assert float(after.frozen["b"]) == float(state.frozen["b"])
+    assert not np.array_equal(after.params["w"], state.params["w"])
+
+
+def test_names_that_leave_nothing_are_refused():
+    model = regression_model()
+    with pytest.raises(ValueError, match="names is 'c', which matches none of the params b, w"):
+        fl.fed_avg(fl.frozen(model, "c"), optax.sgd(0.1)).init(KEY)
+    with pytest.raises(ValueError, match="names is '\\*', which matches all of the params b, w"):
+        fl.fed_avg(fl.frozen(model, "*"), optax.sgd(0.1)).init(KEY)
+    with pytest.raises(ValueError, match="model has frozen params already; name all of them"):
+        fl.frozen(fl.frozen(model, "b"), "w")
+    with pytest.raises(TypeError, match="names is of type int"):
+        fl.frozen(model, [3])
+
+
+def test_a_frozen_model_alone_says_where_its_params_are():
+    model = fl.frozen(regression_model(), "b")
+    trained, _ = model.split(model.init(KEY)[0])
+    batch = {"x": jnp.ones((1, 3)), "y": jnp.ones(1), "mask": jnp.ones(1, bool)}
+    with pytest.raises(ValueError, match="call it through an algorithm's round"):
+        model.metrics(trained, (), batch)
+
+
+def with_adapters(rank, alpha=None):
+    model, first, second = linen()
+    base, _ = model.init(KEY)
+    return fl.lora(model, rank, alpha=alpha, base=base), base, (first, second)
+
+
+def test_lora_is_the_layer_with_the_formed_product_added():
+    rank, alpha = 2, 3.0
+    model, base, names = with_adapters(rank, alpha)
+    start = model.init(jax.random.key(1))[0]
+    # Away from zero, where the factors have a gradient of their own.
+    for i, name in enumerate(names):
+        b = start["adapters"][name]["b"]
+        start["adapters"][name]["b"] = 0.1 * jax.random.normal(jax.random.key(i), b.shape)
+
+    def formed(adapters, batch):
+        x = batch["x"]
+        for name in names:
+            own = adapters[name]
+            kernel = base[name]["kernel"] + alpha / rank * own["a"] @ own["b"]
+            x = x @ kernel + base[name]["bias"]
+            x = jnp.tanh(x) if name == names[0] else x
+        return loss(x, batch)
+
+    options = {"batch_size": 2, "client_optimizer": optax.sgd(0.05)}
+    state, info = rounds(*started(fl.fed_avg(model, **options), start, None))
+    expected, of_formed = rounds(
+        *started(fl.fed_avg(fl.function_model(formed), **options), start["adapters"], None)
+    )
+    close(state.params["adapters"], expected.params, 1e-5)
+    np.testing.assert_array_equal(info.clients["bits_up"], of_formed.clients["bits_up"])
+    jax.tree.map(np.testing.assert_array_equal, state.frozen, base)
+    assert not np.array_equal(
+        state.params["adapters"][names[0]]["a"], start["adapters"][names[0]]["a"]
+    )
+
+
+def test_lora_starts_from_the_model_as_it_is_and_takes_names():
+    model, _, second = linen()
+    base, _ = model.init(KEY)
+    examples = regression_dataset().examples
+    plain = fl.fed_avg(model, optax.sgd(0.1)).init(base)
+    adapted = fl.lora(model, 1, names=second, base=base)
+    state = fl.fed_avg(adapted, optax.sgd(0.1)).init(jax.random.key(1))
+    assert set(state.params["adapters"]) == {second}
+    assert fl.evaluate(adapted, state, examples) == fl.evaluate(model, plain, examples)
+
+
+def test_lora_of_layers_that_take_and_give_several_axes():
+    class Folded(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.DenseGeneral((2, 3), name="split")(x)
+            return nn.DenseGeneral(1, axis=(-2, -1), name="fold")(jnp.tanh(x))
+
+    model = fl.linen_model(Folded(), jnp.zeros((1, 3)), loss)
+    start = fl.lora(model, 2).init(KEY)[0]
+    shapes = jax.tree.map(jnp.shape, start["adapters"])
+    assert shapes == {
+        "split": {"a": (3, 2), "b": (2, 6)},
+        "fold": {"a": (6, 2), "b": (2, 1)},
+    }
+    filled = jax.tree.map(lambda x: x + 0.3, start["adapters"])
+    base = jax.tree.map(lambda x: x, start["base"])
+    for name, own in filled.items():
+        kernel = base[name]["kernel"]
+        base[name]["kernel"] = kernel + (own["a"] @ own["b"]).reshape(kernel.shape)
+    examples = regression_dataset().examples
+    algorithm = fl.fed_avg(fl.lora(model, 2), optax.sgd(0.1))
+    state = algorithm.init({"adapters": filled, "base": start["base"]})
+    expected = fl.evaluate(model, fl.fed_avg(model, optax.sgd(0.1)).init(base), examples)
+    actual = fl.evaluate(fl.lora(model, 2), state, examples)
+    np.testing.assert_allclose(actual["loss"], expected["loss"], rtol=1e-5)
+
+
+def test_lora_refuses_what_it_cannot_adapt():
+    model, first, _ = linen()
+    with pytest.raises(ValueError, match="rank is 0"):
+        fl.lora(model, 0)
+    with pytest.raises(ValueError, match="the dense layers of the model are layers_0, layers_2"):
+        fl.lora(model, names="Dense_7").init(KEY)
+    with pytest.raises(ValueError, match="the dense layers of the model are none"):
+        fl.lora(regression_model()).init(KEY)
+    with pytest.raises(ValueError, match="base"):
+        fl.lora(model, base={first: jnp.zeros(3)}).init(KEY)
+
+
+def transformer():
+    return fl.models.stackoverflow_transformer(
+        1000, embedding=32, layers=2, num_heads=2, feed_forward=64, dropout_rate=0.0
+    )
+
+
+def sentences(num_clients=4, length=6):
+    rng = np.random.default_rng(0)
+    words = lambda: rng.integers(4, 1000, (3, length)).astype(np.int32)
+    return fl.FederatedDataset.from_clients(
+        {i: {"x": words(), "y": words()} for i in range(num_clients)}
+    )
+
+
+@pytest.mark.parametrize("options", [{"lanes": 1}, {"lanes": 3}, {"devices": 2}, {"devices": 8}])
+def test_lanes_and_devices_change_nothing(options):
+    num_devices = options.pop("devices", None)
+    if num_devices is not None:
+        if jax.device_count() < num_devices:
+            pytest.skip("needs more devices")
+        options["mesh"] = fl.clients_mesh(num_devices)
+    model = fl.lora(transformer(), 2)
+    states = []
+    for chosen in ({}, options):
+        cohort = everyone(sentences().resident(mesh=chosen.get("mesh")))
+        algorithm = fl.fed_avg(model, optax.sgd(0.5), batch_size=2, **chosen)
+        state = algorithm.init(KEY)
+        for _ in range(2):
+            state, _ = algorithm.round(KEY, state, cohort)
+        assert algorithm.round._cache_size() <= 1
+        states.append(state)
+    close(states[1].params, states[0].params, 1e-4)
+
+
+def test_the_base_takes_the_same_memory_however_many_clients_train_side_by_side():
+    base_bytes = {}
+    temporaries = []
+    for lanes in (1, 16):
+        # Five million params, nearly all in dense layers.
+        model = fl.lora(fl.models.mlp((64,), (2048, 2048, 256), 4), 2)
+        examples = {"x": jnp.zeros((32, 64)), "y": jnp.zeros(32, jnp.int32)}
+        dataset = fl.FederatedDataset.from_clients(
+            {i: jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], examples) for i in range(16)}
+        )
+        algorithm = fl.fed_avg(model, optax.sgd(0.1), batch_size=2, lanes=lanes)
+        state = jax.eval_shape(algorithm.init, KEY)
+        compiled = algorithm.round.lower(KEY, state, everyone(dataset.resident())).compile()
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+        base_bytes = sum(4 * x.size for x in jax.tree.leaves(state.frozen))
+    assert base_bytes > 4 * 4.8e6
+    assert temporaries[1] - temporaries[0] < base_bytes / 4
+    assert temporaries[1] < base_bytes / 2
+
+
+def test_runs_with_frozen_params_resume_to_the_same_bits_and_keep_the_best(tmp_path):
+    model, first, _ = linen()
+    model = fl.frozen(model, f"{first}/*")
+    dataset = regression_dataset()
+    arguments = {
+        "algorithm": fl.fed_avg(model, optax.sgd(0.05), batch_size=2),
+        "population": dataset.resident(),
+        "sampler": fl.samplers.uniform(len(SIZES), 4),
+        "key": KEY,
+        "evaluate": lambda state: fl.evaluate(model, state, dataset.examples),
+        "eval_every": 2,
+    }
+    whole = fl.train(num_rounds=6, **arguments)
+    fl.train(num_rounds=4, checkpoints=fl.Checkpoints(tmp_path, every=2), **arguments)
+    resumed = fl.train(num_rounds=6, checkpoints=fl.Checkpoints(tmp_path, every=2), **arguments)
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
+    loaded = fl.load_state(tmp_path, whole.state)
+    jax.tree.map(np.testing.assert_array_equal, loaded.frozen, whole.state.frozen)
+    assert fl.evaluate(model, loaded, dataset.examples) == fl.evaluate(
+        model, whole.state, dataset.examples
+    )
+
+
+def test_every_evaluation_reads_frozen_params():
+    model, first, _ = linen()
+    frozen = fl.frozen(model, f"{first}/*")
+    dataset = regression_dataset()
+    cohort = everyone(dataset.resident())
+    params, _ = model.init(KEY)
+    state = fl.fed_avg(frozen, optax.sgd(0.1)).init(params)
+    plain = fl.fed_avg(model, optax.sgd(0.1)).init(params)
+    close(
+        fl.evaluate(frozen, state, dataset.examples, batch_size=5),
+        fl.evaluate(model, plain, dataset.examples, batch_size=5),
+    )
+    close(
+        fl.evaluate_clients(frozen, state, cohort).pooled,
+        fl.evaluate_clients(model, plain, cohort).pooled,
+    )
+    tuned = fl.evaluate_fine_tuned(
+        frozen, state, cohort, cohort, optax.sgd(0.1), key=KEY, num_epochs=2, batch_size=2
+    )
+    second = by_hand(params, first)
+    of_second = fl.fed_avg(second, optax.sgd(0.1)).init(params["layers_2"])
+    expected = fl.evaluate_fine_tuned(
+        second, of_second, cohort, cohort, optax.sgd(0.1), key=KEY, num_epochs=2, batch_size=2
+    )
+    close(jax.tree.leaves(tuned), jax.tree.leaves(expected))
+
+
+def test_seeds_of_frozen_models_sweep_and_rounds_are_differentiable():
+    model = fl.frozen(regression_model(), "b")
+    cohort = everyone(regression_dataset().resident())
+
+    def after(learning_rate, params):
+        algorithm = fl.fed_avg(model, optax.sgd(learning_rate), differentiable=True)
+        return algorithm.round(KEY, algorithm.init(params), cohort)[0].params["w"].sum()
+
+    params = {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.float32(0.25)}
+    gradient = jax.grad(lambda b: after(0.1, {**params, "b": b}))(params["b"])
+    difference = (after(0.1, {**params, "b": 0.35}) - after(0.1, {**params, "b": 0.15})) / 0.2
+    np.testing.assert_allclose(gradient, difference, rtol=1e-2)
+    mapped = jax.vmap(after, in_axes=(0, None))(jnp.array([0.05, 0.1]), params)
+    np.testing.assert_allclose(mapped[1], after(0.1, params), rtol=1e-5)
