@@ -176,8 +176,8 @@ class Client(NamedTuple):
       id: Its position in the population, int32 scalar.
       num_examples: How many examples it has, int32 scalar.
       num_steps: How many local steps it takes in this round, int32 scalar.
-      entry: What it kept from the last round that it took part in, or `client_entry(params)` before
-        its first; `()` if clients keep nothing.
+      entry: What it kept from the last round that it took part in, or
+        `ClientUpdate.entry(params)` before its first; `()` if clients keep nothing.
       key: A typed key of its own for this round.
     """
 
@@ -227,12 +227,16 @@ class ClientUpdate(NamedTuple):
       measure: `measure(server, client, state, batch) -> {name: values [batch]}`, or `None`. Its
         means over the client's examples, before the first step and after the last one, are
         reported as the metrics `{name}_before` and `{name}_after`.
+      entry: `entry(params) -> pytree of arrays`, what a client keeps before its first round, if
+        clients keep something: a client is then given its `Client.entry`, and the `entry` of its
+        result replaces it. `None` if they keep nothing.
     """
 
     init: Callable[[Any, Client], PyTree]
     step: Callable[[Any, Client, PyTree, Batch, jax.Array], PyTree]
     final: Callable[[Any, Client, PyTree], ClientResult]
     measure: Callable[[Any, Client, PyTree, Batch], dict[str, jax.Array]] | None = None
+    entry: Callable[[PyTree], PyTree] | None = None
 
 
 class Message(NamedTuple):

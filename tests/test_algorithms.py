@@ -28,6 +28,9 @@ ALGORITHMS = {
     "fed_avg_steps": lambda model, **kw: fl.fed_avg(
         model, optax.adam(0.05), batch_size=5, num_steps=3, weighting="uniform", **kw
     ),
+    "fed_avg_kept": lambda model, **kw: fl.fed_avg(
+        model, optax.adam(0.05), batch_size=4, num_epochs=2, keep_optimizer_state=True, **kw
+    ),
     "fed_prox": lambda model, **kw: fl.fed_prox(
         model, optax.sgd(0.05, momentum=0.9), mu=0.1, batch_size=4, num_epochs=2, **kw
     ),

@@ -44,27 +44,31 @@ NAMES = {
         *("fine_tune_epochs", "rounds", "seed", "eval_every", "lanes"),
     ],
     "fed_avg": [
-        *("model", "client_optimizer", "server_optimizer", "weighting", "measure_clients"),
-        *(*UPDATE, *STEPS, *SPEED),
+        *("model", "client_optimizer", "server_optimizer", "weighting"),
+        *("keep_optimizer_state", "measure_clients", *UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
     "fed_nova": [
         *("model", "client_optimizer", "server_optimizer", "mu", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
     ],
     "fed_prox": [
-        *("model", "client_optimizer", "server_optimizer", "mu", "weighting", "measure_clients"),
-        *(*UPDATE, *STEPS, *SPEED),
+        *("model", "client_optimizer", "server_optimizer", "mu", "weighting"),
+        *("keep_optimizer_state", "measure_clients", *UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
     "fed_sgd": [
         *("model", "server_optimizer", "reduction", "weighting", *UPDATE, *SPEED),
     ],
     "federated_algorithm": [
-        *("model", "client_update", "server_optimizer", "client_entry"),
+        *("model", "client_update", "server_optimizer"),
         *("client_params", "broadcast", *UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
     "frozen": ["model", "names"],
     "function_model": ["loss", "init", "metrics", "predict"],
     "linen_model": ["module", "example", "loss", "metrics", "inputs"],
+    "local_training": [
+        *("model", "client_optimizer", "weighting", "begin", "objective", "finish", "entry"),
+        *("keep_optimizer_state", "measure_clients"),
+    ],
     "lora": ["model", "rank", "alpha", "names", "base"],
     "load_state": ["folder", "like", "averaged", "best"],
     "nnx_model": ["create", "loss", "metrics", "inputs"],
@@ -90,6 +94,9 @@ NAMES = {
     "Checkpoints": ["folder", "every", "keep", "settings"],
     "Client": ["id", "num_examples", "num_steps", "entry", "key"],
     "Guarantees": ["sensitivity", "is_masked"],
+    "LocalState": [
+        *("params", "model_state", "opt_state", "loss", "num_examples", "num_steps"),
+    ],
     "Message": ["update", "weight", "entry", "statistics", "metrics"],
     "Reducer": ["summand", "finish", "stacked", "skips_empty"],
     "coordinate_median": [],
@@ -102,7 +109,7 @@ NAMES = {
     "ClientResult": [
         *("update", "weight", "metrics", "model_state", "entry", "norm", "statistics"),
     ],
-    "ClientUpdate": ["init", "step", "final", "measure"],
+    "ClientUpdate": ["init", "step", "final", "measure", "entry"],
     "Cohort": [
         *("client_ids", "num_examples", "offsets", "examples", "num_clients", "device_slots"),
         *("max_steps", "staleness", "sample"),

@@ -99,7 +99,7 @@ def test_lanes_are_many_where_they_fill_the_chip_and_fit_it(platform, stats, cap
     assert choose_lanes(Execution(3, mesh), params, capacity) == 3
 
 
-def custom(init=None, step=None, final=None, **options):
+def custom(init=None, step=None, final=None, entry=None, **options):
     """An algorithm that does nothing, but for what is given."""
     return fl.federated_algorithm(
         regression_model(),
@@ -107,6 +107,7 @@ def custom(init=None, step=None, final=None, **options):
             init or (lambda server, client: server.params),
             step or (lambda server, client, state, batch, key: state),
             final or (lambda server, client, state: sent(state)),
+            entry=entry,
         ),
         optax.sgd(1.0),
         mesh=fl.clients_mesh(1),
@@ -145,7 +146,7 @@ def test_client_states_may_hold_numbers_keys_and_nodes(lanes):
         final=lambda server, client, state: sent(
             state[0].params, 1, {"steps": state[1]}, entry=state[3]
         ),
-        client_entry=lambda params: 1.0,
+        entry=lambda params: 1.0,
         batch_size=2,
         lanes=lanes,
     )
@@ -260,7 +261,7 @@ def test_a_client_knows_who_it_is(lanes):
             },
             entry=client.entry + client.id,
         ),
-        client_entry=lambda params: jnp.int32(1),
+        entry=lambda params: jnp.int32(1),
         batch_size=2,
         lanes=lanes,
     )

@@ -32,9 +32,13 @@ def diary(forget=False, **options):
 
     return fl.federated_algorithm(
         regression_model(),
-        fl.ClientUpdate(init, step, final),
+        fl.ClientUpdate(
+            init,
+            step,
+            final,
+            entry=lambda params: {"rounds": jnp.int32(0), "seen": jnp.zeros(3)},
+        ),
         optax.sgd(0.1),
-        client_entry=lambda params: {"rounds": jnp.int32(0), "seen": jnp.zeros(3)},
         **{"batch_size": 4, "mesh": fl.clients_mesh(1), **options},
     )
 

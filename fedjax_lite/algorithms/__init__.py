@@ -1,22 +1,26 @@
 """One file per algorithm or close family, as pages of equations.
 
-What they share: the options (`options`), local training (`local`) and the server's half of a
-round (`server`).
+What they share: the options (`options`), local training (`training`, of the pieces in `local`)
+and the server's half of a round (`server`).
 """
 
 from fedjax_lite.algorithms.apfl import apfl
 from fedjax_lite.algorithms.fed_avg import fed_avg, fed_prox
 from fedjax_lite.algorithms.fed_nova import fed_nova
 from fedjax_lite.algorithms.fed_sgd import fed_sgd
+from fedjax_lite.algorithms.local import LocalState
 from fedjax_lite.algorithms.scaffold import scaffold
 from fedjax_lite.algorithms.server import federated_algorithm
+from fedjax_lite.algorithms.training import local_training
 
 __all__ = [
+    "LocalState",
     "apfl",
     "fed_avg",
     "fed_nova",
     "fed_prox",
     "fed_sgd",
     "federated_algorithm",
+    "local_training",
     "scaffold",
 ]

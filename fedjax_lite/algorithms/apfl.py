@@ -174,9 +174,8 @@ def apfl(
 
     return server.federated_algorithm(
         model,
-        ClientUpdate(client_init, client_step, client_final),
+        ClientUpdate(client_init, client_step, client_final, entry=entry),
         server.resolve_server_optimizer(server_optimizer),
-        client_entry=entry,
         client_params=client_params,
         **options,
     )

@@ -2,21 +2,14 @@
 
 from typing import Unpack
 
-import jax
 import optax
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite.algorithms import local, server
-from fedjax_lite.algorithms.options import LocalOptions, complete, documented
-from fedjax_lite.base import (
-    Batch,
-    Client,
-    ClientResult,
-    ClientUpdate,
-    FederatedAlgorithm,
-    ServerState,
-)
+from fedjax_lite.algorithms.options import StoreOptions, complete, documented
+from fedjax_lite.algorithms.training import local_training, proximal
+from fedjax_lite.base import FederatedAlgorithm
 from fedjax_lite.models.model import Model
 
 
@@ -27,8 +20,9 @@ def fed_avg(
     server_optimizer: optax.GradientTransformation | None = None,
     *,
     weighting: server.Weighting = "examples",
+    keep_optimizer_state: bool = False,
     measure_clients: bool = False,
-    **options: Unpack[LocalOptions],
+    **options: Unpack[StoreOptions],
 ) -> FederatedAlgorithm:
     r"""FedAvg: clients train from the server's params, the server steps along the mean delta.
 
@@ -54,11 +48,14 @@ def fed_avg(
       weighting: The weight of a client: `"examples"`, its number of examples; `"processed"`, that
         of its examples in all steps that it took, so that partial work weighs what was done;
         `"uniform"`; or a function `num_examples -> weight`, float scalar to non-negative scalar.
+      keep_optimizer_state: A client goes on with the state of its optimizer from the last round
+        that it took part in, which `state.store` keeps, and does not begin afresh; `init` then
+        needs `num_clients`.
       measure_clients: Evaluate the model's metrics on the examples of each client, at the
         server's params and at those that it ends with: `info.clients` and, as means over all
         examples, `info.metrics` then have `{name}_before` and `{name}_after`. The time of two
         more epochs without gradients.
-      **options: Those of `LocalOptions`.
+      **options: Those of `StoreOptions`.
 
     Returns:
       A `FederatedAlgorithm`. Its `init(key_or_params, model_state=None)` returns a
@@ -84,9 +81,16 @@ def fed_avg(
     4.5
     """
     options = complete(fed_avg, options)
+    client_update = local_training(
+        model,
+        client_optimizer,
+        weighting=weighting,
+        keep_optimizer_state=keep_optimizer_state,
+        measure_clients=measure_clients,
+    )
     return server.federated_algorithm(
         model,
-        local_training(model, client_optimizer, weighting, measure_clients=measure_clients),
+        client_update,
         server.resolve_server_optimizer(server_optimizer),
         **options,
     )
@@ -100,8 +104,9 @@ def fed_prox(
     *,
     mu: ArrayLike,
     weighting: server.Weighting = "examples",
+    keep_optimizer_state: bool = False,
     measure_clients: bool = False,
-    **options: Unpack[LocalOptions],
+    **options: Unpack[StoreOptions],
 ) -> FederatedAlgorithm:
     r"""FedProx: FedAvg whose clients are pulled towards the server's params.
 
@@ -117,8 +122,9 @@ def fed_prox(
       server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
       mu: Strength of the proximal term, not negative; may be traced. With 0, this is FedAvg.
       weighting: As in `fed_avg`.
+      keep_optimizer_state: As in `fed_avg`.
       measure_clients: As in `fed_avg`.
-      **options: Those of `LocalOptions`.
+      **options: Those of `StoreOptions`.
 
     Returns:
       A `FederatedAlgorithm`, as `fed_avg` does. The `loss` of clients is that of the model,
@@ -139,49 +145,17 @@ def fed_prox(
     """
     options = complete(fed_prox, options)
     mu = _validate.number("mu", mu)
+    client_update = local_training(
+        model,
+        client_optimizer,
+        weighting=weighting,
+        objective=proximal(mu),
+        keep_optimizer_state=keep_optimizer_state,
+        measure_clients=measure_clients,
+    )
     return server.federated_algorithm(
         model,
-        local_training(model, client_optimizer, weighting, mu=mu, measure_clients=measure_clients),
+        client_update,
         server.resolve_server_optimizer(server_optimizer),
         **options,
-    )
-
-
-def local_training(
-    model: Model,
-    client_optimizer: local.ClientOptimizer,
-    weighting: server.Weighting = "examples",
-    *,
-    mu: ArrayLike | None = None,
-    measure_clients: bool = False,
-) -> ClientUpdate:
-    """The client update of `fed_avg`, or with `mu` that of `fed_prox`."""
-    client_weight = server.resolve_weighting(weighting)
-    optimizer = local.resolve_optimizer(client_optimizer)
-
-    def client_init(shared: ServerState, client: Client) -> local.LocalState:
-        del client
-        return local.start(shared, optimizer(shared))
-
-    def client_step(
-        shared: ServerState,
-        client: Client,
-        trained: local.LocalState,
-        batch: Batch,
-        key: jax.Array,
-    ) -> local.LocalState:
-        del client
-        gradient, aux = local.gradient(model, trained.params, trained, batch, key)
-        if mu is not None:
-            pull = optax.tree.sub(trained.params, shared.params)
-            gradient = optax.tree.cast_like(optax.tree.add_scale(gradient, mu, pull), pull)
-        return local.descend(optimizer(shared), trained, gradient, aux, batch)
-
-    def client_final(
-        shared: ServerState, client: Client, trained: local.LocalState
-    ) -> ClientResult:
-        return local.result(shared, trained, client_weight(client, trained.num_examples))
-
-    return ClientUpdate(
-        client_init, client_step, client_final, local.measure(model, measure_clients)
     )

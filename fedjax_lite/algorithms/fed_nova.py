@@ -9,8 +9,8 @@ from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite.algorithms import local, server
-from fedjax_lite.algorithms.fed_avg import local_training
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
+from fedjax_lite.algorithms.training import local_training, proximal
 from fedjax_lite.base import (
     Batch,
     Client,
@@ -83,7 +83,7 @@ def fed_nova(
     """
     options = complete(fed_nova, options)
     mu = _validate.number("mu", mu)
-    training = local_training(model, client_optimizer, weighting, mu=mu)
+    training = local_training(model, client_optimizer, weighting=weighting, objective=proximal(mu))
     client_weight = server.resolve_weighting(weighting)
     optimizer = local.resolve_optimizer(client_optimizer)
 

@@ -137,10 +137,9 @@ def scaffold(
 
     return server.federated_algorithm(
         model,
-        ClientUpdate(client_init, client_step, client_final),
+        ClientUpdate(client_init, client_step, client_final, entry=optax.tree.zeros_like),
         _with_control(server.resolve_server_optimizer(server_optimizer)),
         broadcast=lambda state: (state.params, state.model_state, state.opt_state.control),
-        client_entry=optax.tree.zeros_like,
         **options,
     )
 

@@ -83,7 +83,6 @@ def federated_algorithm(
     client_update: ClientUpdate,
     server_optimizer: optax.GradientTransformation,
     *,
-    client_entry: Callable[[PyTree], PyTree] | None = None,
     client_params: Callable[[ServerState, PyTree], PyTree] | None = None,
     broadcast: Callable[[ServerState], PyTree] | None = None,
     **options: Unpack[StoreOptions],
@@ -98,15 +97,12 @@ def federated_algorithm(
     Args:
       model: The model, which draws params where `init` is given a key.
       client_update: What a client computes. What the server broadcasts is its `ServerState`,
-        with an empty `store`.
+        with an empty `store`. If clients keep something (`client_update.entry`), `init` needs
+        `num_clients`, and `state.store` holds arrays `[num_clients, ...]`. A round returns a new
+        store; let it reuse the memory of the old one by
+        `jax.jit(algorithm.round, donate_argnames="state")`, or by a `scan` over rounds.
       server_optimizer: Any optax transformation, also one of
         `optax.GradientTransformationExtraArgs`.
-      client_entry: `client_entry(params) -> pytree of arrays`, what a client keeps before its
-        first round, if clients keep something. `init` then needs `num_clients`, and
-        `state.store` holds arrays `[num_clients, ...]`: a client is given its `Client.entry`, and
-        the `entry` of its result replaces it. A round returns a new store; let it reuse the
-        memory of the old one by `jax.jit(algorithm.round, donate_argnames="state")`, or by a
-        `scan` over rounds.
       client_params: See `FederatedAlgorithm`.
       broadcast: `broadcast(state)`, what of the state is sent to clients, whose size is reported;
         params and model state by default.
@@ -133,8 +129,9 @@ def federated_algorithm(
     >>> def final(server, client, w):
     ...     return fl.ClientResult(server.params - w, 1.0, entry=client.entry + 1)
     >>> algorithm = federated_algorithm(
-    ...     model, fl.ClientUpdate(init, step, final), optax.sgd(1.0),
-    ...     client_entry=lambda params: jnp.int32(0),
+    ...     model,
+    ...     fl.ClientUpdate(init, step, final, entry=lambda params: jnp.int32(0)),
+    ...     optax.sgd(1.0),
     ... )
     >>> dataset = fl.FederatedDataset.from_clients({"a": {"x": [4.0]}, "b": {"x": [8.0]}})
     >>> state = algorithm.init(jnp.float32(0.0), num_clients=2)
@@ -157,6 +154,7 @@ def federated_algorithm(
         num_steps=options["num_steps"],
         shuffle=options["shuffle"],
     )
+    client_entry = client_update.entry
     pipeline, reducer = options["pipeline"], options["reducer"]
     reducer = weighted_mean() if reducer is None else reducer
     _validate.instance("reducer", reducer, Reducer, "fl.coordinate_median()")

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedjax_lite import _validate
-from fedjax_lite.algorithms.fed_avg import local_training
 from fedjax_lite.algorithms.local import ClientOptimizer
+from fedjax_lite.algorithms.training import local_training
 from fedjax_lite.base import Batch, Client, ClientResult, ClientUpdate, Cohort, PyTree, ServerState
 from fedjax_lite.engine.batches import (
     DEFAULT_BATCH_SIZE,

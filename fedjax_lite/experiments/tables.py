@@ -9,7 +9,7 @@ import optax
 
 from fedjax_lite import algorithms, data, models, samplers, updates
 from fedjax_lite.algorithms import server_optimizers
-from fedjax_lite.base import Reducer, UpdateTransform
+from fedjax_lite.base import FederatedAlgorithm, Reducer, UpdateTransform
 from fedjax_lite.data import partition
 from fedjax_lite.evaluation import metrics
 from fedjax_lite.experiments.expressions import Role, Table
@@ -85,7 +85,7 @@ ROLES: Mapping[str, Role] = {
         _role("model", _functions(models), "models", "input_shape", "num_classes"),
         _role(
             "algorithm",
-            _functions(algorithms, "federated_algorithm"),
+            _returning(FederatedAlgorithm, algorithms, "federated_algorithm"),
             "algorithms",
             *("model", "client_optimizer", "server_optimizer", "pipeline", "reducer"),
             *("lanes", "mesh"),
