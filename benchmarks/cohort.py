@@ -6,7 +6,8 @@ For each case: `round_s`, one round on all devices; `bare_s`, one compiled loop 
 steps of the same size on one device, without clients, deltas or weights; `price`, one round on
 one device over `bare_s`; `torch_s`, a plain PyTorch loop over clients and batches, at its best;
 `torch_vmap_s`, `torch.func.vmap` over clients with `torch.compile`; `fedjax_s`, FedJAX's FedAvg.
-All in one run, in turn, compilation apart. The case `layout` is of another kind: see `layout.py`.
+All in one run, in turn, compilation apart. The cases `layout` and `lora` are of another kind: see
+`layout.py` and `lora.py`.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import fedjax_lite as fl
 from benchmarks import ours, peers
 from benchmarks.cases import CASES, Case, Contestant, dataset, initial_params, torch_dense
 from benchmarks.layout import measure_layout
+from benchmarks.lora import measure_lora
 from benchmarks.timing import interleaved, machine, usable_cores
 from fedjax_lite.engine.execution import Execution, choose_lanes
 
@@ -139,7 +141,7 @@ def measure(name: str, repeats: int, lanes: Sequence[int | None]) -> dict[str, A
 
 def summary(report: Mapping[str, Any]) -> str:
     """One line for a reader."""
-    if report["case"] == "layout":
+    if report["case"] not in CASES:
         return ", ".join(f"{name} {value:.6g}" for name, value in report.items() if name != "case")
     speedups = (
         f"{report[f'speedup_{peer}']:.2f} times {name}"
@@ -159,7 +161,7 @@ def summary(report: Mapping[str, Any]) -> str:
 def main() -> None:
     """Runs the benchmark and prints its report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cohort", description=__doc__)
-    names = [*CASES, "layout"]
+    names = [*CASES, "layout", "lora"]
     parser.add_argument("--case", choices=names, help="one case; all of them by default")
     parser.add_argument(
         "--lanes",
@@ -178,6 +180,8 @@ def main() -> None:
     for name in [options.case] if options.case else names:
         if name == "layout":
             report = measure_layout(options.repeats)
+        elif name == "lora":
+            report = measure_lora()
         else:
             report = measure(name, options.repeats, options.lanes)
         if options.json:
