@@ -6,8 +6,8 @@ For each case: `round_s`, one round on all devices; `bare_s`, one compiled loop 
 steps of the same size on one device, without clients, deltas or weights; `price`, one round on
 one device over `bare_s`; `torch_s`, a plain PyTorch loop over clients and batches, at its best;
 `torch_vmap_s`, `torch.func.vmap` over clients with `torch.compile`; `fedjax_s`, FedJAX's FedAvg.
-All in one run, in turn, compilation apart. The cases `layout` and `lora` are of another kind: see
-`layout.py` and `lora.py`.
+All in one run, in turn, compilation apart. The cases `layout`, `lora` and `store` are of another
+kind: see the modules of these names.
 """
 
 import argparse
@@ -25,8 +25,15 @@ from benchmarks import ours, peers
 from benchmarks.cases import CASES, Case, Contestant, dataset, initial_params, torch_dense
 from benchmarks.layout import measure_layout
 from benchmarks.lora import measure_lora
+from benchmarks.store import measure_store
 from benchmarks.timing import interleaved, machine, usable_cores
 from fedjax_lite.engine.execution import Execution, choose_lanes
+
+_OTHERS = {
+    "layout": measure_layout,
+    "lora": lambda repeats: measure_lora(),
+    "store": lambda repeats: measure_store(),
+}
 
 
 def find_peers(
@@ -161,7 +168,7 @@ def summary(report: Mapping[str, Any]) -> str:
 def main() -> None:
     """Runs the benchmark and prints its report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cohort", description=__doc__)
-    names = [*CASES, "layout", "lora"]
+    names = [*CASES, *_OTHERS]
     parser.add_argument("--case", choices=names, help="one case; all of them by default")
     parser.add_argument(
         "--lanes",
@@ -178,10 +185,8 @@ def main() -> None:
         parser.error("--repeats must be at least 5")
     fl.configure_cpu()
     for name in [options.case] if options.case else names:
-        if name == "layout":
-            report = measure_layout(options.repeats)
-        elif name == "lora":
-            report = measure_lora()
+        if name in _OTHERS:
+            report = _OTHERS[name](options.repeats)
         else:
             report = measure(name, options.repeats, options.lanes)
         if options.json:

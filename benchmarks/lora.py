@@ -23,7 +23,7 @@ def measure_lora() -> dict[str, Any]:
     dataset = fl.FederatedDataset.from_clients(
         {i: {"x": x, "y": y} for i, (x, y) in enumerate(zip(*words, strict=True))}
     )
-    cohort = fl.cohort_of(dataset.resident(fl.clients_mesh(1)), range(max(LANES)))
+    cohort = fl.cohort_of(dataset.resident(fl.clients_mesh(1)), np.arange(max(LANES)))
     # Five million params, nine tenths of them in dense layers.
     whole = fl.models.stackoverflow_transformer(
         vocabulary, embedding=256, layers=4, feed_forward=1792, dropout_rate=0.0

@@ -79,6 +79,66 @@ def test_entries_are_read_and_written_by_client_id(lanes, num_devices, memory_ki
 
 
 @eight_devices
+@pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
+@pytest.mark.parametrize(("num_devices", "share"), [(2, 5), (5, 2), (4, 10)])
+def test_each_device_has_its_share_of_the_store(num_devices, share, memory_kind):
+    mesh, dataset = fl.clients_mesh(num_devices), regression_dataset()
+    algorithm = diary(lanes=2, mesh=mesh, memory_kind=memory_kind)
+    start = algorithm.init(jax.random.key(0), num_clients=10)
+    cohort = everyone(dataset.resident(mesh), [3, 0, 9, 1], capacity=9)
+    after, _ = algorithm.round(jax.random.key(0), start, cohort)
+    for state in (start, after):  # A number of devices that does not divide 10: copies.
+        shards = state.store["seen"].addressable_shards
+        assert [shard.data.shape for shard in shards] == [(share, 3)] * num_devices
+        assert state.store["seen"].sharding.memory_kind == memory_kind
+    assert algorithm.round.lower(jax.random.key(0), after, cohort).as_text()
+
+
+@eight_devices
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("num_devices", [2, 5, 3])
+@pytest.mark.parametrize("most_bytes", [1, 2**25])
+def test_entries_come_and_go_to_the_bit(monkeypatch, num_devices, lanes, most_bytes):
+    """Of every dtype, not-a-number and minus zero included, in many transfers or in one."""
+    monkeypatch.setattr("fedjax_lite.engine.store._MOST_BYTES", most_bytes)
+    entries = {
+        "float": jnp.array([-0.0, 0.0, jnp.nan, -jnp.inf, 1e-42]),
+        "half": jnp.array([-0.0, 3.0], jnp.bfloat16),
+        "flag": jnp.array([True, False]),
+        "whole": jnp.int32(-(2**31)),
+        "unsigned": jnp.uint8(255),
+    }
+    algorithm = fl.federated_algorithm(
+        regression_model(),
+        fl.ClientUpdate(
+            init=lambda server, client: client.entry,
+            step=lambda server, client, state, batch, key: state,
+            final=lambda server, client, state: fl.ClientResult(
+                server.params,
+                1.0,
+                entry=jax.tree.map(lambda x: jnp.flip(x) if x.ndim else x, state),
+            ),
+            entry=lambda params: entries,
+        ),
+        optax.sgd(0.0),
+        batch_size=4,
+        lanes=lanes,
+        mesh=fl.clients_mesh(num_devices),
+        on_nonfinite="keep",
+    )
+    population = regression_dataset().resident(fl.clients_mesh(num_devices))
+    state = algorithm.init(jax.random.key(0), num_clients=10)
+    ids = [3, 0, 9, 1, 6, 5]
+    state, _ = algorithm.round(jax.random.key(0), state, everyone(population, ids, capacity=7))
+    flipped = [i for i in ids if SIZES[i]]
+    for name, x in entries.items():
+        expected = np.array(jnp.broadcast_to(x, (10, *x.shape)))
+        if x.ndim:
+            expected[flipped] = expected[flipped][:, ::-1]
+        assert np.asarray(state.store[name]).tobytes() == expected.tobytes()
+
+
+@eight_devices
 def test_entries_follow_clients_to_the_devices_that_have_their_rows():
     mesh, dataset = fl.clients_mesh(3), regression_dataset()
     algorithm = diary(lanes=2, mesh=mesh)

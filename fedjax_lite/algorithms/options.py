@@ -146,7 +146,9 @@ class StoreOptions(_UpdateOptions, _StepOptions, _SpeedOptions, total=False):
         Option(
             "device",
             'Where the store lies: on the `"device"`, or in `"pinned_host"` memory, from which'
-            " entries are copied when their clients train.",
+            " entries are copied when their clients train. Of several devices each has the entries"
+            " of its share of the clients if their number divides that of the clients, and else a"
+            " copy of all.",
         ),
     ]
 

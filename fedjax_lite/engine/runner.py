@@ -9,6 +9,7 @@ cohort. Each device has waves of its own, and one sum over the devices ends the 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,8 @@ from fedjax_lite.engine.batches import Batching, bound_steps, count_processed, c
 from fedjax_lite.engine.client import client_work
 from fedjax_lite.engine.execution import Execution, choose_rewrite, resolved
 from fedjax_lite.engine.stacking import reduce_stacked
-from fedjax_lite.engine.store import check_store
-from fedjax_lite.engine.waves import CohortResult, Versions, exchange, schedule, sum_waves
+from fedjax_lite.engine.store import check_store, collect, exchange, is_spread
+from fedjax_lite.engine.waves import CohortResult, Versions, schedule, sum_waves
 from fedjax_lite.xla import random
 from fedjax_lite.xla.mesh import AXIS, deal, sum_over_devices
 
@@ -78,19 +79,27 @@ def run_clients(
     sizes = num_steps if _differ(cohort, batching) else None
     table = _deal(cohort, execution, sizes)
     slots = table.reshape(-1)
+    spread = bool(jax.tree.leaves(store)) and is_spread(cohort.num_clients, execution.num_devices)
 
     def run_waves(
         table: jax.Array,
         examples: dict[str, jax.Array],
+        store: PyTree,
         num_steps: jax.Array,
         shared: PyTree,
         cohort: Cohort,
         key: jax.Array,
-        store: PyTree,
         versions: Versions | None,
         frozen: PyTree,
     ) -> CohortResult:
         cohort = dataclasses.replace(cohort, examples=examples)
+        device = 0 if mesh is None else jax.lax.axis_index(AXIS)
+        client_ids = cohort.client_ids.at[table].get(mode="fill", fill_value=0)
+        own_table, own_ids = table[device], client_ids[device]
+        own_store, places = store, own_ids
+        if spread:
+            own_store = collect(store, client_ids)
+            places = jnp.arange(own_ids.size, dtype=jnp.int32).reshape(own_ids.shape)
         bound = bound_steps(cohort, batching) if execution.differentiable else None
         kept_store = store if keep_output else ()
         client = client_work(
@@ -106,47 +115,63 @@ def run_clients(
         )
         result = sum_waves(
             client,
-            schedule(cohort, num_steps, table, versions),
-            table,
+            schedule(cohort, num_steps, own_table, versions),
+            own_table,
             key,
-            store,
+            own_store,
+            places,
             versions,
             cohort.capacity,
             keep_output=keep_output,
             stacks=reducer.stacked is not None,
             bound=bound,
         )
-        update, store = result.update, result.store
+        update, kept_store = result.update, result.store
         if mesh is not None:
-            if execution.num_devices > 1:
-                store = exchange(store, table, result.clients["weight"], cohort)
+            if execution.num_devices > 1 and jax.tree.leaves(kept_store):
+                weights = result.clients["weight"].at[own_table].get(mode="fill", fill_value=0)
+                kept_store = exchange(
+                    store if spread else kept_store,
+                    kept_store if spread else None,
+                    places,
+                    own_ids,
+                    weights != 0,
+                    execution.num_devices,
+                )
             without = () if reducer.stacked is not None else update
             result = sum_over_devices(result._replace(update=without, store=()))
         if reducer.stacked is not None:
             weights = result.clients["weight"]
             update = reduce_stacked(reducer, update, slots, weights, execution.num_devices)
             result = result._replace(update=update)
-        return result._replace(store=store)
+        return result._replace(store=kept_store)
 
     without_examples = dataclasses.replace(cohort, examples={})
-    replicated = (num_steps, shared, without_examples, random.fast(key), store, versions, frozen)
+    replicated = (num_steps, shared, without_examples, random.fast(key), versions, frozen)
     if mesh is None:
-        result = run_waves(table[0], cohort.examples, *replicated)
+        result = run_waves(table, cohort.examples, store, *replicated)
     else:
         # With check_vma on, a gradient with respect to replicated params is summed over the
         # devices by autodiff: inside local training, at every step, by devices that take
         # different numbers of steps. Off, gradients inside the body stay the device's own.
         # The table, replicated too, is dealt on each device: split, it would be sent around.
         rows = PartitionSpec() if cohort.device_slots is None else PartitionSpec(AXIS)
-        result = jax.shard_map(
-            lambda table, examples, rest: run_waves(
-                table[jax.lax.axis_index(AXIS)], examples, *rest
-            ),
+        of_store = PartitionSpec(AXIS) if spread else PartitionSpec()
+
+        def on_device(
+            table: jax.Array, examples: dict[str, jax.Array], store: PyTree, rest: Any
+        ) -> tuple[CohortResult, PyTree]:
+            result = run_waves(table, examples, store, *rest)
+            return result._replace(store=()), result.store
+
+        result, store = jax.shard_map(
+            on_device,
             mesh=mesh,
-            in_specs=(PartitionSpec(), rows, PartitionSpec()),
-            out_specs=PartitionSpec(),
+            in_specs=(PartitionSpec(), rows, of_store, PartitionSpec()),
+            out_specs=(PartitionSpec(), of_store),
             check_vma=False,
-        )(table, cohort.examples, replicated)
+        )(table, cohort.examples, store, replicated)
+        result = result._replace(store=store)
     clients = {
         **result.clients,
         "nonfinite": result.clients["nonfinite"] > 0,

@@ -1,6 +1,11 @@
-"""What clients keep between rounds: one entry per client of the population, read by its id."""
+"""What clients keep between rounds: one entry per client of the population, read by its id.
+
+Of several devices each holds the entries of its share of the clients, if the shares are equal, and
+else a copy of all.
+"""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +14,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from fedjax_lite import _validate
 from fedjax_lite.base import PyTree
-from fedjax_lite.xla.mesh import resolve
+from fedjax_lite.xla.mesh import AXIS, resolve
 
 MEMORY_KINDS = ("device", "pinned_host")
+# What devices exchange at once: enough for the start of a transfer not to matter, little beside a
+# store.
+_MOST_BYTES = 2**25
+
+
+def is_spread(num_clients: int, num_devices: int) -> bool:
+    """Whether each device holds the entries of its share of the clients, and not a copy of all."""
+    return num_devices > 1 and num_clients % num_devices == 0
 
 
 def create_store(
@@ -30,7 +43,11 @@ def create_store(
     sharding = (
         SingleDeviceSharding(jax.local_devices()[0], memory_kind=memory_kind)
         if mesh is None
-        else NamedSharding(mesh, PartitionSpec(), memory_kind=memory_kind)
+        else NamedSharding(
+            mesh,
+            PartitionSpec(AXIS if is_spread(num_clients, mesh.size) else None),
+            memory_kind=memory_kind,
+        )
     )
 
     def entries(x: jax.Array) -> jax.Array:
@@ -41,9 +58,8 @@ def create_store(
             return jax.device_put(stacked, jax.memory.Space.Host) if on_host else stacked
         # By way of the host: it may have room where the device has not. Unlike device_put, it
         # sends nothing around to compare what several processes have.
-        return jax.make_array_from_process_local_data(
-            sharding, np.broadcast_to(np.asarray(x), shape)
-        )
+        everyone = np.broadcast_to(np.asarray(x), shape)
+        return jax.make_array_from_callback(shape, sharding, lambda index: everyone[index])
 
     return jax.tree.map(entries, _validate.strong(entry))
 
@@ -98,6 +114,95 @@ def write(store: PyTree, client_ids: jax.Array, kept: jax.Array, entries: PyTree
         return jax.lax.fori_loop(0, ids.size, one, x)
 
     return jax.tree.map(put, store, entries)
+
+
+def collect(part: PyTree, client_ids: jax.Array) -> PyTree:
+    """The entries of a device's own clients, from the parts of all devices.
+
+    Args:
+      part: Entries of this device's share of the clients, arrays `[share, ...]`.
+      client_ids: The clients of all devices, int32 `[devices, waves, lanes]`.
+
+    Returns:
+      Arrays `[waves * lanes, ...]`.
+    """
+    num_devices, num_waves, lanes = client_ids.shape
+    size = _waves_at_once(part, num_devices, num_waves, lanes)
+
+    def one_group(i: jax.Array, own: PyTree) -> PyTree:
+        start = jnp.minimum(i * size, num_waves - size)
+        ids = jax.lax.dynamic_slice_in_dim(client_ids, start, size, 1)
+        places, _ = _local(part, ids.reshape(-1))
+        holder = ids[jax.lax.axis_index(AXIS)].reshape(-1) // _share(part)
+
+        def fetch(own: jax.Array, entries: jax.Array) -> jax.Array:
+            # Each device sends each other one as many entries as that one has clients, of which
+            # those that it holds count: no bit is touched.
+            sent = entries.reshape(num_devices, size * lanes, *entries.shape[1:])
+            received = jax.lax.all_to_all(sent, AXIS, 0, 0)
+            fetched = received[holder, jnp.arange(size * lanes)]
+            return jax.lax.dynamic_update_slice_in_dim(own, fetched, start * lanes, 0)
+
+        return jax.tree.map(fetch, own, read(part, places))
+
+    nothing = jax.tree.map(lambda x: jnp.zeros((num_waves * lanes, *x.shape[1:]), x.dtype), part)
+    return jax.lax.fori_loop(0, -(-num_waves // size), one_group, nothing)
+
+
+def exchange(
+    store: PyTree,
+    own: PyTree | None,
+    places: jax.Array,
+    client_ids: jax.Array,
+    kept: jax.Array,
+    num_devices: int,
+) -> PyTree:
+    """A device's copy of the store, or its part, with what the clients of all devices keep.
+
+    Args:
+      store: The copy or part.
+      own: What holds the new entries of the device's own clients; `None` if its copy does.
+      places: Where, int32 `[waves, lanes]`.
+      client_ids: The device's own clients, int32 `[waves, lanes]`.
+      kept: Whether these keep something new.
+      num_devices: How many devices there are.
+    """
+    num_waves, lanes = places.shape
+    size = _waves_at_once(store, num_devices, num_waves, lanes)
+
+    # Some waves at a time, so that memory does not grow with the cohort.
+    def one_group(i: jax.Array, store: PyTree) -> PyTree:
+        start = jnp.minimum(i * size, num_waves - size)
+        at, ids, keeps = (
+            jax.lax.dynamic_slice_in_dim(x, start, size).reshape(-1)
+            for x in (places, client_ids, kept)
+        )
+        new = (ids, keeps, read(store if own is None else own, at))
+        ids, keeps, entries = jax.lax.all_gather(new, AXIS, tiled=True)
+        if own is not None:
+            ids, is_here = _local(store, ids)
+            keeps &= is_here
+        return write(store, ids, keeps, entries)
+
+    return jax.lax.fori_loop(0, -(-num_waves // size), one_group, store)
+
+
+def _waves_at_once(store: PyTree, num_devices: int, num_waves: int, lanes: int) -> int:
+    """How many waves of all devices exchange their entries at once."""
+    per_entry = sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in jax.tree.leaves(store))
+    at_once = _MOST_BYTES // max(per_entry * num_devices * lanes, 1)
+    return min(max(at_once, 1), num_waves)
+
+
+def _local(part: PyTree, client_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where clients are in a device's part of the store, and whether they are there."""
+    share = _share(part)
+    places = client_ids - jax.lax.axis_index(AXIS) * share
+    return jnp.clip(places, 0, share - 1), (places >= 0) & (places < share)
+
+
+def _share(part: PyTree) -> int:
+    return jax.tree.leaves(part)[0].shape[0]
 
 
 def _on_host(x: jax.Array) -> bool:

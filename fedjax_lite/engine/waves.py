@@ -11,7 +11,6 @@ from fedjax_lite.base import Cohort, PyTree
 from fedjax_lite.engine.batches import KEY_DATA, KEY_INIT, KEY_STEP, Slot, client_key
 from fedjax_lite.engine.client import Sent, Trainee, Work
 from fedjax_lite.engine.store import read, write
-from fedjax_lite.xla.mesh import AXIS
 from fedjax_lite.xla.packing import pack, unpack
 
 MEASURED = ("_before", "_after")
@@ -65,14 +64,16 @@ def schedule(
     return jnp.stack(fields, 1).at[table].get(mode="fill", fill_value=0)
 
 
-def _trainee(row: jax.Array, key: jax.Array, store: PyTree, versions: Versions | None) -> Trainee:
+def _trainee(
+    row: jax.Array, place: jax.Array, key: jax.Array, store: PyTree, versions: Versions | None
+) -> Trainee:
     """The client of a row of the schedule, or of rows `[lanes, ...]`, in a round with this key."""
-    client_id, num_examples, offset, num_steps, *place = jnp.moveaxis(row, -1, 0)
+    client_id, num_examples, offset, num_steps, *version = jnp.moveaxis(row, -1, 0)
     purposes = jnp.array([KEY_INIT, KEY_DATA, KEY_STEP])
     keys = client_key(key, client_id[..., None], purposes)
-    received = {} if versions is None else read(versions.fields, place[0])
+    received = {} if versions is None else read(versions.fields, version[0])
     slot = Slot(client_id, num_examples, offset)
-    return Trainee(slot, num_steps, keys, read(store, client_id), received)
+    return Trainee(slot, num_steps, keys, read(store, place), received)
 
 
 def _repeat(
@@ -155,6 +156,7 @@ def sum_waves(
     table: jax.Array,
     key: jax.Array,
     store: PyTree,
+    places: jax.Array,
     versions: Versions | None,
     capacity: int,
     *,
@@ -170,6 +172,7 @@ def sum_waves(
       table: Their slots `[waves, lanes]`; the capacity means none.
       key: Key of the round.
       store: What clients keep.
+      places: Where the entries of the clients are in it, int32 `[waves, lanes]`.
       versions: What they start from.
       capacity: Number of slots of the cohort.
       keep_output: Whether the store is kept up to date.
@@ -177,12 +180,14 @@ def sum_waves(
       bound: Length of the loops if they are to be differentiated.
     """
     if alone := table.shape[1] == 1:
-        table, waves = table[:, 0], waves[:, 0]
+        table, waves, places = table[:, 0], waves[:, 0], places[:, 0]
     work, num_axes = _wave(lane, alone=alone, stacks=stacks), table.ndim - 1
 
     def trainees_of(wave: jax.Array, store: PyTree) -> Trainee:
-        row = jax.lax.dynamic_index_in_dim(waves, wave, keepdims=False)
-        return _trainee(row, key, store, versions)
+        row, place = (
+            jax.lax.dynamic_index_in_dim(x, wave, keepdims=False) for x in (waves, places)
+        )
+        return _trainee(row, place, key, store, versions)
 
     def form() -> tuple[PyTree, dict[str, jax.Array]]:
         """What a wave sends, its steps left out, which change no shape."""
@@ -206,7 +211,8 @@ def sum_waves(
         per_client = list(map(put, per_client, pack(sent.metrics, num_axes)))
         if keep_output:
             kept = sent.metrics["weight"] != 0
-            kept_store = write(kept_store, trainees.slot.id, kept, sent.output)
+            place = jax.lax.dynamic_index_in_dim(places, wave, keepdims=False)
+            kept_store = write(kept_store, place, kept, sent.output)
         return (updates, *total), per_client, kept_store
 
     summed, metrics = jax.eval_shape(form)
@@ -240,19 +246,3 @@ def sum_waves(
 
     clients = unpack([in_cohort_order(x) for x in per_client], metrics, num_axes)
     return CohortResult(update, weight, model_state, statistics, kept_store, clients)
-
-
-def exchange(store: PyTree, table: jax.Array, weights: jax.Array, cohort: Cohort) -> PyTree:
-    """The store with what the clients of all devices keep, from the copies of each device."""
-    if not jax.tree.leaves(store):
-        return store
-    slots = jnp.minimum(table, cohort.capacity - 1)
-    client_ids = cohort.client_ids[slots]
-    kept = (table < cohort.capacity) & (weights[slots] != 0)
-
-    # A wave at a time, so that memory does not grow with the cohort.
-    def one_wave(wave: jax.Array, store: PyTree) -> PyTree:
-        new = (client_ids[wave], kept[wave], read(store, client_ids[wave]))
-        return write(store, *jax.lax.all_gather(new, AXIS, tiled=True))
-
-    return jax.lax.fori_loop(0, table.shape[0], one_wave, store)
