@@ -91,7 +91,6 @@ def test_each_device_has_its_share_of_the_store(num_devices, share, memory_kind)
         shards = state.store["seen"].addressable_shards
         assert [shard.data.shape for shard in shards] == [(share, 3)] * num_devices
         assert state.store["seen"].sharding.memory_kind == memory_kind
-    assert algorithm.round.lower(jax.random.key(0), after, cohort).as_text()
 
 
 @eight_devices
@@ -240,3 +239,12 @@ def test_init_asks_for_the_size_of_the_population(build, options, message):
 def test_an_unknown_memory_kind_is_refused():
     with pytest.raises(ValueError, match="memory_kind is 'hbm'; choose one of 'device', 'pinned"):
         diary(memory_kind="hbm")
+
+
+@eight_devices
+@pytest.mark.parametrize("num_devices", [1, 2, 3, 5])
+def test_a_spread_store_compiles_once(num_devices):
+    mesh = fl.clients_mesh(num_devices)
+    algorithm = diary(mesh=mesh)
+    run(algorithm, regression_dataset(), ORDERS[:2], mesh)
+    assert algorithm.round._cache_size() == 1

@@ -45,7 +45,7 @@ def create_store(
         if mesh is None
         else NamedSharding(
             mesh,
-            PartitionSpec(AXIS if is_spread(num_clients, mesh.size) else None),
+            PartitionSpec(*[AXIS] * is_spread(num_clients, mesh.size)),
             memory_kind=memory_kind,
         )
     )
