@@ -277,8 +277,7 @@ def test_an_interrupt_finishes_the_round_and_saves_it(tmp_path):
 
 def damage(folder):
     """Alters single bits all over the files that hold the arrays: parts of them are not in use."""
-    sizes = {path: path.stat().st_size for path in folder.rglob("d/*")}
-    for path in (path for path, size in sizes.items() if size == max(sizes.values())):
+    for path in folder.rglob("d/*"):
         content = bytearray(path.read_bytes())
         content[::32] = bytes(byte ^ 1 for byte in content[::32])
         path.write_bytes(content)

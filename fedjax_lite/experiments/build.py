@@ -250,7 +250,10 @@ def _model(value: Any, loaded: Loaded) -> Model:
             f"model is {told}, of {model.num_classes} classes or ids, and the data have"
             f" {loaded.num_classes}; choose at least as many."
         )
-    batch = {n: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for n, x in examples.items()}
+    batch = {
+        name: jax.ShapeDtypeStruct((2, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
+        for name, x in examples.items()
+    }
     batch["mask"] = jax.ShapeDtypeStruct((2,), bool)
 
     def try_on(key: jax.Array, batch: dict[str, jax.Array]) -> Any:
