@@ -64,12 +64,19 @@ def expected_store(dataset, orders):
 ORDERS = [[3, 0, 9, 1], [8, 3, 2, 7, 6, 5, 0, 4, 1], [3], [4, 9, 1, 0, 2]]
 
 
+@pytest.fixture(params=[0, 2**28], ids=["spread", "copied"])
+def spread(request, monkeypatch):
+    """Whether stores are spread over devices, were they large or not."""
+    monkeypatch.setattr("fedjax_lite.engine.store._LEAST_SPREAD_BYTES", request.param)
+    return request.param == 0
+
+
 @eight_devices
 @pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
 @pytest.mark.parametrize(
     ("lanes", "num_devices"), [(1, 1), (3, 1), (64, 1), (1, 4), (3, 2), (2, 8)]
 )
-def test_entries_are_read_and_written_by_client_id(lanes, num_devices, memory_kind):
+def test_entries_are_read_and_written_by_client_id(spread, lanes, num_devices, memory_kind):
     mesh, dataset = fl.clients_mesh(num_devices), regression_dataset()
     algorithm = diary(lanes=lanes, mesh=mesh, memory_kind=memory_kind)
     start = algorithm.init(jax.random.key(0), num_clients=10)
@@ -81,7 +88,8 @@ def test_entries_are_read_and_written_by_client_id(lanes, num_devices, memory_ki
 @eight_devices
 @pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
 @pytest.mark.parametrize(("num_devices", "share"), [(2, 5), (5, 2), (4, 10)])
-def test_each_device_has_its_share_of_the_store(num_devices, share, memory_kind):
+def test_each_device_has_its_share_of_the_store(spread, num_devices, share, memory_kind):
+    share = share if spread else 10
     mesh, dataset = fl.clients_mesh(num_devices), regression_dataset()
     algorithm = diary(lanes=2, mesh=mesh, memory_kind=memory_kind)
     start = algorithm.init(jax.random.key(0), num_clients=10)
@@ -97,7 +105,7 @@ def test_each_device_has_its_share_of_the_store(num_devices, share, memory_kind)
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("num_devices", [2, 5, 3])
 @pytest.mark.parametrize("most_bytes", [1, 2**25])
-def test_entries_come_and_go_to_the_bit(monkeypatch, num_devices, lanes, most_bytes):
+def test_entries_come_and_go_to_the_bit(monkeypatch, spread, num_devices, lanes, most_bytes):
     """Of every dtype, not-a-number and minus zero included, in many transfers or in one."""
     monkeypatch.setattr("fedjax_lite.engine.store._MOST_BYTES", most_bytes)
     entries = {
@@ -138,7 +146,7 @@ def test_entries_come_and_go_to_the_bit(monkeypatch, num_devices, lanes, most_by
 
 
 @eight_devices
-def test_entries_follow_clients_to_the_devices_that_have_their_rows():
+def test_entries_follow_clients_to_the_devices_that_have_their_rows(spread):
     mesh, dataset = fl.clients_mesh(3), regression_dataset()
     algorithm = diary(lanes=2, mesh=mesh)
     population = dataset.streamed(9, mesh=mesh)
@@ -243,7 +251,7 @@ def test_an_unknown_memory_kind_is_refused():
 
 @eight_devices
 @pytest.mark.parametrize("num_devices", [1, 2, 3, 5])
-def test_a_spread_store_compiles_once(num_devices):
+def test_a_store_compiles_once(spread, num_devices):
     mesh = fl.clients_mesh(num_devices)
     algorithm = diary(mesh=mesh)
     run(algorithm, regression_dataset(), ORDERS[:2], mesh)

@@ -146,9 +146,9 @@ class StoreOptions(_UpdateOptions, _StepOptions, _SpeedOptions, total=False):
         Option(
             "device",
             'Where the store lies: on the `"device"`, or in `"pinned_host"` memory, from which'
-            " entries are copied when their clients train. Of several devices each has the entries"
-            " of its share of the clients if their number divides that of the clients, and else a"
-            " copy of all.",
+            " entries are copied when their clients train. Of several devices each has a copy of a"
+            " small store; of one of 256 MiB or more the entries of its share of the clients, if"
+            " the number of devices divides that of the clients.",
         ),
     ]
 

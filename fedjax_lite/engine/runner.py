@@ -79,7 +79,7 @@ def run_clients(
     sizes = num_steps if _differ(cohort, batching) else None
     table = _deal(cohort, execution, sizes)
     slots = table.reshape(-1)
-    spread = bool(jax.tree.leaves(store)) and is_spread(cohort.num_clients, execution.num_devices)
+    spread = is_spread(store, cohort.num_clients, execution.num_devices)
 
     def run_waves(
         table: jax.Array,
