@@ -1,5 +1,7 @@
 """What clients keep between rounds."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -256,3 +258,41 @@ def test_a_store_compiles_once(spread, num_devices):
     algorithm = diary(mesh=mesh)
     run(algorithm, regression_dataset(), ORDERS[:2], mesh)
     assert algorithm.round._cache_size() == 1
+
+
+@eight_devices
+def test_runs_with_spread_stores_resume_and_are_evaluated(spread, tmp_path):
+    mesh, dataset = fl.clients_mesh(2), regression_dataset()
+    algorithm = fl.apfl(regression_model(), optax.sgd(0.05), batch_size=4, mesh=mesh)
+    arguments = {
+        "algorithm": algorithm,
+        "population": dataset.resident(mesh),
+        "sampler": fl.samplers.uniform(10, 4),
+        "key": jax.random.key(1),
+    }
+    whole = fl.train(num_rounds=6, **arguments)
+    fl.train(num_rounds=4, checkpoints=fl.Checkpoints(tmp_path, every=2), **arguments)
+    resumed = fl.train(num_rounds=6, checkpoints=fl.Checkpoints(tmp_path, every=2), **arguments)
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
+    store = jax.tree.leaves(resumed.state.store)[0]
+    assert store.addressable_shards[0].data.shape[0] == (5 if spread else 10)
+    loaded = fl.load_state(tmp_path, algorithm.init(jax.random.key(0), num_clients=10))
+    jax.tree.map(np.testing.assert_array_equal, loaded.store, whole.state.store)
+    cohort = everyone(arguments["population"])
+    of_clients = fl.evaluate_clients(
+        regression_model(), loaded, cohort, client_params=algorithm.client_params, mesh=mesh
+    )
+    # The same on one device, which has copies.
+    alone = fl.clients_mesh(1)
+    params, store = jax.device_get((loaded.params, loaded.store))
+    one = fl.apfl(regression_model(), optax.sgd(0.05), batch_size=4, mesh=alone)
+    state = one.init(params, num_clients=10)
+    state = dataclasses.replace(state, store=jax.tree.map(jnp.asarray, store))
+    expected = fl.evaluate_clients(
+        regression_model(),
+        state,
+        everyone(dataset.resident(alone)),
+        client_params=one.client_params,
+        mesh=alone,
+    )
+    np.testing.assert_allclose(of_clients.clients["loss"], expected.clients["loss"], rtol=1e-5)
