@@ -226,7 +226,7 @@ def test_lora_refuses_what_it_cannot_adapt():
 
 def transformer():
     return fl.models.stackoverflow_transformer(
-        1000, embedding=32, layers=2, num_heads=2, feed_forward=64, dropout_rate=0.0
+        1000, embedding=16, layers=1, num_heads=2, feed_forward=32, dropout_rate=0.0
     )
 
 
@@ -238,7 +238,7 @@ def sentences(num_clients=4, length=6):
     )
 
 
-@pytest.mark.parametrize("options", [{"lanes": 1}, {"lanes": 3}, {"devices": 2}, {"devices": 8}])
+@pytest.mark.parametrize("options", [{"lanes": 3}, {"devices": 2}])
 def test_lanes_and_devices_change_nothing(options):
     num_devices = options.pop("devices", None)
     if num_devices is not None:

@@ -104,9 +104,9 @@ def test_each_device_has_its_share_of_the_store(spread, num_devices, share, memo
 
 
 @eight_devices
-@pytest.mark.parametrize("lanes", [1, 2])
-@pytest.mark.parametrize("num_devices", [2, 5, 3])
-@pytest.mark.parametrize("most_bytes", [1, 2**25])
+@pytest.mark.parametrize(
+    ("num_devices", "lanes", "most_bytes"), [(2, 1, 1), (5, 2, 1), (2, 2, 2**25), (3, 2, 2**25)]
+)
 def test_entries_come_and_go_to_the_bit(monkeypatch, spread, num_devices, lanes, most_bytes):
     """Of every dtype, not-a-number and minus zero included, in many transfers or in one."""
     monkeypatch.setattr("fedjax_lite.engine.store._MOST_BYTES", most_bytes)
