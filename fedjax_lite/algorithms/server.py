@@ -30,7 +30,7 @@ from fedjax_lite.engine.runner import ON_NONFINITE, run_clients
 from fedjax_lite.engine.store import create_store
 from fedjax_lite.engine.waves import Versions
 from fedjax_lite.models.model import Model
-from fedjax_lite.updates.pipeline import send_through
+from fedjax_lite.updates.pipeline import first_entry, send_through
 from fedjax_lite.updates.reducers import weighted_mean
 from fedjax_lite.xla import random
 from fedjax_lite.xla.cpu import Paced, jit_once, warn_if_unconfigured
@@ -173,7 +173,7 @@ def federated_algorithm(
         return () if client_entry is None else client_entry(params)
 
     def pipeline_entry_of(params: PyTree) -> PyTree:
-        return () if pipeline is None or pipeline.entry is None else pipeline.entry(params)
+        return () if pipeline is None else first_entry(pipeline, params)
 
     keeps = client_entry is not None or (pipeline is not None and pipeline.entry is not None)
 

@@ -130,6 +130,8 @@ def write(store: PyTree, client_ids: jax.Array, kept: jax.Array, entries: PyTree
 def collect(part: PyTree, client_ids: jax.Array) -> PyTree:
     """The entries of a device's own clients, from the parts of all devices.
 
+    Their memory grows with the cohort, up to that of another part: still no more than a copy.
+
     Args:
       part: Entries of this device's share of the clients, arrays `[share, ...]`.
       client_ids: The clients of all devices, int32 `[devices, waves, lanes]`.

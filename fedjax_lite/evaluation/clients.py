@@ -48,6 +48,18 @@ class ClientEvaluation(NamedTuple):
         return record(self, self._asdict())
 
 
+def model_of(state: ServerState, store: PyTree = ()) -> ServerState:
+    """What evaluations of clients read of a state, and nothing that would be copied in vain."""
+    return ServerState(
+        params=state.params,
+        model_state=state.model_state,
+        opt_state=(),
+        round=state.round,
+        store=store,
+        frozen=state.frozen,
+    )
+
+
 def evaluate_clients(
     model: Model,
     state: ServerState,
@@ -113,14 +125,7 @@ def evaluate_clients(
             )
         check_store(state.store, cohort.num_clients)
     return _evaluate_clients(
-        ServerState(
-            params=state.params,
-            model_state=state.model_state,
-            opt_state=(),
-            round=state.round,
-            store=() if client_params is None else state.store,
-            frozen=state.frozen,
-        ),
+        model_of(state, () if client_params is None else state.store),
         dataclasses.replace(cohort, max_steps=None, staleness=None),
         jax.random.key(0) if key is None else key,
         measure=measure_of(model, metrics),

@@ -29,6 +29,7 @@ from fedjax_lite.engine.runner import run_clients
 from fedjax_lite.evaluation.clients import (
     ClientEvaluation,
     client_evaluation,
+    model_of,
     reading_once,
     report_sums,
 )
@@ -113,13 +114,7 @@ def evaluate_fine_tuned(
         shuffle=shuffle,
     )
     return _evaluate_fine_tuned(
-        ServerState(
-            params=state.params,
-            model_state=state.model_state,
-            opt_state=(),
-            round=state.round,
-            frozen=state.frozen,
-        ),
+        model_of(state),
         train_cohort,
         held_out_cohort,
         key,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lite import _validate
-from fedjax_lite.base import Batch, PyTree
+from fedjax_lite.base import PyTree
 from fedjax_lite.engine.frozen import read_frozen
 from fedjax_lite.models.model import Model
 
@@ -78,7 +78,10 @@ def frozen(model: Model, names: Names) -> Model:
             lambda x, y: y if x is None else x, trained, kept, is_leaf=lambda x: x is None
         )
 
-    return _reading_frozen(model, merge)._replace(init=model.init, split=split, merge=merge)
+    def call(function: Callable[..., Any], trained: PyTree, *args: Any) -> Any:
+        return function(merge(trained, read_frozen()), *args)
+
+    return _called(model, call)._replace(split=split, merge=merge)
 
 
 def _matching(names: Names) -> Callable[[str], bool]:
@@ -98,21 +101,16 @@ def _refuse_second(model: Model) -> None:
         )
 
 
-def _reading_frozen(model: Model, merge: Callable[[PyTree, PyTree], PyTree]) -> Model:
-    """The model as a function of what is trained."""
+def _called(model: Model, call: Callable[..., Any]) -> Model:
+    """The model whose functions are called by `call(function, params, ...)`."""
 
-    def loss(params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array) -> Any:
-        return model.loss(merge(params, read_frozen()), model_state, batch, key)
-
-    def metrics(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        return model.metrics(merge(params, read_frozen()), model_state, batch)
-
-    def predict(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
-        assert model.predict is not None
-        return model.predict(merge(params, read_frozen()), model_state, batch)
+    def called(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(call, function)
 
     return model._replace(
-        loss=loss, metrics=metrics, predict=None if model.predict is None else predict
+        loss=called(model.loss),
+        metrics=called(model.metrics),
+        predict=None if model.predict is None else called(model.predict),
     )
 
 
@@ -196,36 +194,20 @@ def lora(
             _validate.same_form("base", base, params, "pass params of this model.")
         return {"adapters": adapters, "base": params if base is None else base}, model_state
 
-    def adapted(call: Callable[..., Any], adapters: PyTree) -> Callable[..., Any]:
+    def call(function: Callable[..., Any], trained: PyTree, *args: Any) -> Any:
         def add(layer: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
-            own = adapters.get(_name(layer))
+            own = trained["adapters"].get(_name(layer))
             if own is None:
                 return y
             flat = x.reshape(*x.shape[: x.ndim - _inputs(layer)], -1)
             low = flat @ own["a"].astype(y.dtype)
             return y + scale * (low @ own["b"].astype(y.dtype)).reshape(y.shape)
 
-        def run(*args: Any) -> Any:
-            with nn.intercept_methods(functools.partial(_on_dense, add)):
-                return call(*args)
+        with nn.intercept_methods(functools.partial(_on_dense, add)):
+            return function(read_frozen(), *args)
 
-        return run
-
-    def loss(params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array) -> Any:
-        return adapted(model.loss, params["adapters"])(read_frozen(), model_state, batch, key)
-
-    def metrics(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        return adapted(model.metrics, params["adapters"])(read_frozen(), model_state, batch)
-
-    def predict(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
-        assert model.predict is not None
-        return adapted(model.predict, params["adapters"])(read_frozen(), model_state, batch)
-
-    return model._replace(
+    return _called(model, call)._replace(
         init=init,
-        loss=loss,
-        metrics=metrics,
-        predict=None if model.predict is None else predict,
         split=lambda params: ({"adapters": params["adapters"]}, params["base"]),
         merge=lambda trained, kept: {**trained, "base": kept},
     )

@@ -5,6 +5,7 @@ import optax
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Client, Guarantees, Message, PyTree, UpdateTransform
+from fedjax_lite.updates.pipeline import first_entry
 
 
 def error_feedback(transform: UpdateTransform) -> UpdateTransform:
@@ -41,8 +42,7 @@ def error_feedback(transform: UpdateTransform) -> UpdateTransform:
     _validate.instance("transform", transform, UpdateTransform, "fl.quantize_uniform(4)")
 
     def entry(params: PyTree) -> PyTree:
-        own = () if transform.entry is None else transform.entry(params)
-        return optax.tree.zeros_like(params), own
+        return optax.tree.zeros_like(params), first_entry(transform, params)
 
     def client(key: jax.Array, state: PyTree, message: Message, client: Client) -> Message:
         error, own = message.entry

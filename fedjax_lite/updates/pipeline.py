@@ -56,7 +56,7 @@ def chain(*transforms: UpdateTransform) -> UpdateTransform:
         return jax.random.split(key, max(len(transforms), 1))
 
     def entry_of(params: PyTree) -> PyTree:
-        return tuple(_entry(transform, params) for transform in transforms)
+        return tuple(first_entry(transform, params) for transform in transforms)
 
     def client(key: jax.Array, state: PyTree, message: Message, client: Client) -> Message:
         entries, statistics = [], []
@@ -103,7 +103,8 @@ def chain(*transforms: UpdateTransform) -> UpdateTransform:
     )
 
 
-def _entry(transform: UpdateTransform, params: PyTree) -> PyTree:
+def first_entry(transform: UpdateTransform, params: PyTree) -> PyTree:
+    """What a transform keeps with a client before its first round; `()` if it keeps nothing."""
     return () if transform.entry is None else transform.entry(params)
 
 
@@ -177,13 +178,8 @@ def downlink(transform: UpdateTransform) -> UpdateTransform:
         sent = transform.client(key, state, message, nobody)
         return sent.update, sent.metrics.get("bits_up")
 
-    return UpdateTransform(
-        init=transform.init,
-        client=lambda key, state, message, client: message,
-        server=lambda key, state, aggregate, statistics: (aggregate, state, {}),
-        broadcast=broadcast,
-        guarantees=lambda before: before,
-    )
+    untouched = stateless(lambda key, message: message, lambda before: before)
+    return untouched._replace(init=transform.init, broadcast=broadcast)
 
 
 def send_through(pipeline: UpdateTransform, client_update: ClientUpdate) -> ClientUpdate:
