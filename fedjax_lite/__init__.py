@@ -19,7 +19,15 @@ from fedjax_lite.base import (
     UpdateTransform,
 )
 from fedjax_lite.data import FederatedDataset, partition
-from fedjax_lite.engine import TunedLanes, cohort, cohort_of, prefetch, tune_lanes
+from fedjax_lite.engine import (
+    FileStore,
+    TunedLanes,
+    cohort,
+    cohort_of,
+    prefetch,
+    store_in_file,
+    tune_lanes,
+)
 from fedjax_lite.evaluation import (
     ClientEvaluation,
     evaluate,
@@ -63,6 +71,7 @@ __all__ = [
     "Experiment",
     "FederatedAlgorithm",
     "FederatedDataset",
+    "FileStore",
     "Guarantees",
     "History",
     "InterruptedTraining",
@@ -103,6 +112,7 @@ __all__ = [
     "samplers",
     "server_optimizers",
     "stopping",
+    "store_in_file",
     "summarize_clients",
     "sweep",
     "train",

@@ -52,6 +52,8 @@ class Cohort:
         is timed out; `None` if nothing bounds them.
       staleness: `[clients]`, int32, how many rounds old the params are that each client starts
         from, for algorithms with `max_staleness`; `None` if all start from the newest.
+      has_entries: Whether the stores of the state hold the entries of this cohort's clients alone,
+        one for each slot, as they do while a store lies in a file (static).
       sample: For generated clients, the function that draws a batch (static).
     """
 
@@ -63,6 +65,7 @@ class Cohort:
     device_slots: jax.Array | None = None
     max_steps: jax.Array | None = None
     staleness: jax.Array | None = None
+    has_entries: bool = dataclasses.field(default=False, metadata={"static": True})
     sample: Callable[[jax.Array, jax.Array], dict[str, jax.Array]] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
@@ -87,10 +90,10 @@ class ServerState:
       opt_state: State of the server optimizer.
       round: Number of rounds run, int32 scalar.
       store: What clients keep between rounds: a pytree of arrays `[num_clients, ...]`, indexed
-        by client id; empty if they keep nothing.
+        by client id, or a `fl.FileStore`; empty if they keep nothing.
       pipeline_state: State of the update pipeline; empty if there is none.
-      pipeline_store: What the update pipeline keeps with clients between rounds: arrays
-        `[num_clients, ...]`; empty if it keeps nothing.
+      pipeline_store: What the update pipeline keeps with clients between rounds, as `store` is;
+        empty if it keeps nothing.
       versions: Params and model state of the last rounds, arrays `[max_staleness + 1, ...]`, that
         before round r at place r modulo their number; empty without `max_staleness`.
       frozen: Params that are not trained; empty if all are.

@@ -26,7 +26,7 @@ ROOMS = [
     "experiments",
     "cli",
 ]
-HELPERS = {"_extras", "_repr", "_validate"}  # Of every room; they import from none.
+HELPERS = {"_extras", "_files", "_repr", "_validate"}  # Of every room; they import from none.
 
 
 def module_of(path):

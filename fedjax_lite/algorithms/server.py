@@ -26,6 +26,7 @@ from fedjax_lite.base import (
 )
 from fedjax_lite.engine.batches import DEFAULT_BATCH_SIZE, KEY_SERVER, Batching, adapt_batch_size
 from fedjax_lite.engine.execution import Execution
+from fedjax_lite.engine.file_store import around_files
 from fedjax_lite.engine.runner import ON_NONFINITE, run_clients
 from fedjax_lite.engine.store import create_store
 from fedjax_lite.engine.waves import Versions
@@ -294,7 +295,7 @@ def federated_algorithm(
         info = round_info(cohort, result, aggregate, server, down_bits, skip, left_out, metrics)
         return after, info
 
-    return FederatedAlgorithm(init, Paced(round, check), client_params)
+    return FederatedAlgorithm(init, Paced(round, check, around_files), client_params)
 
 
 def _mean_state(

@@ -16,7 +16,7 @@ from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.settings import Settings
-from fedjax_lite.runs.files import locked, write_text
+from fedjax_lite._files import locked, write_text
 from fedjax_lite.runs.plot.style import COLORS, new_axes, save
 from fedjax_lite.runs.records import git_revision, jsonable, machine
 

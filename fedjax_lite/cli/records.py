@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fedjax_lite.cli.errors import UsageError
-from fedjax_lite.runs.files import locked, write_text
+from fedjax_lite._files import locked, write_text
 
 
 def new_folder(name: str) -> Path:

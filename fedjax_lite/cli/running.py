@@ -16,7 +16,7 @@ from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import read_run
 from fedjax_lite.experiments.build import Experiment
-from fedjax_lite.runs.files import write_text
+from fedjax_lite._files import write_text
 from fedjax_lite.runs.plot.lines import draw
 from fedjax_lite.runs.plot.of_runs import panels, title
 from fedjax_lite.runs.progress import progress

@@ -36,7 +36,7 @@ from fedjax_lite.experiments.varying import (
     varied_settings,
     with_numbers,
 )
-from fedjax_lite.runs.files import locked, write_text
+from fedjax_lite._files import locked, write_text
 from fedjax_lite.runs.plot.lines import MAX_CURVES, draw
 from fedjax_lite.runs.plot.of_runs import panels, title
 from fedjax_lite.runs.reading import group_seeds, name_groups, number, read_object

@@ -53,7 +53,8 @@ def run_clients(
       cohort: Who takes part.
       key: Typed key of the round; clients derive theirs from it by their id.
       batching: What a client runs through.
-      store: What clients keep between rounds, arrays `[num_clients, ...]`.
+      store: What clients keep between rounds, arrays `[num_clients, ...]`, or `[clients, ...]` of
+        a cohort that has its own.
       versions: What clients start from in place of fields of `shared`, if not all from the same.
       frozen: Params that the model does not train.
       keep_output: Whether what clients return for the store replaces what they had.
@@ -72,14 +73,15 @@ def run_clients(
         clients send; the rows of the cohort lie on another mesh; `differentiable` without a bound
         on the number of steps.
     """
-    check_store(store, cohort.num_clients)
+    num_entries = cohort.capacity if cohort.has_entries else cohort.num_clients
+    check_store(store, num_entries)
     execution = resolved(execution, shared, cohort.capacity)
     mesh, rewrite = execution.mesh, choose_rewrite(execution)
     num_steps = count_steps(cohort, random.fast(key), batching)
     sizes = num_steps if _differ(cohort, batching) else None
     table = _deal(cohort, execution, sizes)
     slots = table.reshape(-1)
-    spread = is_spread(store, cohort.num_clients, execution.num_devices)
+    spread = is_spread(store, num_entries, execution.num_devices)
 
     def run_waves(
         table: jax.Array,
@@ -94,12 +96,15 @@ def run_clients(
     ) -> CohortResult:
         cohort = dataclasses.replace(cohort, examples=examples)
         device = 0 if mesh is None else jax.lax.axis_index(AXIS)
-        client_ids = cohort.client_ids.at[table].get(mode="fill", fill_value=0)
-        own_table, own_ids = table[device], client_ids[device]
-        own_store, places = store, own_ids
+        slots_or_ids = cohort.client_ids
+        if cohort.has_entries:
+            slots_or_ids = jnp.arange(cohort.capacity, dtype=jnp.int32)
+        entries = slots_or_ids.at[table].get(mode="fill", fill_value=0)
+        own_table, own_entries = table[device], entries[device]
+        own_store, places = store, own_entries
         if spread:
-            own_store = collect(store, client_ids)
-            places = jnp.arange(own_ids.size, dtype=jnp.int32).reshape(own_ids.shape)
+            own_store = collect(store, entries)
+            places = jnp.arange(own_entries.size, dtype=jnp.int32).reshape(own_entries.shape)
         bound = bound_steps(cohort, batching) if execution.differentiable else None
         kept_store = store if keep_output else ()
         client = client_work(
@@ -134,7 +139,7 @@ def run_clients(
                     store if spread else kept_store,
                     kept_store if spread else None,
                     places,
-                    own_ids,
+                    own_entries,
                     weights != 0,
                     execution.num_devices,
                 )

@@ -16,6 +16,8 @@ from fedjax_lite import _validate
 from fedjax_lite.base import PyTree
 from fedjax_lite.xla.mesh import AXIS, resolve
 
+STORES = ("store", "pipeline_store")
+"""The fields of a `ServerState` that have an entry for each client."""
 MEMORY_KINDS = ("device", "pinned_host")
 # A copy of less than this on each device takes little memory. What is spread has to travel: 84 ms a
 # round in place of 68, for SCAFFOLD's 50 entries of 0.8 MB on two virtual CPU devices.
@@ -24,16 +26,22 @@ _LEAST_SPREAD_BYTES = 2**28
 _MOST_BYTES = 2**20
 
 
-def is_spread(store: PyTree, num_clients: int, num_devices: int) -> bool:
-    """Whether each device holds the entries of its share of the clients, and not a copy of all.
+def is_spread(store: PyTree, num_entries: int, num_devices: int) -> bool:
+    """Whether each device holds its share of the entries, and not a copy of all.
 
     Args:
-      store: Arrays, or shapes, of all clients, `[num_clients, ...]`.
-      num_clients: Size of the population.
+      store: Arrays, or shapes, `[num_entries, ...]`.
+      num_entries: How many there are: those of a population, or of a cohort.
       num_devices: How many devices there are.
     """
-    is_large = num_clients * _entry_bytes(store) >= _LEAST_SPREAD_BYTES
-    return is_large and num_devices > 1 and num_clients % num_devices == 0
+    is_large = num_entries * _entry_bytes(store) >= _LEAST_SPREAD_BYTES
+    return is_large and num_devices > 1 and num_entries % num_devices == 0
+
+
+def sharding_of(store: PyTree, num_entries: int, memory_kind: str, mesh: Mesh) -> NamedSharding:
+    """Where a store lies on the devices of a mesh; for the arguments see `is_spread`."""
+    spec = PartitionSpec(AXIS) if is_spread(store, num_entries, mesh.size) else PartitionSpec()
+    return NamedSharding(mesh, spec, memory_kind=memory_kind)
 
 
 def _entry_bytes(store: PyTree) -> int:
@@ -58,8 +66,7 @@ def create_store(
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((num_clients, *x.shape), x.dtype), entry
         )
-        spec = PartitionSpec(AXIS) if is_spread(shapes, num_clients, mesh.size) else PartitionSpec()
-        sharding = NamedSharding(mesh, spec, memory_kind=memory_kind)
+        sharding = sharding_of(shapes, num_clients, memory_kind, mesh)
 
     def entries(x: jax.Array) -> jax.Array:
         shape = (num_clients, *x.shape)

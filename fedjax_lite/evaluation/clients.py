@@ -21,6 +21,7 @@ from fedjax_lite.engine.batches import (
     read_batch,
 )
 from fedjax_lite.engine.execution import Execution
+from fedjax_lite.engine.file_store import with_entries
 from fedjax_lite.engine.runner import run_clients
 from fedjax_lite.engine.store import check_store
 from fedjax_lite.evaluation.measure import Measure, measure_of
@@ -123,7 +124,8 @@ def evaluate_clients(
                 "state.store is empty, and client_params is given, which reads it; pass a state"
                 " with its store (the best one that fl.train keeps has none)."
             )
-        check_store(state.store, cohort.num_clients)
+        state, cohort = with_entries(state, cohort)
+        check_store(state.store, cohort.capacity if cohort.has_entries else cohort.num_clients)
     return _evaluate_clients(
         model_of(state, () if client_params is None else state.store),
         dataclasses.replace(cohort, max_steps=None, staleness=None),

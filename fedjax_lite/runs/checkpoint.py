@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from fedjax_lite import _validate
 from fedjax_lite._extras import require
 from fedjax_lite.base import PyTree, ServerState
-from fedjax_lite.runs.files import locked
+from fedjax_lite._files import locked
 from fedjax_lite.runs.identity import DifferentRunError, Identity, compare, digest, forms
 from fedjax_lite.runs.ledger import trained, without_extras
 
@@ -75,6 +75,7 @@ class CheckpointFolder:
         self._ocp: Any = require("orbax.checkpoint", "run")
         managers: Any = require("orbax.checkpoint.checkpoint_managers", "run")
         self._folder = Path(checkpoints.folder).absolute()
+        self.keep = checkpoints.keep
         # As it comes back from a file: a tuple is a list there.
         self._identity: Identity = json.loads(json.dumps(identity))
         options = self._ocp.CheckpointManagerOptions(
@@ -149,6 +150,13 @@ class CheckpointFolder:
         restored = _read_newest(self._manager, self._folder, arrays_like, put_aside)
         self._manager.reload()
         return restored
+
+
+    def others(self, like: PyTree) -> Iterator[PyTree]:
+        """The arrays of all checkpoints but the newest, as far as they can be read."""
+        for round in sorted(self._manager.all_steps())[:-1]:
+            with contextlib.suppress(Exception):  # Of many kinds, as when the newest is read.
+                yield _read(self._manager, self._folder, round, lambda identity: like).arrays
 
 
 def load_state(

@@ -19,6 +19,7 @@ from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.data.population import GeneratedPopulation, ResidentPopulation, StreamedPopulation
 from fedjax_lite.engine.streaming import prefetch
 from fedjax_lite.runs.checkpoint import CheckpointFolder, Checkpoints
+from fedjax_lite.runs.entries import Courier, without_files
 from fedjax_lite.runs.identity import identify
 from fedjax_lite.runs.interrupts import first_signal
 from fedjax_lite.runs.ledger import Ledger, trained, without_extras
@@ -72,7 +73,8 @@ def train(
       sampler: Who takes part, from `fl.samplers`.
       num_rounds: Rounds of the whole run, those before it was resumed included.
       key: Typed key, from which everything random in the run derives.
-      state: State to begin with, which is left as it is; drawn by `algorithm.init` by default.
+      state: State to begin with, which is left as it is but for what lies in files (see
+        `fl.store_in_file`); drawn by `algorithm.init` by default.
       evaluate: `evaluate(state) -> {name: array}`, such as
         `lambda state: fl.evaluate(model, state, held_out)`; of dicts in dicts, the names are joined
         by `/`. It must not keep the state, whose memory the next round reuses.
@@ -159,9 +161,12 @@ def train(
     if state is None:
         with memory_errors(lambda: {"the data": getattr(population, "examples", {})}):
             state = algorithm.init(key_init, num_clients=population.num_clients)
+    courier = Courier(state)
+    begun = without_files(state)
     run = _Run(
         # A round reuses the memory of the state before it, and the caller may hold this one.
-        carry=copied(Carry(state, None if ema_decay is None else trained(state))),
+        carry=copied(Carry(begun, None if ema_decay is None else trained(state))),
+        courier=courier,
         step=build_step(algorithm, sampler, ema_decay),
         keys=put(tuple(keys), state.round.sharding),
         evaluation=evaluate,
@@ -169,19 +174,18 @@ def train(
         done=int(state.round),
     )
     draw_ahead = functools.partial(draw, sampler, population, run.keys)
-    streamed = isinstance(population, StreamedPopulation)
+    is_ahead = isinstance(population, StreamedPopulation) or bool(courier)
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_errors(lambda: _needs(state, population)))
         if checkpoints is not None:
-            traced = run.step.trace(
-                run.carry, run.keys, draw_ahead(run.done) if streamed else population
-            )
+            source = run.equipped(draw_ahead(run.done)) if is_ahead else population
+            traced = run.step.trace(run.carry, run.keys, source)
             settings = {**checkpoints.settings, "ema_decay": ema_decay, "best": best}
             identity = identify(state, population, sampler, key, traced.jaxpr, settings)
             run.folder = stack.enter_context(CheckpointFolder(checkpoints, identity))
             run.restore()
         sources: Iterator[Any] = itertools.repeat(population)
-        if streamed:
+        if is_ahead:
             sources = prefetch(draw_ahead, range(run.done, num_rounds))
         signal_came = stack.enter_context(first_signal())
         if progress:
@@ -208,8 +212,7 @@ def train(
                 raise InterruptedTraining(message, came, run.result(message.partition(";")[0]))
             if checkpoints is not None and run.done % checkpoints.every == 0:
                 run.save()
-            source = next(sources)
-            run.advance(source)
+            run.advance(next(sources))
         return run.result(stopped)
 
 
@@ -240,6 +243,7 @@ class _Run:
     """A run in progress."""
 
     carry: Carry
+    courier: Courier
     step: jax.stages.Wrapped
     keys: Keys
     evaluation: Callable[[ServerState], Mapping[str, Any]] | None
@@ -257,19 +261,32 @@ class _Run:
         self.num_before = len(self.ledger.history.rounds)
         self.began = time.perf_counter()
 
+    def equipped(self, source: Any) -> Any:
+        """The source of the next round with what its clients keep, if that lies in files."""
+        if not self.courier:
+            return source
+        return source._replace(entries=self.courier.fetch(source.cohort))
+
     def advance(self, source: Any) -> None:
         """One more round."""
+        source = self.equipped(source)
         if self.compiled is None:
             # Ahead of the call, which on a CPU may run the round before it returns.
             self.step.lower(self.carry, self.keys, source).compile()
             self.compiled = time.perf_counter()
-        self.carry, info, num_dropped = self.step(self.carry, self.keys, source)
+        self.carry, info, num_dropped, kept = self.step(self.carry, self.keys, source)
+        if self.courier:
+            self.courier.bring(source.cohort, kept)
         self.done += 1
         self.ledger.add_round(self.done, info, num_dropped)
 
+    def state(self) -> ServerState:
+        """The state after the last round."""
+        return dataclasses.replace(self.carry.state, **self.courier.arrive())
+
     def evaluated_state(self) -> ServerState:
         """The state that evaluations are of."""
-        state, averaged = self.carry
+        state, averaged = self.state(), self.carry.averaged
         return state if averaged is None else dataclasses.replace(state, **averaged)
 
     def evaluate(self) -> None:
@@ -290,7 +307,9 @@ class _Run:
             "rounds": list(self.ledger.history.rounds),
             "evaluations": list(self.ledger.history.evaluations),
         }
-        self.folder.save(self.done, self._arrays(), record)
+        arrays = self._arrays()
+        self.courier.seal(self.folder.keep)
+        self.folder.save(self.done, arrays, record)
 
     def restore(self) -> None:
         """Goes back to the newest checkpoint, if there is one."""
@@ -299,7 +318,12 @@ class _Run:
         restored = self.folder.restore(self._arrays())
         if restored is None:
             return
-        self.carry = Carry(restored.arrays["state"], restored.arrays["averaged"])
+        state = restored.arrays["state"]
+        self.carry = Carry(without_files(state), restored.arrays["averaged"])
+        self.courier = Courier(state)
+        if self.courier:
+            others = [arrays["state"] for arrays in self.folder.others(restored.arrays)]
+            self.courier.reclaim([state, *others])
         history = History(restored.record["rounds"], restored.record["evaluations"])
         self.ledger.resume(history, restored.arrays["best"])
         self.done = self.saved_at = restored.round
@@ -309,7 +333,7 @@ class _Run:
         best = self.ledger.best_state
         if self.ledger.best is not None and best is None:
             best = without_extras(self.carry.state)
-        return {**self.carry._asdict(), "best": best}
+        return {"state": self.state(), "averaged": self.carry.averaged, "best": best}
 
     def result(self, stopped: str | None) -> TrainResult:
         """What the run has come to."""
@@ -319,7 +343,7 @@ class _Run:
         run_s = time.perf_counter() - compiled
         rows = self.ledger.history.rounds[self.num_before :]
         return TrainResult(
-            state=self.carry.state,
+            state=self.state(),
             averaged=None if self.carry.averaged is None else self.evaluated_state(),
             best=self.ledger.best_state,
             history=self.ledger.history,

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedjax_lite.runs.files import replacing
+from fedjax_lite._files import replacing
 
 # Okabe and Ito (2008), which colour-blind readers can tell apart, with grey for yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A919C")
