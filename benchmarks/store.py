@@ -7,6 +7,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +17,14 @@ import optax
 
 import fedjax_lite as fl
 
-NUM_CLIENTS, COHORT, WIDTH = 1000, 100, 500
-# FedAvg keeps nothing; SCAFFOLD keeps as much as the params for each client.
-RUNS: dict[str, tuple[Callable[..., fl.FederatedAlgorithm], str]] = {
-    "without": (fl.fed_avg, "device"),
-    "devices": (fl.scaffold, "device"),
-    "host": (fl.scaffold, "pinned_host"),
+COHORT, WIDTH, NUM_ROUNDS = 100, 500, 3
+# FedAvg keeps nothing; SCAFFOLD keeps as much as the params, 1 MB, for each of so many clients.
+RUNS: dict[str, tuple[Callable[..., fl.FederatedAlgorithm], str, int]] = {
+    "without": (fl.fed_avg, "device", 1000),
+    "without_10x": (fl.fed_avg, "device", 10_000),
+    "devices": (fl.scaffold, "device", 1000),
+    "host": (fl.scaffold, "pinned_host", 1000),
+    "file": (fl.scaffold, "file", 10_000),
 }
 
 
@@ -31,6 +34,7 @@ def measure_store() -> dict[str, Any]:
     return {
         "case": "store",
         "store_bytes": found["devices"]["store_bytes"],
+        "store_bytes_file": found["file"]["store_bytes"],
         "devices": found["devices"]["devices"],
         **{f"peak_bytes_{name}": run["peak_bytes"] for name, run in found.items()},
     }
@@ -47,25 +51,31 @@ def _ask(name: str) -> dict[str, int]:
 def once(name: str) -> dict[str, int]:
     """Three rounds, each of which reuses the memory of the store before it."""
     fl.configure_cpu()
-    factory, memory_kind = RUNS[name]
+    factory, kind, num_clients = RUNS[name]
     rng = np.random.default_rng(0)
     dataset = fl.FederatedDataset.from_rows(
         {
-            "x": rng.normal(size=(4 * NUM_CLIENTS, WIDTH)).astype(np.float32),
-            "y": rng.integers(0, WIDTH, 4 * NUM_CLIENTS).astype(np.int32),
+            "x": rng.normal(size=(4 * num_clients, WIDTH)).astype(np.float32),
+            "y": rng.integers(0, WIDTH, 4 * num_clients).astype(np.int32),
         },
-        np.arange(4 * NUM_CLIENTS).reshape(NUM_CLIENTS, 4),
+        np.arange(4 * num_clients).reshape(num_clients, 4),
     )
     model = fl.models.logistic((WIDTH,), WIDTH)
+    memory_kind = "device" if kind == "file" else kind
     algorithm = factory(model, optax.sgd(0.1), batch_size=4, memory_kind=memory_kind)
-    state = algorithm.init(jax.random.key(0), num_clients=NUM_CLIENTS)
-    population = dataset.resident()
-    store_bytes = sum(x.nbytes for x in jax.tree.leaves(state.store))
-    round = jax.jit(algorithm.round, donate_argnames="state")
-    for r in range(3):
-        key_cohort, key_round = jax.random.split(jax.random.key(r))
-        state, _ = round(key_round, state, fl.cohort(key_cohort, population, COHORT))
-    jax.block_until_ready(state)
+    one = algorithm.init(jax.random.key(0), num_clients=1)
+    store_bytes = num_clients * sum(x.nbytes for x in jax.tree.leaves(one.store))
+    with tempfile.TemporaryDirectory() as folder:
+        # Otherwise drawn in there, as its caller's would be copied.
+        state = fl.store_in_file(one, folder, num_clients) if kind == "file" else None
+        fl.train(
+            algorithm,
+            dataset,
+            fl.samplers.uniform(num_clients, COHORT),
+            NUM_ROUNDS,
+            key=jax.random.key(1),
+            state=state,
+        )
     # In kilobytes on Linux.
     peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"store_bytes": store_bytes, "peak_bytes": peak_bytes, "devices": jax.device_count()}

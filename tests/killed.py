@@ -4,6 +4,7 @@ Run as a program, with a folder for what it leaves: `killed.npz` and `straight.n
 recorded beside, in `killed` and `straight`.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -32,12 +33,15 @@ def train(folder, on_row=lambda row: None):
             recorder.on_round(row, info)
             on_row(row)
 
+        algorithm = fl.scaffold(model, optax.sgd(0.01), optax.adam(0.01), batch_size=3)
+        state = algorithm.init(jax.random.key(1), num_clients=1)
         return fl.train(
-            fl.fed_avg(model, optax.sgd(0.01), optax.adam(0.01), batch_size=3),
+            algorithm,
             dataset.resident(),
             fl.samplers.poisson(10, 0.4),
             NUM_ROUNDS,
             key=jax.random.key(0),
+            state=fl.store_in_file(state, folder / "entries", num_clients=10),
             evaluate=lambda state: fl.evaluate(model, state, dataset.examples),
             ema_decay=0.9,
             on_round=on_round,
@@ -50,7 +54,12 @@ def train(folder, on_row=lambda row: None):
 def save(path, result):
     rows = [row for rows in result.history for row in rows]
     numbers = [x for row in rows for name, x in sorted(row.items()) if name != "seconds"]
-    leaves = jax.tree.leaves((result.state, result.averaged))
+    # Where entries lie depends on the kills, what they are does not.
+    states = [
+        dataclasses.replace(state, store=state.store.read(np.arange(10)))
+        for state in (result.state, result.averaged)
+    ]
+    leaves = jax.tree.leaves(states)
     np.savez(path, *map(np.asarray, leaves), history=np.array(numbers))
 
 

@@ -79,6 +79,8 @@ NAMES = {
         *("model", "client_optimizer", "server_optimizer", "option", "weighting"),
         *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
+    "FileStore": ["index", "file"],
+    "store_in_file": ["state", "folder", "num_clients"],
     "summarize_clients": ["values", "num_examples"],
     "replicate": ["tree", "mesh"],
     "sweep": [

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 import fedjax_lite as fl
+from fedjax_lite._files import locked, write_text
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.settings import Settings
-from fedjax_lite._files import locked, write_text
 from fedjax_lite.runs.plot.style import COLORS, new_axes, save
 from fedjax_lite.runs.records import git_revision, jsonable, machine
 

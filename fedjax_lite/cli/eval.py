@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 
 import fedjax_lite as fl
 from fedjax_lite.cli.errors import UsageError
+from fedjax_lite.cli.running import state_in_file
 from fedjax_lite.cli.runs import settings_of_training
 from fedjax_lite.experiments.baselines import BASELINES
 from fedjax_lite.experiments.build import Experiment, build
@@ -55,7 +56,7 @@ def evaluate(options: Eval) -> None:
     try:
         built = _build(recorded)
         held_out = read_examples(options.dataset) if options.dataset else built.held_out
-        round, state = _restore(options, built)
+        round, state = _restore(options, built, in_file=bool(recorded.get("store_in_file")))
     except ValueError as error:
         raise UsageError(str(error)) from None
     report: dict[str, Any] = {"run": str(options.run), "round": round, "best": options.best}
@@ -84,9 +85,13 @@ def _build(recorded: dict[str, Any]) -> Experiment:
     return build(Settings(**settings), datasets)
 
 
-def _restore(options: Eval, built: Experiment) -> tuple[int, fl.ServerState]:
+def _restore(options: Eval, built: Experiment, *, in_file: bool) -> tuple[int, fl.ServerState]:
     """The number of rounds done, and the state that evaluations are of."""
-    like = built.algorithm.init(jax.random.key(0), num_clients=built.population.num_clients)
+    key = jax.random.key(0)
+    if in_file:
+        like = state_in_file(built, key, options.run)
+    else:
+        like = built.algorithm.init(key, num_clients=built.population.num_clients)
     restored = read_checkpoint(options.run / "checkpoints", like)
     best = restored.arrays["best"]
     if not options.best:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedjax_lite.cli.errors import UsageError
 from fedjax_lite._files import locked, write_text
+from fedjax_lite.cli.errors import UsageError
 
 
 def new_folder(name: str) -> Path:

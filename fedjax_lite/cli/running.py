@@ -12,11 +12,11 @@ import rich.console
 import rich.table
 
 import fedjax_lite as fl
+from fedjax_lite._files import write_text
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import read_run
 from fedjax_lite.experiments.build import Experiment
-from fedjax_lite._files import write_text
 from fedjax_lite.runs.plot.lines import draw
 from fedjax_lite.runs.plot.of_runs import panels, title
 from fedjax_lite.runs.progress import progress
@@ -46,6 +46,7 @@ def run_recorded(
     resumed_by: str,
     stop: Sequence[StopRule] = (),
     ema_decay: float | None = None,
+    store_in_file: bool = False,
     checkpoint_every: int = 50,
     tensorboard: bool = False,
     stderr: bool,
@@ -59,6 +60,7 @@ def run_recorded(
       resumed_by: The command that goes on with an interrupted run, before the folder.
       stop: Rules that end the run.
       ema_decay: See `fl.train`.
+      store_in_file: Whether what clients keep lies in the folder, and not in memory.
       checkpoint_every: Rounds between checkpoints.
       tensorboard: See `fl.Recorder`.
       stderr: Whether stdout is kept for something else.
@@ -71,7 +73,10 @@ def run_recorded(
       InterruptedRunError: Ctrl-C was pressed.
       ValueError: The checkpoints are of another run.
     """
+    key = jax.random.key(built.settings.seed)
     try:
+        # As fl.train would draw it.
+        state = state_in_file(built, jax.random.split(key, 3)[0], out) if store_in_file else None
         recorder = Recorder(out, settings, tensorboard=tensorboard)
     except OSError as error:
         raise cannot_write(out, error) from None
@@ -96,7 +101,8 @@ def run_recorded(
                     built.population,
                     built.sampler,
                     built.settings.rounds,
-                    key=jax.random.key(built.settings.seed),
+                    key=key,
+                    state=state,
                     evaluate=built.evaluate,
                     eval_every=built.settings.eval_every,
                     on_round=on_round,
@@ -110,7 +116,6 @@ def run_recorded(
                 )
             personal = None
             if built.personal is not None:
-                key = jax.random.key(built.settings.seed)
                 personal = built.personal(result.averaged or result.state, key)
             _write_clients(built, result, personal, out)
             groups = [[read_run(out)]]
@@ -136,6 +141,19 @@ def run_recorded(
         "client_updates_per_s": result.client_updates_per_s,
         "examples_per_s": result.examples_per_s,
     }
+
+
+def state_in_file(built: Experiment, key: jax.Array, out: Path) -> fl.ServerState:
+    """A state of a run whose clients keep what they keep in files in its folder.
+
+    Raises:
+      ValueError: They keep nothing.
+    """
+    try:
+        state = built.algorithm.init(key, num_clients=1)
+        return fl.store_in_file(state, out / "entries", built.population.num_clients)
+    except ValueError as error:
+        raise ValueError(f"store_in_file is True: {error}") from None
 
 
 def _write_clients(

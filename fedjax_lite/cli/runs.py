@@ -9,7 +9,7 @@ from fedjax_lite.experiments.settings import Settings
 from fedjax_lite.runs import reading
 
 # What `train` records beside the settings of an experiment.
-RULES = ("target", "patience", "max_seconds", "ema_decay")
+RULES = ("target", "patience", "max_seconds", "ema_decay", "store_in_file")
 
 
 def settings_of_training(folder: Path) -> dict[str, Any]:

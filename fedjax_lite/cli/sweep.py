@@ -20,6 +20,7 @@ import rich.table
 import tyro
 
 import fedjax_lite as fl
+from fedjax_lite._files import locked, write_text
 from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.records import cannot_write, new_folder
@@ -36,7 +37,6 @@ from fedjax_lite.experiments.varying import (
     varied_settings,
     with_numbers,
 )
-from fedjax_lite._files import locked, write_text
 from fedjax_lite.runs.plot.lines import MAX_CURVES, draw
 from fedjax_lite.runs.plot.of_runs import panels, title
 from fedjax_lite.runs.reading import group_seeds, name_groups, number, read_object

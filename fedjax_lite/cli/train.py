@@ -52,6 +52,8 @@ class Train(Settings):
       max_seconds: Seconds after which to stop.
       ema_decay: Decay by round, below 1, of a moving average of the params, which is then what
         is evaluated.
+      store_in_file: Keep what clients keep between rounds in a file in the folder, if memory has
+        not enough room for that of all of them.
       tensorboard: Write events for TensorBoard to the folder, too.
       dry_run: Print what would be run, its memory and the time of one round, and end there.
       json: Print one JSON object, and nothing else, on stdout.
@@ -65,6 +67,7 @@ class Train(Settings):
     patience: int | None = None
     max_seconds: float | None = None
     ema_decay: float | None = None
+    store_in_file: bool = False
     tensorboard: bool = False
     dry_run: bool = False
     json: bool = False
@@ -99,6 +102,7 @@ def train(options: Train) -> None:
             resumed_by="train --resume",
             stop=_stop_rules(options),
             ema_decay=options.ema_decay,
+            store_in_file=options.store_in_file,
             checkpoint_every=options.checkpoint_every,
             tensorboard=options.tensorboard,
             stderr=options.json,

@@ -9,14 +9,15 @@ import contextlib
 import dataclasses
 import functools
 import os
+import weakref
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from fedjax_lite import _validate
 from fedjax_lite._files import locked
@@ -38,9 +39,9 @@ class EntryFile:
         leaves, self._structure = jax.tree.flatten(jax.device_get(first))
         self._first = [np.asarray(x) for x in leaves]
         self._entry_bytes = sum(x.nbytes for x in self._first)
-        path.touch()
         self.path = path
-        self._file = path.open("rb+")
+        self._file = path.open("rb+" if path.exists() else "wb+")
+        weakref.finalize(self, self._file.close)
         self._num_places = -(-path.stat().st_size // max(self._entry_bytes, 1))
         self._lock: contextlib.ExitStack | None = None  # None until something is written.
         self._free: list[int] = []
@@ -80,11 +81,12 @@ class EntryFile:
                 start += x.nbytes
         return jax.tree.unflatten(self._structure, entries)
 
-    def write(self, entries: PyTree, replaced: np.ndarray) -> np.ndarray:
-        """Writes entries where there is room.
+    def write(self, entries: PyTree, slots: np.ndarray, replaced: np.ndarray) -> np.ndarray:
+        """Writes some of the entries of a cohort where there is room.
 
         Args:
-          entries: Arrays `[entries, ...]`.
+          entries: Arrays `[clients, ...]`.
+          slots: Which of them, `[entries]`, in rising order.
           replaced: uint32 `[entries]`, the places of those that they stand for from now on.
 
         Returns:
@@ -93,23 +95,22 @@ class EntryFile:
         if self._lock is None:
             self._lock = contextlib.ExitStack()
             self._lock.enter_context(locked(self.path.with_name(f".{self.path.name}.lock")))
-        leaves = [np.asarray(x) for x in jax.tree.leaves(entries)]
-        index = np.empty((len(replaced), 2), np.uint32)
-        for i in range(len(replaced)):
-            data = b"".join(x[i].tobytes() for x in leaves)
-            place = self._free.pop() if self._free else self._num_places
-            self._num_places = max(self._num_places, place + 1)
-            self._file.seek(place * self._entry_bytes)
-            self._file.write(data)
-            self._fresh.add(place)
-            index[i] = place, zlib.crc32(data)
+        index = [self._write(data) for data in _each(entries, slots)]
         for place in replaced[replaced != _NOWHERE].tolist():
             if place in self._fresh:
                 self._fresh.remove(place)
                 self._free.append(place)
             else:
                 self._given_up[-1].append(place)
-        return index
+        return np.array(index, np.uint32).reshape(-1, 2)
+
+    def _write(self, data: bytes) -> tuple[int, int]:
+        place = self._free.pop() if self._free else self._num_places
+        self._num_places = max(self._num_places, place + 1)
+        self._file.seek(place * self._entry_bytes)
+        self._file.write(data)
+        self._fresh.add(place)
+        return place, zlib.crc32(data)
 
     def seal(self, keep: int) -> None:
         """Is called before each checkpoint: what it refers to is on disk, and stays.
@@ -131,6 +132,32 @@ class EntryFile:
         self._fresh.clear()
 
 
+def _parts(x: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
+    """The parts of an array `[clients, ...]` that devices have, and where they start."""
+    for shard in sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0):
+        if shard.replica_id == 0:
+            yield shard.index[0].start or 0, np.asarray(shard.data)
+
+
+def _each(entries: PyTree, slots: np.ndarray) -> Iterator[bytes]:
+    """The bytes of one entry after the other, at slots in rising order."""
+    for parts in zip(*map(_parts, jax.tree.leaves(entries)), strict=True):
+        (start, first), *_ = parts
+        for slot in slots[(slots >= start) & (slots < start + len(first))].tolist():
+            yield b"".join(x[slot - start].tobytes() for _, x in parts)
+
+
+def copy_rows(source: PyTree, rows: np.ndarray, target: PyTree, target_rows: np.ndarray) -> None:
+    """Copies rows of arrays of JAX to rows of arrays of NumPy."""
+
+    def copy(x: jax.Array, y: np.ndarray) -> None:
+        for start, part in _parts(x):
+            here = (rows >= start) & (rows < start + len(part))
+            y[target_rows[here]] = part[rows[here] - start]
+
+    jax.tree.map(copy, source, target)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class FileStore:
@@ -144,29 +171,28 @@ class FileStore:
     index: Any
     file: EntryFile = dataclasses.field(metadata={"static": True})
 
-    def read(self, client_ids: Any) -> PyTree:
+    def read(self, client_ids: Any, *, but: Any = ()) -> PyTree:
         """The entries of clients `[clients]`, as NumPy arrays `[clients, ...]`.
 
+        Args:
+          client_ids: The clients.
+          but: Slots of clients whose entries are not needed.
+
         Raises:
-          ValueError: A program is being compiled; the file does not hold what was written.
+          ValueError: They are traced; the file does not hold what was written.
         """
-        if any(isinstance(x, jax.core.Tracer) for x in (self.index, client_ids)):
-            raise ValueError(
-                "state.store lies in a file, which a compiled program cannot read; call the round"
-                " or the evaluation outside of jit, scan and vmap, as fl.train does."
-            )
+        _refuse_traced(self.index, client_ids)
         ids = np.asarray(client_ids)
         is_client = (ids >= 0) & (ids < len(self.index))
+        is_client[np.asarray(but, int)] = False
         index = np.asarray(self.index)[np.where(is_client, ids, 0)]
         return self.file.read(np.where(is_client[:, None], index, _NOWHERE))
 
     def written(self, client_ids: Any, entries: PyTree) -> "FileStore":
         """The store with new entries of clients `[clients]`, which takes the place of this one."""
-        ids = np.asarray(client_ids)
-        is_client = (ids >= 0) & (ids < len(self.index))
-        ids, entries = ids[is_client], jax.tree.map(lambda x: np.asarray(x)[is_client], entries)
-        index = np.array(self.index)
-        index[ids] = self.file.write(entries, index[ids, 0])
+        ids, index = np.asarray(client_ids), np.array(self.index)
+        slots = np.flatnonzero((ids >= 0) & (ids < len(index)))
+        index[ids[slots]] = self.file.write(entries, slots, index[ids[slots], 0])
         return FileStore(index, self.file)
 
 
@@ -215,23 +241,26 @@ def store_in_file(state: ServerState, folder: str | Path, num_clients: int) -> S
     kept = {name: getattr(state, name) for name in STORES if jax.tree.leaves(getattr(state, name))}
     sizes = {x.shape[:1] for x in jax.tree.leaves(kept)}
     if sizes != {(1,)}:
-        told = f"entries of {max(sizes)[0]} clients" if sizes else "none, since clients keep nothing"
+        of = f"a store of {max(sizes)[0]} clients" if sizes else "no store, as clients keep nothing"
         raise ValueError(
-            f"state has {told}; pass algorithm.init(key, num_clients=1) of an algorithm whose"
-            " clients keep something, from which all clients begin."
+            f"state has {of}; pass algorithm.init(key, num_clients=1) of an algorithm whose clients"
+            " keep something."
         )
     if jax.process_count() > 1:
         raise ValueError("stores in files are for one process; keep the store on the devices.")
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     index = np.stack([np.full(num_clients, _NOWHERE), np.zeros(num_clients, np.uint32)], 1)
-    return dataclasses.replace(
-        state,
-        **{
-            name: FileStore(index, EntryFile(folder / name, jax.tree.map(lambda x: x[0], store)))
-            for name, store in kept.items()
-        },
-    )
+    stores = {
+        name: FileStore(index, EntryFile(folder / name, jax.tree.map(lambda x: x[0], store)))
+        for name, store in kept.items()
+    }
+    return with_stores(state, stores)
+
+
+def with_stores(state: ServerState, stores: Mapping[str, Any]) -> ServerState:
+    """The state with other stores, by the names of its fields."""
+    return dataclasses.replace(state, **stores)
 
 
 def file_stores(state: ServerState) -> dict[str, FileStore]:
@@ -245,12 +274,21 @@ def with_entries(state: ServerState, cohort: Cohort) -> tuple[ServerState, Cohor
     stores = file_stores(state)
     if not stores:
         return state, cohort
+    _refuse_traced(state, cohort.client_ids)
     check_population(stores, cohort.num_clients)
     near = {
         name: place(store.read(cohort.client_ids), state.round.sharding)
         for name, store in stores.items()
     }
-    return dataclasses.replace(state, **near), dataclasses.replace(cohort, has_entries=True)
+    return with_stores(state, near), dataclasses.replace(cohort, has_entries=True)
+
+
+def _refuse_traced(*values: PyTree) -> None:
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)):
+        raise ValueError(
+            "state.store lies in a file, which a compiled program cannot read; call the round or"
+            " the evaluation outside of jit, scan and vmap, as fl.train does."
+        )
 
 
 def check_population(stores: dict[str, FileStore], num_clients: int) -> None:
@@ -268,18 +306,18 @@ def check_population(stores: dict[str, FileStore], num_clients: int) -> None:
             )
 
 
-def place(entries: PyTree, like: Sharding) -> PyTree:
-    """Entries `[clients, ...]` on the devices of a state, spread over them if they are large."""
-    if not isinstance(like, NamedSharding):
-        return jax.device_put(entries, like)
-    num_entries = len(jax.tree.leaves(entries)[0])
-    return jax.device_put(entries, sharding_of(entries, num_entries, "device", like.mesh))
+def place(entries: PyTree, sharding: Sharding) -> PyTree:
+    """Entries of a cohort on the devices of a state: each has a copy, or its part if large."""
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        num_entries = len(jax.tree.leaves(entries)[0])
+        sharding = sharding_of(entries, num_entries, "device", sharding.mesh, of_cohort=True)
+    return jax.device_put(entries, sharding)
 
 
 def around_files(
     round: Callable[..., tuple[ServerState, RoundInfo]],
 ) -> Callable[..., tuple[ServerState, RoundInfo]]:
-    """A round for states whose stores lie in files, too, which are read before and written after."""
+    """The same round, which takes stores in files, too: it reads first, and writes last."""
 
     @functools.wraps(round)
     def play(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
@@ -288,6 +326,6 @@ def around_files(
             name: store.written(cohort.client_ids, getattr(after, name))
             for name, store in file_stores(state).items()
         }
-        return dataclasses.replace(after, **written), info
+        return with_stores(after, written), info
 
     return play

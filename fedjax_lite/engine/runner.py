@@ -81,7 +81,7 @@ def run_clients(
     sizes = num_steps if _differ(cohort, batching) else None
     table = _deal(cohort, execution, sizes)
     slots = table.reshape(-1)
-    spread = is_spread(store, num_entries, execution.num_devices)
+    spread = is_spread(store, num_entries, execution.num_devices, of_cohort=cohort.has_entries)
 
     def run_waves(
         table: jax.Array,

@@ -22,25 +22,33 @@ MEMORY_KINDS = ("device", "pinned_host")
 # A copy of less than this on each device takes little memory. What is spread has to travel: 84 ms a
 # round in place of 68, for SCAFFOLD's 50 entries of 0.8 MB on two virtual CPU devices.
 _LEAST_SPREAD_BYTES = 2**28
+_LEAST_SPREAD_BYTES_OF_COHORT = 2**25  # What comes from a file has to travel in any case.
 # What devices exchange at once, if it is more than a wave: of more, CPUs wait for their memory.
 _MOST_BYTES = 2**20
 
 
-def is_spread(store: PyTree, num_entries: int, num_devices: int) -> bool:
+def is_spread(
+    store: PyTree, num_entries: int, num_devices: int, *, of_cohort: bool = False
+) -> bool:
     """Whether each device holds its share of the entries, and not a copy of all.
 
     Args:
       store: Arrays, or shapes, `[num_entries, ...]`.
-      num_entries: How many there are: those of a population, or of a cohort.
+      num_entries: How many there are.
       num_devices: How many devices there are.
+      of_cohort: Whether they are those of a cohort, and not of a population.
     """
-    is_large = num_entries * _entry_bytes(store) >= _LEAST_SPREAD_BYTES
+    least = _LEAST_SPREAD_BYTES_OF_COHORT if of_cohort else _LEAST_SPREAD_BYTES
+    is_large = num_entries * _entry_bytes(store) >= least
     return is_large and num_devices > 1 and num_entries % num_devices == 0
 
 
-def sharding_of(store: PyTree, num_entries: int, memory_kind: str, mesh: Mesh) -> NamedSharding:
+def sharding_of(
+    store: PyTree, num_entries: int, memory_kind: str, mesh: Mesh, *, of_cohort: bool = False
+) -> NamedSharding:
     """Where a store lies on the devices of a mesh; for the arguments see `is_spread`."""
-    spec = PartitionSpec(AXIS) if is_spread(store, num_entries, mesh.size) else PartitionSpec()
+    spread = is_spread(store, num_entries, mesh.size, of_cohort=of_cohort)
+    spec = PartitionSpec(AXIS) if spread else PartitionSpec()
     return NamedSharding(mesh, spec, memory_kind=memory_kind)
 
 

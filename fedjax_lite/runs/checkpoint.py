@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from fedjax_lite import _validate
 from fedjax_lite._extras import require
-from fedjax_lite.base import PyTree, ServerState
 from fedjax_lite._files import locked
+from fedjax_lite.base import PyTree, ServerState
 from fedjax_lite.runs.identity import DifferentRunError, Identity, compare, digest, forms
 from fedjax_lite.runs.ledger import trained, without_extras
 
@@ -150,7 +150,6 @@ class CheckpointFolder:
         restored = _read_newest(self._manager, self._folder, arrays_like, put_aside)
         self._manager.reload()
         return restored
-
 
     def others(self, like: PyTree) -> Iterator[PyTree]:
         """The arrays of all checkpoints but the newest, as far as they can be read."""

@@ -2,45 +2,25 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lite.base import Cohort, PyTree, ServerState
-from fedjax_lite.engine.file_store import FileStore, check_population, file_stores, place
-from fedjax_lite.engine.store import STORES
-
-
-class Entries(NamedTuple):
-    """What the clients of a cohort keep, in one of two places.
-
-    Attributes:
-      read: By field of the state, arrays `[clients, ...]` as they were in the files.
-      last: The same of the last cohort, after its round.
-      places: Where in `last` each client is, int32 `[clients]`; -1 of those who are not.
-    """
-
-    read: dict[str, PyTree]
-    last: dict[str, PyTree]
-    places: jax.Array
-
-    def newest(self) -> dict[str, PyTree]:
-        """The entries as they are after the last round."""
-
-        def newest(read: jax.Array, last: jax.Array) -> jax.Array:
-            is_last = (self.places >= 0).reshape(-1, *[1] * (read.ndim - 1))
-            return jnp.where(is_last, last[self.places], read)
-
-        return jax.tree.map(newest, self.read, self.last)
+from fedjax_lite.engine.file_store import (
+    FileStore,
+    check_population,
+    copy_rows,
+    file_stores,
+    place,
+    with_stores,
+)
 
 
 class Courier:
     """Fetches what a cohort's clients keep, and brings back what they keep then.
 
-    A round's entries are read while the one before it is running, of whose clients the entries are
-    taken over on the devices; they are written while the one after it is running.
+    A round's entries are read while the one before it is running, but for those of clients who take
+    part in both, and written while the one after it is running.
     """
 
     def __init__(self, state: ServerState) -> None:
@@ -55,26 +35,30 @@ class Courier:
     def __bool__(self) -> bool:
         return bool(self._stores)
 
-    def fetch(self, cohort: Cohort) -> Entries:
-        """The entries of a round that comes next."""
+    def fetch(self, state: ServerState, cohort: Cohort) -> tuple[ServerState, Cohort]:
+        """The state with the entries of the next cohort, and this."""
         check_population(self._stores, cohort.num_clients)
         ids = np.asarray(cohort.client_ids)
-        read = {
-            name: place(store.read(ids), self._sharding) for name, store in self._stores.items()
-        }
-        slots = {id: slot for slot, id in enumerate(self._last_ids.tolist()) if id >= 0}
-        places = np.array([slots.get(id, -1) for id in ids.tolist()], np.int32)
-        return Entries(read, self._last or read, jax.device_put(places, self._sharding))
+        were = {client: slot for slot, client in enumerate(self._last_ids.tolist()) if client >= 0}
+        last_slots = np.array([were.get(client, -1) for client in ids.tolist()])
+        again = np.flatnonzero(last_slots >= 0)
+        read = {name: store.read(ids, but=again) for name, store in self._stores.items()}
+        if again.size:
+            for name, last in self._last.items():
+                copy_rows(last, last_slots[again], read[name], again)
+        placed = {name: place(entries, self._sharding) for name, entries in read.items()}
+        return with_stores(state, placed), dataclasses.replace(cohort, has_entries=True)
 
-    def bring(self, cohort: Cohort, kept: dict[str, PyTree]) -> None:
-        """Takes what the clients of a round that has begun will keep; writes that of the last."""
+    def bring(self, state: ServerState, cohort: Cohort) -> None:
+        """Takes what the clients of a round that is running keep, and writes that of the last."""
         self.arrive()
-        self._last_ids, self._last = np.asarray(cohort.client_ids), kept
+        self._last_ids = np.asarray(cohort.client_ids)
+        self._last = {name: getattr(state, name) for name in self._stores}
 
     def arrive(self) -> dict[str, FileStore]:
-        """Waits for the last round, and returns the stores with all that is kept."""
-        for name, kept in self._last.items():
-            self._stores[name] = self._stores[name].written(self._last_ids, kept)
+        """Waits for the round that is running, and returns the stores with all that is kept."""
+        for name, entries in self._last.items():
+            self._stores[name] = self._stores[name].written(self._last_ids, entries)
         self._last_ids, self._last = np.empty(0, np.int32), {}
         return self._stores
 
@@ -88,14 +72,3 @@ class Courier:
         kept = [file_stores(state) for state in states]
         for name, store in self._stores.items():
             store.file.reclaim(np.asarray(stores[name].index) for stores in kept)
-
-
-def without_files(state: ServerState) -> ServerState:
-    """The state without the stores that lie in files."""
-    return dataclasses.replace(state, **dict.fromkeys(file_stores(state), ()))
-
-
-def taken_off(state: ServerState, entries: Entries) -> tuple[ServerState, dict[str, PyTree]]:
-    """The state without the entries of a cohort, and these."""
-    kept = {name: getattr(state, name) for name in STORES if name in entries.read}
-    return dataclasses.replace(state, **dict.fromkeys(kept, ())), kept

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 
 from fedjax_lite._extras import require
-from fedjax_lite.base import RoundInfo
 from fedjax_lite._files import locked, replacing, write_text
+from fedjax_lite.base import RoundInfo
 from fedjax_lite.runs.stopping import History, Row
 
 _PACKAGES = ("fedjax_lite", "jax", "jaxlib", "flax", "optax", "numpy")

@@ -149,7 +149,7 @@ def _program(
         keys = (key_sampler, key_rounds)
 
         def round(state: ServerState, _: None) -> tuple[ServerState, PyTree]:
-            state, info, num_dropped, _ = play_round(algorithm, sampler, keys, state, population)
+            state, info, num_dropped = play_round(algorithm, sampler, keys, state, population)
             return state, numbers_of(info, num_dropped)
 
         def leg(state: ServerState, num_rounds: int) -> tuple[ServerState, PyTree]:

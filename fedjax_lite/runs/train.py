@@ -17,9 +17,10 @@ from fedjax_lite._extras import require
 from fedjax_lite.base import FederatedAlgorithm, PyTree, RoundInfo, ServerState
 from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.data.population import GeneratedPopulation, ResidentPopulation, StreamedPopulation
+from fedjax_lite.engine.file_store import with_stores
 from fedjax_lite.engine.streaming import prefetch
 from fedjax_lite.runs.checkpoint import CheckpointFolder, Checkpoints
-from fedjax_lite.runs.entries import Courier, without_files
+from fedjax_lite.runs.entries import Courier
 from fedjax_lite.runs.identity import identify
 from fedjax_lite.runs.interrupts import first_signal
 from fedjax_lite.runs.ledger import Ledger, trained, without_extras
@@ -158,14 +159,17 @@ def train(
         return ids if names is None else [names[i] if i >= 0 else i for i in ids]
 
     key_init, *keys = jax.random.split(key, 3)
+    is_given = state is not None
     if state is None:
         with memory_errors(lambda: {"the data": getattr(population, "examples", {})}):
             state = algorithm.init(key_init, num_clients=population.num_clients)
     courier = Courier(state)
-    begun = without_files(state)
     run = _Run(
         # A round reuses the memory of the state before it, and the caller may hold this one.
-        carry=copied(Carry(begun, None if ema_decay is None else trained(state))),
+        carry=Carry(
+            copied(state, may_alias=not is_given),
+            None if ema_decay is None else copied(trained(state)),
+        ),
         courier=courier,
         step=build_step(algorithm, sampler, ema_decay),
         keys=put(tuple(keys), state.round.sharding),
@@ -262,10 +266,13 @@ class _Run:
         self.began = time.perf_counter()
 
     def equipped(self, source: Any) -> Any:
-        """The source of the next round with what its clients keep, if that lies in files."""
+        """The source of the next round, whose clients' entries are fetched if they lie in files."""
         if not self.courier:
             return source
-        return source._replace(entries=self.courier.fetch(source.cohort))
+        cohort, num_dropped = source
+        state, cohort = self.courier.fetch(self.carry.state, cohort)
+        self.carry = self.carry._replace(state=state)
+        return cohort, num_dropped
 
     def advance(self, source: Any) -> None:
         """One more round."""
@@ -274,15 +281,15 @@ class _Run:
             # Ahead of the call, which on a CPU may run the round before it returns.
             self.step.lower(self.carry, self.keys, source).compile()
             self.compiled = time.perf_counter()
-        self.carry, info, num_dropped, kept = self.step(self.carry, self.keys, source)
+        self.carry, info, num_dropped = self.step(self.carry, self.keys, source)
         if self.courier:
-            self.courier.bring(source.cohort, kept)
+            self.courier.bring(self.carry.state, source[0])
         self.done += 1
         self.ledger.add_round(self.done, info, num_dropped)
 
     def state(self) -> ServerState:
         """The state after the last round."""
-        return dataclasses.replace(self.carry.state, **self.courier.arrive())
+        return with_stores(self.carry.state, self.courier.arrive())
 
     def evaluated_state(self) -> ServerState:
         """The state that evaluations are of."""
@@ -319,7 +326,7 @@ class _Run:
         if restored is None:
             return
         state = restored.arrays["state"]
-        self.carry = Carry(without_files(state), restored.arrays["averaged"])
+        self.carry = Carry(state, restored.arrays["averaged"])
         self.courier = Courier(state)
         if self.courier:
             others = [arrays["state"] for arrays in self.folder.others(restored.arrays)]

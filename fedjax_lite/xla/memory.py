@@ -27,8 +27,9 @@ def memory_errors(needs: Callable[[], Mapping[str, PyTree]]) -> Iterator[None]:
         raise MemoryError(
             f"too little memory ({str(error).splitlines()[0]}): {told}each lane needs the"
             " params, their gradient, the state of the client optimizer and a batch of its own;"
-            " lower batch_size, lanes or the size of the model, keep the store in the memory of"
-            ' the host by memory_kind="pinned_host", or the data on disk by dataset.streamed().'
+            " lower batch_size, lanes or the size of the model, keep the store in the memory of the"
+            ' host by memory_kind="pinned_host" or in a file by fl.store_in_file, or the data on'
+            " disk by dataset.streamed()."
         ) from error
 
 

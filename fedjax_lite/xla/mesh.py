@@ -89,8 +89,8 @@ def put(tree: T, sharding: Sharding) -> T:
     return jax.device_put(tree, sharding)
 
 
-def copied(tree: T) -> T:
-    """Copies of arrays, committed to where they are.
+def copied(tree: T, *, may_alias: bool = False) -> T:
+    """Copies of arrays, or the same memory if it may be, committed to where they are.
 
     What a jitted function returns is committed; given arrays that are not, it would compile again
     when it is given its own result.
@@ -102,7 +102,7 @@ def copied(tree: T) -> T:
                 copy(jax.random.key_data(x)), impl=jax.random.key_impl(x)
             )
         x = jnp.asarray(x)
-        return jax.device_put(x, x.sharding, may_alias=False)
+        return jax.device_put(x, x.sharding, may_alias=may_alias)
 
     return jax.tree.map(copy, tree)
 

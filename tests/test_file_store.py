@@ -1,0 +1,219 @@
+"""Stores in files: the same bits as in memory, in rounds, runs and evaluations, and after kills."""
+
+import dataclasses
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import SIZES, everyone, regression_dataset, regression_model
+from processes import held_by_another_process
+
+import fedjax_lite as fl
+from fedjax_lite.runs.step import build_step
+
+eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+STORES = ("store", "pipeline_store")
+
+
+def apfl(num_devices=1, **options):
+    return fl.apfl(
+        regression_model(),
+        optax.sgd(0.05),
+        batch_size=4,
+        pipeline=fl.error_feedback(fl.quantize_uniform(16)),
+        mesh=fl.clients_mesh(num_devices),
+        **options,
+    )
+
+
+def in_file(algorithm, folder, key=0):
+    state = algorithm.init(jax.random.key(key), num_clients=1)
+    return fl.store_in_file(state, folder, num_clients=10)
+
+
+def assert_same(in_file, in_memory, *, to_the_bit=True):
+    """What is in the file of one and in the memory of the other included.
+
+    On several lanes or devices it is another program, which may round otherwise.
+    """
+    tolerance = 0 if to_the_bit else 1e-6
+    compare = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+    rest = [
+        dataclasses.replace(state, store=(), pipeline_store=()) for state in (in_file, in_memory)
+    ]
+    jax.tree.map(compare, *rest)
+    for name in STORES:
+        entries = getattr(in_file, name).read(np.arange(10))
+        jax.tree.map(compare, entries, getattr(in_memory, name))
+
+
+@pytest.fixture(params=[0, 2**28], ids=["spread", "copied"])
+def spread(request, monkeypatch):
+    """Whether entries are spread over devices, were they large or not."""
+    monkeypatch.setattr("fedjax_lite.engine.store._LEAST_SPREAD_BYTES_OF_COHORT", request.param)
+
+
+@eight_devices
+@pytest.mark.parametrize(("num_devices", "lanes"), [(1, 1), (2, 3), (3, 1)])
+def test_rounds_are_those_of_a_store_in_memory(spread, tmp_path, num_devices, lanes):
+    algorithm = apfl(num_devices, lanes=lanes)
+    population = regression_dataset().resident(fl.clients_mesh(num_devices))
+    in_memory = algorithm.init(jax.random.key(0), num_clients=10)
+    filed = in_file(algorithm, tmp_path)
+    for r in range(4):
+        order = np.random.default_rng(r).permutation(10)[:5]
+        cohort = everyone(population, order, capacity=6)
+        in_memory, _ = algorithm.round(jax.random.key(r), in_memory, cohort)
+        filed, _ = algorithm.round(jax.random.key(r), filed, cohort)
+    assert_same(filed, in_memory, to_the_bit=num_devices == lanes == 1)
+    options = {"client_params": algorithm.client_params, "mesh": fl.clients_mesh(num_devices)}
+    found = [
+        fl.evaluate_clients(regression_model(), state, cohort, **options)
+        for state in (filed, in_memory)
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), *found)
+    assert algorithm.round._cache_size() == 2  # One for each.
+
+
+@eight_devices
+@pytest.mark.parametrize(("num_devices", "streamed"), [(1, False), (2, True)])
+def test_runs_are_those_of_a_store_in_memory(spread, tmp_path, num_devices, streamed):
+    algorithm, mesh = apfl(num_devices), fl.clients_mesh(num_devices)
+    dataset, model = regression_dataset(), regression_model()
+    cohort = everyone(dataset.resident(mesh))
+
+    def evaluate(state):
+        found = fl.evaluate_clients(
+            model, state, cohort, client_params=algorithm.client_params, mesh=mesh
+        )
+        return found.pooled
+
+    arguments = {
+        "algorithm": algorithm,
+        "population": dataset.streamed(6, mesh=mesh) if streamed else dataset.resident(mesh),
+        "sampler": fl.samplers.uniform(10, 6),
+        "num_rounds": 7,
+        "key": jax.random.key(1),
+        "evaluate": evaluate,
+        "eval_every": 3,
+    }
+    build_step.cache_clear()
+    filed = fl.train(state=in_file(algorithm, tmp_path), **arguments)
+    step = build_step(algorithm, arguments["sampler"], None)
+    assert step._cache_size() == 1
+    in_memory = fl.train(state=algorithm.init(jax.random.key(0), num_clients=10), **arguments)
+    assert_same(filed.state, in_memory.state, to_the_bit=num_devices == 1)
+    for ours, theirs in zip(*(run.history.evaluations for run in (filed, in_memory)), strict=True):
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
+
+
+def test_runs_go_on_from_any_checkpoint(tmp_path):
+    """Wherever they ended; and there is room for as many versions as there are checkpoints."""
+    algorithm, folder = apfl(), tmp_path / "checkpoints"
+    arguments = {
+        "algorithm": algorithm,
+        "population": regression_dataset().resident(fl.clients_mesh(1)),
+        "sampler": fl.samplers.uniform(10, 4),
+        "key": jax.random.key(1),
+    }
+
+    def train(num_rounds):
+        checkpoints = fl.Checkpoints(folder, every=2, keep=2)
+        state = in_file(algorithm, tmp_path / "entries")
+        return fl.train(num_rounds=num_rounds, state=state, checkpoints=checkpoints, **arguments)
+
+    whole = fl.train(
+        num_rounds=14, state=algorithm.init(jax.random.key(0), num_clients=10), **arguments
+    ).state
+    for num_rounds in (3, 5, 8, 12):
+        train(num_rounds)
+    shutil.rmtree(folder / "12")  # The one before it can be read as well.
+    resumed = train(14).state
+    assert_same(resumed, whole)
+    assert_same(fl.load_state(folder, in_file(algorithm, tmp_path / "entries")), whole)
+    entry_bytes = sum(x[0].nbytes for x in jax.tree.leaves(whole.store))
+    with_examples = sum(size > 0 for size in SIZES)
+    assert (tmp_path / "entries" / "store").stat().st_size <= 4 * 10 * entry_bytes
+    assert with_examples == 9
+
+
+def test_a_client_takes_room_once_it_has_taken_part(tmp_path):
+    algorithm = apfl()
+    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)), [3, 0], capacity=4)
+    state = in_file(algorithm, tmp_path)
+    for r in range(9):
+        state, _ = algorithm.round(jax.random.key(r), state, cohort)
+    state.store.file.seal(0)
+    entry_bytes = sum(x.nbytes for x in jax.tree.leaves(state.store.read([3])))
+    # Two, and as many that are written before those are given up.
+    assert (tmp_path / "store").stat().st_size == 4 * entry_bytes
+
+
+def test_entries_come_back_to_the_bit(tmp_path):
+    entries = {
+        "float": jnp.array([-0.0, 0.0, jnp.nan, -jnp.inf, 1e-42]),
+        "half": jnp.array([-0.0, 3.0], jnp.bfloat16),
+        "flag": jnp.array([True, False]),
+        "whole": jnp.int32(-(2**31)),
+        "nothing": jnp.zeros((0, 3)),
+    }
+    state = fl.fed_sgd(regression_model(), optax.sgd(1.0)).init(jax.random.key(0))
+    state = dataclasses.replace(state, store=jax.tree.map(lambda x: x[None], entries))
+    store = fl.store_in_file(state, tmp_path, num_clients=5).store
+    flipped = jax.tree.map(lambda x: jnp.stack([jnp.flip(x), x]), entries)
+    store = store.written([4, -1], flipped)
+    for client, place in ((4, 0), (0, 1), (3, 1)):
+        for name, x in store.read([client]).items():
+            assert x[0].tobytes() == np.asarray(flipped[name][place]).tobytes()
+
+
+def test_what_cannot_be_kept_in_a_file_is_refused(tmp_path):
+    algorithm = apfl()
+    for state, told in (
+        (fl.fed_sgd(regression_model(), optax.sgd(1.0)).init(jax.random.key(0)), "no store, as"),
+        (algorithm.init(jax.random.key(0), num_clients=2), "a store of 2 clients"),
+    ):
+        with pytest.raises(ValueError, match=f"state has {told}.*pass algorithm.init"):
+            fl.store_in_file(state, tmp_path, num_clients=10)
+    with pytest.raises(ValueError, match="num_clients is 0; choose an integer at least 1"):
+        fl.store_in_file(algorithm.init(jax.random.key(0), num_clients=1), tmp_path, 0)
+
+
+def test_what_is_not_what_was_written_is_refused(tmp_path):
+    algorithm = apfl()
+    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)), [3, 0])
+    first = in_file(algorithm, tmp_path)
+    second, _ = algorithm.round(jax.random.key(0), first, cohort)
+    third, _ = algorithm.round(jax.random.key(1), second, cohort)
+    algorithm.round(jax.random.key(2), third, cohort)
+    with pytest.raises(ValueError, match=r"store does not hold what was written at place .*newest"):
+        algorithm.round(jax.random.key(2), second, cohort)
+    with pytest.raises(ValueError, match="lies in a file, which a compiled program cannot read"):
+        jax.jit(algorithm.round)(jax.random.key(0), first, cohort)
+    others = everyone(regression_dataset((1, 2)).resident(fl.clients_mesh(1)))
+    with pytest.raises(ValueError, match=r"state.store is a file for 10 clients, while .* of 2;"):
+        algorithm.round(jax.random.key(0), first, others)
+    with pytest.raises(ValueError, match=r"state.store is a file for 10 clients, while .* of 2;"):
+        fl.train(
+            algorithm,
+            regression_dataset((1, 2)).resident(fl.clients_mesh(1)),
+            fl.samplers.uniform(2, 2),
+            1,
+            key=jax.random.key(0),
+            state=first,
+        )
+
+
+def test_another_process_that_writes_there_is_told(tmp_path):
+    algorithm = apfl()
+    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)), [3, 0])
+    state = in_file(algorithm, tmp_path)
+    with (
+        held_by_another_process(tmp_path / ".store.lock"),
+        pytest.raises(BlockingIOError, match="is being written by another process"),
+    ):
+        algorithm.round(jax.random.key(0), state, cohort)
