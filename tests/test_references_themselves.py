@@ -323,6 +323,24 @@ def test_mime_lite_with_a_linear_base_is_too(name):
     apart(run(drift.mime_lite), run(drift.mime))
 
 
+def test_the_first_step_of_mime_is_the_same_whatever_its_batch():
+    # g_k(w_0) - g_k(w_0) + c is c.
+    clients = regression_clients()
+    cohorts = [[0, 3, 4]]
+    run = lambda batches: last(
+        drift.mime(
+            REGRESSION,
+            clients,
+            models.regression.grad,
+            cohorts=cohorts,
+            batches=batches,
+            base=drift.SGD(),
+            rate=0.1,
+        )
+    )
+    close(run([[[np.array([1, 4])]] * 3]), run(whole(clients, cohorts, 1)))
+
+
 def test_mime_has_no_drift_where_curvatures_are_equal():
     # With the same x, g_k(w) - g_k(w_0) + c is the gradient of all clients at w.
     rng = np.random.default_rng(0)
@@ -465,7 +483,7 @@ def test_ada_fed_prox_by_hand():
         cohorts=[[0]] * 2,
         batches=steps(2)["batches"] * 2,
         rate=0.5,
-        watch=lambda this: watched(this),
+        watch=watched,
         **options,
     )
     first, second = run(lambda this: -float(this.after["w"]), mu=0.5, step=0.5)
@@ -475,6 +493,16 @@ def test_ada_fed_prox_by_hand():
     close(second.params, {"w": 3.625})
     first, second = run(lambda this: float(this.after["w"]), mu=0.5, step=0.5)
     assert (second.mu, second.next_mu) == (0.0, 0.5)
+    # Batches of 2 and of 1, with losses 8 and 2 at 0 and 2: (2 * 8 + 2) / 3.
+    (after,) = drift.ada_fed_prox(
+        {"w": 0.0},
+        [(np.zeros((3, 1)), np.full(3, 4.0))],
+        PULL,
+        cohorts=[[0]],
+        batches=[[[np.array([0, 1]), np.array([2])]]],
+        rate=0.5,
+    )
+    assert after.training_loss == 6
 
 
 def test_ada_fed_prox_without_mu_is_fed_avg():
@@ -530,6 +558,7 @@ def test_fed_shuffle_of_equal_clients_is_fed_avg():
     start = Vector(REGRESSION)
     # A third of all examples, over a probability of a half.
     close(run() - start, 2 / 3 * (run(sum_to_one=True) - start))
+    close(run(server_rate=0.3) - start, 0.3 * (run() - start))
 
 
 def test_contrastive_loss_by_hand():
@@ -560,6 +589,21 @@ def test_moon():
     apart(history[1].params, average[1].params)
     assert set(history[1].previous) == {0, 2, 3, 4}
     close(history[1].previous[3], history[0].previous[3])
+
+
+def test_moon_remembers_the_model_that_a_client_ended_with():
+    clients, params = labelled_clients(), network_params()
+    run = lambda algorithm, cohorts, *rest, **options: algorithm(
+        params, clients, *rest, cohorts=cohorts, batches=draw(clients, cohorts), rate=0.3, **options
+    )
+    first = [[0], [3]]  # Each for the first time: FedAvg.
+    history = run(drift.moon, first, mu=5.0)
+    close(last(history), last(run(drift.fed_avg, first, models.network.grad)))
+    for entry, k in zip(history, (0, 3), strict=True):
+        close(entry.previous[k], entry.params)
+    again = [[0], [3], [0]]
+    average = run(drift.fed_avg, again, models.network.grad)
+    apart(last(run(drift.moon, again, mu=5.0)), last(average))
 
 
 def test_moon_stays_nearer_to_the_features_of_the_server():
@@ -671,7 +715,7 @@ def test_agnostic_fed_avg_by_its_definition():
     )
     x, y, domain = (np.concatenate(parts) for parts in zip(*clients, strict=True))
     alpha = np.array([0.3 / 15, 0.7 / 4])
-    w, total, losses = Vector(REGRESSION), 0.0, []
+    w = Vector(REGRESSION)
     residual = x @ w["w"] + w["b"] - y
     share = alpha[domain] / alpha[domain].sum()
     total = Vector({"w": (share * residual) @ x, "b": share @ residual})
@@ -734,9 +778,9 @@ def test_ditto():
     first = run(0.0)[0].params
     (batch, *_) = batches[1][COHORTS[1].index(2)]
     one = [[drawn[:1] for drawn in of_round] for of_round in batches]
-    found = run(10.0, personal_rate=0.1, personal_batches=one)[1].personal[2]
+    found = run(5.0, personal_rate=0.2, personal_batches=one)[1].personal[2]
     x, y = clients[2]
-    close(found, first - 0.1 * models.regression.grad(first, x[batch], y[batch]))
+    close(found, first - 0.2 * models.regression.grad(first, x[batch], y[batch]))
 
 
 def proximal(client, center, lam):
@@ -792,24 +836,22 @@ def test_p_fed_me_ends_at_the_proximal_point(warm):
 
 
 def test_p_fed_me_by_hand():
-    # From 0, lam 1, rates 1/2, one inner step. Batch 1: theta 0 - (0 - 4 + 0) / 2 = 2, w 1.
-    # Batch 2, theta from 2: 2 - (2 - 4 + (2 - 1)) / 2 = 2.5, w 1.75; from w: 1 + 3/2 = 2.5.
-    # Batch 3: 2.5 - (-1.5 + 0.75) / 2 = 2.875, w 2.3125; from w: 1.75 + 2.25 / 2 = 2.875.
-    # With two inner steps: 2, then 2 - (-2 + 2) / 2 = 2, w 1; then from 2: 2.5, 2.5 and w 1.75;
-    # from w: 2.5, 2.5. They differ where an inner step contracts less: with personal rate 1/4,
-    # theta 1, w 0.5; then 1 - (-3 + 0.5) / 4 = 1.625, w 1.0625; from w: 0.5 + 3.5 / 4 = 1.375.
-    run = lambda **options: personal.p_fed_me(
+    # From 0 with lam 1 and one inner step: theta is 0 + 4 / 4 = 1, and w 1/2 of the way there. The
+    # next, from 1, is 1 - (-3 + 1/2) / 4 = 13/8; from w, 1/2 + 7/2 / 4 = 11/8.
+    run = lambda warm: personal.p_fed_me(
         {"w": 0.0},
         pulled(4.0),
         PULL.grad,
         rate=0.5,
+        personal_rate=0.25,
         lam=1.0,
         inner_steps=1,
-        **options,
+        warm=warm,
+        **steps(2),
     )[0]
-    close(run(personal_rate=0.5, **steps(3)).params, {"w": 2.3125})
-    close(run(personal_rate=0.25, **steps(2)).params, {"w": 1.0625})
-    close(run(personal_rate=0.25, warm=False, **steps(2)).personal[0], {"w": 1.375})
+    for warm, theta in (True, 13 / 8), (False, 11 / 8):
+        close(run(warm).personal[0], {"w": theta})
+        close(run(warm).params, {"w": 1 / 2 + (theta - 1 / 2) / 2})
 
 
 def triples(clients, cohorts, seed=0):
@@ -930,7 +972,7 @@ def test_fed_rep():
 
 def test_fed_rep_trains_the_head_before_the_base():
     clients = labelled_clients()
-    (batch,) = (np.arange(7),)
+    batch = np.arange(7)
     (after,) = personal.fed_rep(
         network_params(),
         clients,
@@ -1122,7 +1164,6 @@ def test_clients_without_examples_change_nothing():
         [drawn for k, drawn in zip(cohort, of_round, strict=True) if k != 1]
         for cohort, of_round in zip(COHORTS, batches, strict=True)
     ]
-    common = {"rate": 0.1}
     for algorithm, options in [
         (drift.fed_avg, {"weighting": "uniform"}),
         (drift.fed_dyn, {"alpha": 0.3}),
@@ -1137,7 +1178,7 @@ def test_clients_without_examples_change_nothing():
                 models.regression.grad,
                 cohorts=cohorts,
                 batches=drawn,
-                **common,
+                rate=0.1,
                 **options,
             )
         )

@@ -24,8 +24,8 @@ def ditto(
 
     v <- v - rate (grad f(v) + lam (v - w)), with w as it was received, on the same batches as
     FedAvg's local steps unless others are given. A client without a personal model starts with the
-    params that it receives, as in PFLlib and FL-bench where all take part; the paper starts with
-    given v (`start="initial"`: those before the first round).
+    params that it receives; in PFLlib and FL-bench with those before the first round
+    (`start="initial"`); the paper leaves it open.
     """
     initial = w = Vector(params)
     personal, history = {}, []
