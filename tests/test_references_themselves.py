@@ -1123,7 +1123,7 @@ def test_expectation_maximisation_is_that_of_scikit_learn(kind):
     if kind == "full":
         spreads = np.stack([np.diag(spread) + 0.3 for spread in spreads])
     history = clusters.gaussian_mixture(
-        weights, starts, spreads, clients, cohorts=[[0, 1, 2, 3, 4]] * 5
+        weights, starts, spreads, clients, cohorts=[[0, 1, 2, 3, 4]] * 6
     )
     model = GaussianMixture(
         3,
@@ -1137,9 +1137,10 @@ def test_expectation_maximisation_is_that_of_scikit_learn(kind):
     )
     with pytest.warns(ConvergenceWarning):
         model.fit(x)
-    np.testing.assert_allclose(history[-1].weights, model.weights_, rtol=1e-8)
-    np.testing.assert_allclose(history[-1].centers, model.means_, rtol=1e-8)
-    np.testing.assert_allclose(history[-1].covariances, model.covariances_, rtol=1e-7)
+    np.testing.assert_allclose(history[4].weights, model.weights_, rtol=1e-8)
+    np.testing.assert_allclose(history[4].centers, model.means_, rtol=1e-8)
+    np.testing.assert_allclose(history[4].covariances, model.covariances_, rtol=1e-7)
+    assert history[5].log_likelihood == pytest.approx(model.score(x))
     likelihoods = [entry.log_likelihood for entry in history]
     assert likelihoods == sorted(likelihoods)
 
