@@ -163,13 +163,13 @@ class FederatedAlgorithm(NamedTuple):
       round: `round(key, state, cohort) -> (state, info)`: one round, jitted, and
         usable inside `jit`, `scan`, `vmap` and, if built with `differentiable=True`, `grad`. It
         compiles once per shape of the cohort: cohort size, client sizes and keys are data.
-      client_params: `client_params(state, entry) -> params`, the params that a client uses for
-        itself, from its entry in `state.store`; `None` if clients use those of the server.
+      client_model: `client_model(state, entry) -> (params, model_state)`, what a client uses for
+        itself, from its entry in `state.store`; `None` if clients use what the server has.
     """
 
     init: Callable[..., Any]
     round: Callable[..., tuple[Any, RoundInfo]]
-    client_params: Callable[[ServerState, PyTree], PyTree] | None = None
+    client_model: Callable[[ServerState, PyTree], tuple[PyTree, PyTree]] | None = None
 
 
 class Client(NamedTuple):
@@ -180,7 +180,7 @@ class Client(NamedTuple):
       num_examples: How many examples it has, int32 scalar.
       num_steps: How many local steps it takes in this round, int32 scalar.
       entry: What it kept from the last round that it took part in, or
-        `ClientUpdate.entry(params)` before its first; `()` if clients keep nothing.
+        `ClientUpdate.entry(server)` before its first; `()` if clients keep nothing.
       key: A typed key of its own for this round.
     """
 
@@ -230,16 +230,21 @@ class ClientUpdate(NamedTuple):
       measure: `measure(server, client, state, batch) -> {name: values [batch]}`, or `None`. Its
         means over the client's examples, before the first step and after the last one, are
         reported as the metrics `{name}_before` and `{name}_after`.
-      entry: `entry(params) -> pytree of arrays`, what a client keeps before its first round, if
+      entry: `entry(server) -> pytree of arrays`, what a client keeps before its first round, if
         clients keep something: a client is then given its `Client.entry`, and the `entry` of its
         result replaces it. `None` if they keep nothing.
+      shared: `shared(server) -> (params, model_state)`, what the server keeps of what is drawn, if
+        the rest is clients' own and in their entries; `None` if it keeps all.
+      client_model: See `FederatedAlgorithm`.
     """
 
     init: Callable[[Any, Client], PyTree]
     step: Callable[[Any, Client, PyTree, Batch, jax.Array], PyTree]
     final: Callable[[Any, Client, PyTree], ClientResult]
     measure: Callable[[Any, Client, PyTree, Batch], dict[str, jax.Array]] | None = None
-    entry: Callable[[PyTree], PyTree] | None = None
+    entry: Callable[[ServerState], PyTree] | None = None
+    shared: Callable[[ServerState], tuple[PyTree, PyTree]] | None = None
+    client_model: Callable[[ServerState, PyTree], tuple[PyTree, PyTree]] | None = None
 
 
 class Message(NamedTuple):

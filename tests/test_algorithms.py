@@ -31,6 +31,9 @@ ALGORITHMS = {
     "fed_avg_kept": lambda model, **kw: fl.fed_avg(
         model, optax.adam(0.05), batch_size=4, num_epochs=2, keep_optimizer_state=True, **kw
     ),
+    "fed_avg_personal": lambda model, **kw: fl.fed_avg(
+        model, optax.sgd(0.1), batch_size=3, personal="b", **kw
+    ),
     "fed_prox": lambda model, **kw: fl.fed_prox(
         model, optax.sgd(0.05, momentum=0.9), mu=0.1, batch_size=4, num_epochs=2, **kw
     ),
@@ -118,12 +121,19 @@ def test_converges(name):
     dataset = regression_dataset()
     population = dataset.resident(one_device())
     state = algorithm.init(jax.random.key(0), num_clients=10)
-    before = fl.evaluate(model, state, dataset.examples)["loss"]
+    # The server's model, if it has a whole one.
+    client_model = algorithm.client_model if state.params["b"] is None else None
+
+    def loss():
+        options = {"client_model": client_model, "mesh": one_device()}
+        return fl.evaluate_clients(model, state, everyone(population), **options).pooled["loss"]
+
+    before = loss()
     for r in range(100):
         key_cohort, key_round = jax.random.split(jax.random.fold_in(jax.random.key(2), r))
         cohort = fl.cohort(key_cohort, population, 6, capacity=10)
         state, _ = algorithm.round(key_round, state, cohort)
-    after = fl.evaluate(model, state, dataset.examples)["loss"]
+    after = loss()
     assert after < 0.05 * before  # the noise alone is 0.1 ** 2 / 2 = 0.005
     assert state.round == 100
 

@@ -28,7 +28,7 @@ NAMES = {
         *("model", "state", "examples", "metrics", "batch_size", "mesh", "rewrite_convolutions"),
     ],
     "evaluate_clients": [
-        *("model", "state", "cohort", "metrics", "client_params", "key", "batch_size"),
+        *("model", "state", "cohort", "metrics", "client_model", "key", "batch_size"),
         *("lanes", "mesh", "rewrite_convolutions"),
     ],
     "evaluate_fine_tuned": [
@@ -45,7 +45,8 @@ NAMES = {
     ],
     "fed_avg": [
         *("model", "client_optimizer", "server_optimizer", "weighting"),
-        *("keep_optimizer_state", "measure_clients", *UPDATE, *STEPS, *SPEED, "memory_kind"),
+        *("personal", "keep_optimizer_state", "measure_clients"),
+        *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
     "fed_nova": [
         *("model", "client_optimizer", "server_optimizer", "mu", "weighting"),
@@ -53,21 +54,22 @@ NAMES = {
     ],
     "fed_prox": [
         *("model", "client_optimizer", "server_optimizer", "mu", "weighting"),
-        *("keep_optimizer_state", "measure_clients", *UPDATE, *STEPS, *SPEED, "memory_kind"),
+        *("personal", "keep_optimizer_state", "measure_clients"),
+        *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
     "fed_sgd": [
         *("model", "server_optimizer", "reduction", "weighting", *UPDATE, *SPEED),
     ],
     "federated_algorithm": [
         *("model", "client_update", "server_optimizer"),
-        *("client_params", "broadcast", *UPDATE, *STEPS, *SPEED, "memory_kind"),
+        *("broadcast", *UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
     "frozen": ["model", "names"],
     "function_model": ["loss", "init", "metrics", "predict"],
     "linen_model": ["module", "example", "loss", "metrics", "inputs"],
     "local_training": [
         *("model", "client_optimizer", "weighting", "begin", "objective", "finish", "entry"),
-        *("keep_optimizer_state", "measure_clients"),
+        *("personal", "keep_optimizer_state", "measure_clients"),
     ],
     "lora": ["model", "rank", "alpha", "names", "base"],
     "load_state": ["folder", "like", "averaged", "best"],
@@ -111,16 +113,16 @@ NAMES = {
     "ClientResult": [
         *("update", "weight", "metrics", "model_state", "entry", "norm", "statistics"),
     ],
-    "ClientUpdate": ["init", "step", "final", "measure", "entry"],
+    "ClientUpdate": ["init", "step", "final", "measure", "entry", "shared", "client_model"],
     "Cohort": [
         *("client_ids", "num_examples", "offsets", "examples", "num_clients", "device_slots"),
-        *("max_steps", "staleness", "sample"),
+        *("max_steps", "staleness", "has_entries", "sample"),
     ],
     "Experiment": [
         *("settings", "calls", "model", "algorithm", "population", "sampler", "evaluate"),
-        *("held_out", "personal"),
+        *("held_out", "personal", "server_has_all"),
     ],
-    "FederatedAlgorithm": ["init", "round", "client_params"],
+    "FederatedAlgorithm": ["init", "round", "client_model"],
     "FederatedDataset": ["examples", "offsets", "client_ids"],
     "History": ["rounds", "evaluations"],
     "InterruptedTraining": ["message", "signal", "result"],

@@ -180,7 +180,7 @@ def test_clients_are_evaluated_with_params_of_their_own(memory_kind):
         cohort = fl.cohort_of(population, [0, 3, 5, 7])
         state, _ = algorithm.round(jax.random.key(r), state, cohort)
     all_ = everyone(population)
-    found = fl.evaluate_clients(model, state, all_, client_params=algorithm.client_params, lanes=3)
+    found = fl.evaluate_clients(model, state, all_, client_model=algorithm.client_model, lanes=3)
     store = jax.device_get(state.store)
     for i in range(len(SIZES)):
         entry = jax.tree.map(lambda x, i=i: x[i], store)
@@ -195,10 +195,10 @@ def test_clients_are_evaluated_with_params_of_their_own(memory_kind):
         np.testing.assert_allclose(found.clients["loss"][i], expected, rtol=1e-5)
     other = algorithm.init(jax.random.key(0), num_clients=3)
     with pytest.raises(ValueError, match=r"state.store.* population of 10 clients"):
-        fl.evaluate_clients(model, other, all_, client_params=algorithm.client_params)
+        fl.evaluate_clients(model, other, all_, client_model=algorithm.client_model)
     nothing = dataclasses.replace(state, store=())
-    with pytest.raises(ValueError, match=r"state.store is empty, and client_params is given"):
-        fl.evaluate_clients(model, nothing, all_, client_params=algorithm.client_params)
+    with pytest.raises(ValueError, match=r"state.store is empty, and client_model is given"):
+        fl.evaluate_clients(model, nothing, all_, client_model=algorithm.client_model)
 
 
 def test_many_steps_add_up_in_half_precision():

@@ -428,7 +428,7 @@ def test_clients_may_keep_what_the_server_has_not():
         model,
         state,
         fl.cohort_of(dataset.resident(), np.arange(4)),
-        client_params=lambda state, entry: {**state.params, **entry},
+        client_model=lambda state, entry: ({**state.params, **entry}, {}),
     )
     for i in (0, 2, 3):
         one = dataset[i]

@@ -70,7 +70,7 @@ def test_rounds_are_those_of_a_store_in_memory(spread, tmp_path, num_devices, la
         in_memory, _ = algorithm.round(jax.random.key(r), in_memory, cohort)
         filed, _ = algorithm.round(jax.random.key(r), filed, cohort)
     assert_same(filed, in_memory, to_the_bit=num_devices == lanes == 1)
-    options = {"client_params": algorithm.client_params, "mesh": fl.clients_mesh(num_devices)}
+    options = {"client_model": algorithm.client_model, "mesh": fl.clients_mesh(num_devices)}
     found = [
         fl.evaluate_clients(regression_model(), state, cohort, **options)
         for state in (filed, in_memory)
@@ -88,7 +88,7 @@ def test_runs_are_those_of_a_store_in_memory(spread, tmp_path, num_devices, stre
 
     def evaluate(state):
         found = fl.evaluate_clients(
-            model, state, cohort, client_params=algorithm.client_params, mesh=mesh
+            model, state, cohort, client_model=algorithm.client_model, mesh=mesh
         )
         return found.pooled
 

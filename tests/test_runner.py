@@ -146,7 +146,7 @@ def test_client_states_may_hold_numbers_keys_and_nodes(lanes):
         final=lambda server, client, state: sent(
             state[0].params, 1, {"steps": state[1]}, entry=state[3]
         ),
-        entry=lambda params: 1.0,
+        entry=lambda server: 1.0,
         batch_size=2,
         lanes=lanes,
     )
@@ -261,7 +261,7 @@ def test_a_client_knows_who_it_is(lanes):
             },
             entry=client.entry + client.id,
         ),
-        entry=lambda params: jnp.int32(1),
+        entry=lambda server: jnp.int32(1),
         batch_size=2,
         lanes=lanes,
     )

@@ -38,7 +38,7 @@ def diary(forget=False, **options):
             init,
             step,
             final,
-            entry=lambda params: {"rounds": jnp.int32(0), "seen": jnp.zeros(3)},
+            entry=lambda server: {"rounds": jnp.int32(0), "seen": jnp.zeros(3)},
         ),
         optax.sgd(0.1),
         **{"batch_size": 4, "mesh": fl.clients_mesh(1), **options},
@@ -127,7 +127,7 @@ def test_entries_come_and_go_to_the_bit(monkeypatch, spread, num_devices, lanes,
                 1.0,
                 entry=jax.tree.map(lambda x: jnp.flip(x) if x.ndim else x, state),
             ),
-            entry=lambda params: entries,
+            entry=lambda server: entries,
         ),
         optax.sgd(0.0),
         batch_size=4,
@@ -280,7 +280,7 @@ def test_runs_with_spread_stores_resume_and_are_evaluated(spread, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.store, whole.state.store)
     cohort = everyone(arguments["population"])
     of_clients = fl.evaluate_clients(
-        regression_model(), loaded, cohort, client_params=algorithm.client_params, mesh=mesh
+        regression_model(), loaded, cohort, client_model=algorithm.client_model, mesh=mesh
     )
     # The same on one device, which has copies.
     alone = fl.clients_mesh(1)
@@ -292,7 +292,7 @@ def test_runs_with_spread_stores_resume_and_are_evaluated(spread, tmp_path):
         regression_model(),
         state,
         everyone(dataset.resident(alone)),
-        client_params=one.client_params,
+        client_model=one.client_model,
         mesh=alone,
     )
     np.testing.assert_allclose(of_clients.clients["loss"], expected.clients["loss"], rtol=1e-5)

@@ -130,7 +130,11 @@ def test_an_objective_and_what_is_kept_make_fed_dyn():
         return result._replace(entry=optax.tree.add_scale(client.entry, alpha, result.update))
 
     expected = loop(train, lambda client: 1)
-    hooks = {"objective": objective, "finish": finish, "entry": optax.tree.zeros_like}
+    hooks = {
+        "objective": objective,
+        "finish": finish,
+        "entry": lambda server: optax.tree.zeros_like(server.params),
+    }
     actual, state, _ = run(of_hooks(**hooks))
     np.testing.assert_allclose(actual, expected, rtol=1e-9)
     for client, h in kept.items():
@@ -160,7 +164,7 @@ def test_a_part_of_ones_own_makes_fed_per(keep_optimizer_state):
         of_hooks(
             begin=begin,
             finish=finish,
-            entry=lambda params: params["b"],
+            entry=lambda server: server.params["b"],
             weighting="examples",
             keep_optimizer_state=keep_optimizer_state,
         )

@@ -83,7 +83,7 @@ def apfl(
 
     Returns:
       A `FederatedAlgorithm`, whose `init` needs `num_clients`. `state.store` holds a `Personal` for
-      each client, as large as the params; `client_params(state, entry)` is $\bar v_i$ with the
+      each client, as large as the params; `client_model(state, entry)` has $\bar v_i$ with the
       server's params as $w$, and just these before a client's first round. The metric `alpha` of
       clients is their share, or the mean of their shares.
 
@@ -100,7 +100,7 @@ def apfl(
     >>> state, info = algorithm.round(jax.random.key(1), state, everyone)
     >>> float(state.params)  # They agree on nothing, and each has a model of its own.
     0.0
-    >>> found = fl.evaluate_clients(model, state, everyone, client_params=algorithm.client_params)
+    >>> found = fl.evaluate_clients(model, state, everyone, client_model=algorithm.client_model)
     >>> bool((found.clients["loss"] < 0.5).all())
     True
     """
@@ -110,10 +110,10 @@ def apfl(
     client_weight = server.resolve_weighting(weighting)
     optimizer = local.resolve_optimizer(client_optimizer)
 
-    def entry(params: PyTree) -> Personal:
+    def entry(shared: ServerState) -> Personal:
         share = jnp.asarray(alpha, float)
-        shares = jax.tree.map(lambda _: share, params) if layerwise else share
-        return Personal(params, shares, jnp.int32(0))
+        shares = jax.tree.map(lambda _: share, shared.params) if layerwise else share
+        return Personal(shared.params, shares, jnp.int32(0))
 
     def begin(state: ServerState, own: Personal) -> Personal:
         """The client's own params, which before its first round are the server's."""
@@ -124,9 +124,9 @@ def apfl(
         )
         return own._replace(params=params)
 
-    def client_params(state: ServerState, own: Personal) -> PyTree:
+    def client_model(state: ServerState, own: Personal) -> tuple[PyTree, PyTree]:
         own = begin(state, own)
-        return _mix(own.params, state.params, own.alpha)
+        return _mix(own.params, state.params, own.alpha), state.model_state
 
     def client_init(shared: ServerState, client: Client) -> _ClientState:
         own = begin(shared, client.entry)
@@ -174,9 +174,10 @@ def apfl(
 
     return server.federated_algorithm(
         model,
-        ClientUpdate(client_init, client_step, client_final, entry=entry),
+        ClientUpdate(
+            client_init, client_step, client_final, entry=entry, client_model=client_model
+        ),
         server.resolve_server_optimizer(server_optimizer),
-        client_params=client_params,
         **options,
     )
 

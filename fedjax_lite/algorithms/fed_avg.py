@@ -11,6 +11,7 @@ from fedjax_lite.algorithms.options import StoreOptions, complete, documented
 from fedjax_lite.algorithms.training import local_training, proximal
 from fedjax_lite.base import FederatedAlgorithm
 from fedjax_lite.models.model import Model
+from fedjax_lite.models.names import Names
 
 
 @documented
@@ -20,6 +21,7 @@ def fed_avg(
     server_optimizer: optax.GradientTransformation | None = None,
     *,
     weighting: server.Weighting = "examples",
+    personal: Names | None = None,
     keep_optimizer_state: bool = False,
     measure_clients: bool = False,
     **options: Unpack[StoreOptions],
@@ -48,6 +50,11 @@ def fed_avg(
       weighting: The weight of a client: `"examples"`, its number of examples; `"processed"`, that
         of its examples in all steps that it took, so that partial work weighs what was done;
         `"uniform"`; or a function `num_examples -> weight`, float scalar to non-negative scalar.
+      personal: Which params and model state never leave a client: a pattern of their names, such as
+        `"Dense_1/*"` for the last layer (FedPer) or `"*BatchNorm*"` (FedBN), several, or a function
+        `name -> bool`. They are trained with the others, and kept in `state.store`; `init`, which
+        draws them for all clients alike, then needs `num_clients`, and `state.params` has `None` in
+        their places. Evaluate by `fl.evaluate_clients(..., client_model=algorithm.client_model)`.
       keep_optimizer_state: A client goes on with the state of its optimizer from the last round
         that it took part in, which `state.store` keeps, and does not begin afresh; `init` then
         needs `num_clients`.
@@ -85,6 +92,7 @@ def fed_avg(
         model,
         client_optimizer,
         weighting=weighting,
+        personal=personal,
         keep_optimizer_state=keep_optimizer_state,
         measure_clients=measure_clients,
     )
@@ -104,6 +112,7 @@ def fed_prox(
     *,
     mu: ArrayLike,
     weighting: server.Weighting = "examples",
+    personal: Names | None = None,
     keep_optimizer_state: bool = False,
     measure_clients: bool = False,
     **options: Unpack[StoreOptions],
@@ -122,6 +131,7 @@ def fed_prox(
       server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
       mu: Strength of the proximal term, not negative; may be traced. With 0, this is FedAvg.
       weighting: As in `fed_avg`.
+      personal: As in `fed_avg`; without the proximal term.
       keep_optimizer_state: As in `fed_avg`.
       measure_clients: As in `fed_avg`.
       **options: Those of `StoreOptions`.
@@ -150,6 +160,7 @@ def fed_prox(
         client_optimizer,
         weighting=weighting,
         objective=proximal(mu),
+        personal=personal,
         keep_optimizer_state=keep_optimizer_state,
         measure_clients=measure_clients,
     )

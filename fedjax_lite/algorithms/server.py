@@ -28,7 +28,7 @@ from fedjax_lite.engine.batches import DEFAULT_BATCH_SIZE, KEY_SERVER, Batching,
 from fedjax_lite.engine.execution import Execution
 from fedjax_lite.engine.file_store import around_files
 from fedjax_lite.engine.runner import ON_NONFINITE, run_clients
-from fedjax_lite.engine.store import create_store
+from fedjax_lite.engine.store import STORES, create_store
 from fedjax_lite.engine.waves import Versions
 from fedjax_lite.models.model import Model
 from fedjax_lite.updates.pipeline import first_entry, send_through
@@ -84,7 +84,6 @@ def federated_algorithm(
     client_update: ClientUpdate,
     server_optimizer: optax.GradientTransformation,
     *,
-    client_params: Callable[[ServerState, PyTree], PyTree] | None = None,
     broadcast: Callable[[ServerState], PyTree] | None = None,
     **options: Unpack[StoreOptions],
 ) -> FederatedAlgorithm:
@@ -104,7 +103,6 @@ def federated_algorithm(
         `jax.jit(algorithm.round, donate_argnames="state")`, or by a `scan` over rounds.
       server_optimizer: Any optax transformation, also one of
         `optax.GradientTransformationExtraArgs`.
-      client_params: See `FederatedAlgorithm`.
       broadcast: `broadcast(state)`, what of the state is sent to clients, whose size is reported;
         params and model state by default.
       **options: Those of `StoreOptions`.
@@ -131,7 +129,7 @@ def federated_algorithm(
     ...     return fl.ClientResult(server.params - w, 1.0, entry=client.entry + 1)
     >>> algorithm = federated_algorithm(
     ...     model,
-    ...     fl.ClientUpdate(init, step, final, entry=lambda params: jnp.int32(0)),
+    ...     fl.ClientUpdate(init, step, final, entry=lambda server: jnp.int32(0)),
     ...     optax.sgd(1.0),
     ... )
     >>> dataset = fl.FederatedDataset.from_clients({"a": {"x": [4.0]}, "b": {"x": [8.0]}})
@@ -155,7 +153,7 @@ def federated_algorithm(
         num_steps=options["num_steps"],
         shuffle=options["shuffle"],
     )
-    client_entry = client_update.entry
+    own = client_update
     pipeline, reducer = options["pipeline"], options["reducer"]
     reducer = weighted_mean() if reducer is None else reducer
     _validate.instance("reducer", reducer, Reducer, "fl.coordinate_median()")
@@ -170,13 +168,10 @@ def federated_algorithm(
         client_update = send_through(pipeline, client_update)
     optimizer = local.named("server_optimizer", _checked(server_optimizer))
 
-    def entry_of(params: PyTree) -> PyTree:
-        return () if client_entry is None else client_entry(params)
-
     def pipeline_entry_of(params: PyTree) -> PyTree:
         return () if pipeline is None else first_entry(pipeline, params)
 
-    keeps = client_entry is not None or (pipeline is not None and pipeline.entry is not None)
+    keeps = own.entry is not None or (pipeline is not None and pipeline.entry is not None)
 
     @jit_once
     def build(key_or_params: PyTree, model_state: PyTree | None) -> tuple[ServerState, PyTree]:
@@ -191,16 +186,22 @@ def federated_algorithm(
         # again.
         params, frozen = (params, ()) if model.split is None else model.split(params)
         params, model_state, frozen = _validate.strong((params, model_state, frozen))
-        state = ServerState(
+        drawn = ServerState(
+            params=params, model_state=model_state, opt_state=(), round=jnp.int32(0)
+        )
+        entry = () if own.entry is None else own.entry(drawn)
+        if own.shared is not None:
+            params, model_state = own.shared(drawn)
+        state = dataclasses.replace(
+            drawn,
             params=params,
             model_state=model_state,
             opt_state=optimizer.init(params),
-            round=jnp.int32(0),
             pipeline_state=() if pipeline is None else pipeline.init(params),
             versions=_versions(params, model_state, num_versions) if num_versions > 1 else (),
             frozen=frozen,
         )
-        return state, (entry_of(params), pipeline_entry_of(params))
+        return state, (entry, pipeline_entry_of(params))
 
     def init(
         key_or_params: PyTree,
@@ -232,8 +233,15 @@ def federated_algorithm(
         _validate.key("key", key)
         _validate.instance("cohort", cohort, Cohort, "fl.cohort(key, population, 10)")
         _validate.instance("state", state, ServerState, "algorithm.init(key)")
-        stores = {"store": entry_of, "pipeline_store": pipeline_entry_of}
-        _check_state(state, optimizer.init, pipeline and pipeline.init, stores)
+        made = {"opt_state": optimizer.init}
+        if pipeline is not None:  # Without one, the state of another one is only passed on.
+            made["pipeline_state"] = pipeline.init
+        if own.shared is None:  # What clients have of their own is not in the params.
+            made["store"] = lambda params: (
+                () if own.entry is None else own.entry(dataclasses.replace(state, params=params))
+            )
+        made["pipeline_store"] = pipeline_entry_of
+        _check_state(state, made)
 
     @jax.jit
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
@@ -295,7 +303,7 @@ def federated_algorithm(
         info = round_info(cohort, result, aggregate, server, down_bits, skip, left_out, metrics)
         return after, info
 
-    return FederatedAlgorithm(init, Paced(round, check, around_files), client_params)
+    return FederatedAlgorithm(init, Paced(round, check, around_files), own.client_model)
 
 
 def _mean_state(
@@ -375,25 +383,22 @@ def _step(
     )
 
 
-def _check_state(
-    state: ServerState,
-    opt_state: Callable[[PyTree], PyTree],
-    pipeline_state: Callable[[PyTree], PyTree] | None,
-    stores: Mapping[str, Callable[[PyTree], PyTree]],
-) -> None:
-    """Refuses the state of another algorithm; that of another model fails where it is used."""
-    parts = [("opt_state", state.opt_state, opt_state)]
-    for name, entry in stores.items():
-        kept = getattr(state, name)
-        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], float), kept)
-        parts.append((f"{name}, for one client,", one, entry))
-    if pipeline_state is not None:  # Without a pipeline, the state of one is only passed on.
-        parts.append(("pipeline_state", state.pipeline_state, pipeline_state))
+def _check_state(state: ServerState, made: Mapping[str, Callable[[PyTree], PyTree]]) -> None:
+    """Refuses the state of another algorithm; that of another model fails where it is used.
+
+    Args:
+      state: The state.
+      made: By field, what makes it of params; of a store, the entry of one client.
+    """
     remedy = (
         "pass a state of this algorithm's init and rounds, or algorithm.init(state.params) to go on"
         " with another one's params."
     )
-    for name, given, make in parts:
+    for name, make in made.items():
+        given = getattr(state, name)
+        if name in STORES:
+            given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], float), given)
+            name += ", for one client,"
         expected = jax.eval_shape(make, state.params)
         _validate.same_form(f"state.{name}", given, expected, remedy, dtypes=False)
 

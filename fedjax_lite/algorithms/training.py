@@ -11,23 +11,27 @@ from fedjax_lite import _validate
 from fedjax_lite.algorithms import local, server
 from fedjax_lite.base import Batch, Client, ClientResult, ClientUpdate, PyTree, ServerState
 from fedjax_lite.models.model import Model
+from fedjax_lite.models.names import Names, matching, merge, names_of, split
 
 Objective: TypeAlias = Callable[
     [jax.Array, PyTree, ServerState, Client, Batch, jax.Array], jax.Array
 ]
 """`objective(loss, params, server, client, batch, key)`, what a client descends."""
+_Model: TypeAlias = tuple[PyTree, PyTree]  # Params and model state.
 
 
 class Kept(NamedTuple):
-    """What a client keeps whose optimizer keeps its state.
+    """What a client keeps that has params of its own, or whose optimizer keeps its state.
 
     Attributes:
       entry: What it keeps besides.
-      opt_state: State of its optimizer after its last step.
+      opt_state: State of its optimizer after its last step; `()` if it begins afresh.
+      personal: Its own params and model state, with `None` in place of those that are shared.
     """
 
     entry: PyTree
     opt_state: PyTree
+    personal: PyTree
 
 
 def local_training(
@@ -39,7 +43,8 @@ def local_training(
     objective: Objective | None = None,
     finish: Callable[[ClientResult, ServerState, Client, local.LocalState], ClientResult]
     | None = None,
-    entry: Callable[[PyTree], PyTree] | None = None,
+    entry: Callable[[ServerState], PyTree] | None = None,
+    personal: Names | None = None,
     keep_optimizer_state: bool = False,
     measure_clients: bool = False,
 ) -> ClientUpdate:
@@ -54,12 +59,14 @@ def local_training(
       weighting: As in `fed_avg`.
       begin: `begin(server, client) -> params` to start from, in place of `server.params`.
       objective: `objective(loss, params, server, client, batch, key) -> scalar` to descend, in
-        place of `loss`, the mean loss of the batch at `params`, to which it may add a term.
+        place of `loss`, the mean loss of the batch at `params`, to which it may add a term. Its
+        `params` are those that are shared.
       finish: `finish(result, server, client, trained) -> ClientResult` to send, made of the
         `result` of `fed_avg` by `result._replace(...)`; `trained` is the client's `LocalState`.
       entry: What clients keep, as in `ClientUpdate`; `finish` replaces it.
-      keep_optimizer_state: As in `fed_avg`. The store then holds a pair `(entry, opt_state)` for
-        each client; the hooks see its `client.entry` alone.
+      personal: As in `fed_avg`. The store then holds `(entry, opt_state, personal)` for each
+        client; the hooks see its `client.entry` alone.
+      keep_optimizer_state: As in `fed_avg`, with the same store.
       measure_clients: As in `fed_avg`.
 
     Returns:
@@ -68,6 +75,7 @@ def local_training(
     Raises:
       ValueError: `weighting` or a switch is none of its values; in a round, `objective` returns no
         scalar.
+        In `algorithm.init`, `personal` matches nothing.
       TypeError: `client_optimizer` makes no optimizer.
 
     FedDyn (Acar et al., 2021, "Federated Learning Based on Dynamic Regularization"), whose clients
@@ -85,7 +93,8 @@ def local_training(
     >>> model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2 / 2)
     >>> client_update = local_training(
     ...     model, optax.sgd(0.5), weighting="uniform",
-    ...     objective=objective, finish=finish, entry=optax.tree.zeros_like,
+    ...     objective=objective, finish=finish,
+    ...     entry=lambda server: optax.tree.zeros_like(server.params),
     ... )
     >>> algorithm = fl.federated_algorithm(model, client_update, optax.sgd(1.0))
     >>> dataset = fl.FederatedDataset.from_clients({"a": {"x": [4.0]}, "b": {"x": [8.0]}})
@@ -98,13 +107,29 @@ def local_training(
     _validate.choice("keep_optimizer_state", keep_optimizer_state, (True, False))
     client_weight = server.resolve_weighting(weighting)
     optimizer = local.resolve_optimizer(client_optimizer)
+    matches = matching("personal", () if personal is None else personal)
+    keeps_more = keep_optimizer_state or personal is not None
+
+    def parts(params: PyTree, model_state: PyTree) -> tuple[_Model, _Model]:
+        """What is shared of a client's model, and what is its own."""
+        both = split(params, matches), split(model_state, matches)
+        (params, own_params), (model_state, own_state) = both
+        return (params, model_state), (own_params, own_state)
+
+    def client_model(shared: ServerState, kept: Kept) -> _Model:
+        params, model_state = kept.personal
+        return merge(shared.params, params), merge(shared.model_state, model_state)
 
     def own(client: Client) -> Client:
-        return client._replace(entry=client.entry.entry) if keep_optimizer_state else client
+        return client._replace(entry=client.entry.entry) if keeps_more else client
 
     def init(shared: ServerState, client: Client) -> local.LocalState:
-        params = shared.params if begin is None else begin(shared, own(client))
-        trained = local.start(dataclasses.replace(shared, params=params), optimizer(shared))
+        start = shared
+        if begin is not None:
+            start = dataclasses.replace(start, params=begin(shared, own(client)))
+        if personal is not None:
+            start = _with_model(start, client_model(start, client.entry))
+        trained = local.start(start, optimizer(shared))
         if keep_optimizer_state:
             trained = trained._replace(opt_state=client.entry.opt_state)
         return trained
@@ -121,7 +146,8 @@ def local_training(
         def descended(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
             value, aux = loss(params)
             if objective is not None:
-                value = objective(value, params, shared, own(client), batch, key)
+                shared_params, _ = split(params, matches)
+                value = objective(value, shared_params, shared, own(client), batch, key)
                 if jax.numpy.shape(value) != ():
                     raise ValueError(
                         f"objective returned an array {jax.numpy.shape(value)}; return a scalar, as"
@@ -134,28 +160,52 @@ def local_training(
 
     def final(shared: ServerState, client: Client, trained: local.LocalState) -> ClientResult:
         weight = client_weight(client, trained.num_examples)
-        result = local.result(shared, trained, weight)
+        (params, model_state), _ = parts(trained.params, trained.model_state)
+        sent = trained._replace(params=params, model_state=model_state)
+        result = local.result(shared, sent, weight)
         if finish is not None:
             finished = finish(result, shared, own(client), trained)
             _validate.instance("what finish returned", finished, ClientResult)
             if finished.update is not result.update and finished.norm is result.norm:
                 finished = finished._replace(norm=None)  # That of another update.
             result = finished
-        if keep_optimizer_state:
+        if keeps_more:
             kept = own(client).entry if result.entry is None else result.entry
-            result = result._replace(entry=Kept(kept, trained.opt_state))
+            result = result._replace(entry=keep(kept, trained))
         return result
 
-    def entry_of(params: PyTree) -> PyTree:
-        kept = () if entry is None else entry(params)
-        if not keep_optimizer_state:
-            return kept
-        begun = ServerState(params=params, model_state={}, opt_state=(), round=jax.numpy.int32(0))
-        return Kept(kept, optimizer(begun).init(params))
+    def keep(entry: PyTree, trained: local.LocalState) -> Kept:
+        _, personal = parts(trained.params, trained.model_state)
+        return Kept(entry, trained.opt_state if keep_optimizer_state else (), personal)
 
-    keeps = entry is not None or keep_optimizer_state
-    measure = local.measure(model, measure_clients)
-    return ClientUpdate(init, step, final, measure, entry_of if keeps else None)
+    def shared_of(drawn: ServerState) -> _Model:
+        shared, own = parts(drawn.params, drawn.model_state)
+        if not jax.tree.leaves(own):
+            names = ", ".join(names_of(drawn.params) + names_of(drawn.model_state))
+            raise ValueError(
+                f"personal is {personal!r}, which matches none of the names {names}; choose some."
+            )
+        return shared
+
+    def entry_of(drawn: ServerState) -> PyTree:
+        shared = drawn if personal is None else _with_model(drawn, shared_of(drawn))
+        kept = () if entry is None else entry(shared)
+        return keep(kept, local.start(drawn, optimizer(drawn))) if keeps_more else kept
+
+    return ClientUpdate(
+        init,
+        step,
+        final,
+        measure=local.measure(model, measure_clients),
+        entry=None if entry is None and not keeps_more else entry_of,
+        shared=None if personal is None else shared_of,
+        client_model=None if personal is None else client_model,
+    )
+
+
+def _with_model(state: ServerState, model: _Model) -> ServerState:
+    params, model_state = model
+    return dataclasses.replace(state, params=params, model_state=model_state)
 
 
 def proximal(mu: jax.typing.ArrayLike) -> Objective:

@@ -59,8 +59,14 @@ def evaluate(options: Eval) -> None:
         round, state = _restore(options, built, in_file=bool(recorded.get("store_in_file")))
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if not built.server_has_all and (options.best or options.dataset):
+        asked = "--best" if options.best else "--dataset"
+        raise UsageError(
+            f"{asked} is given, and the server of {options.run} has only a part of the model, of"
+            " which clients keep the rest; leave it out"
+        )
     report: dict[str, Any] = {"run": str(options.run), "round": round, "best": options.best}
-    if held_out is None:
+    if held_out is None or not built.server_has_all:
         report |= {name: float(value) for name, value in built.evaluate(state).items()}
     else:
         report |= _measure(built.model, state, held_out)

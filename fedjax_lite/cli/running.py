@@ -163,7 +163,9 @@ def _write_clients(
     if built.held_out is None:
         return
     everyone = fl.cohort_of(built.held_out.resident(), np.arange(built.held_out.num_clients))
-    found = fl.evaluate_clients(built.model, result.averaged or result.state, everyone)
+    state = result.averaged or result.state
+    found = personal if personal and not built.server_has_all else None
+    found = found or fl.evaluate_clients(built.model, state, everyone)
     report = {name: np.asarray(values).tolist() for name, values in found.clients.items()}
     if personal is not None:
         report["personal_accuracy"] = np.asarray(personal.clients["accuracy"]).tolist()

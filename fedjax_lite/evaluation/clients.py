@@ -67,7 +67,7 @@ def evaluate_clients(
     cohort: Cohort,
     *,
     metrics: Mapping[str, Metric] | None = None,
-    client_params: Callable[[ServerState, PyTree], PyTree] | None = None,
+    client_model: Callable[[ServerState, PyTree], tuple[PyTree, PyTree]] | None = None,
     key: jax.Array | None = None,
     batch_size: int | None = None,
     lanes: int | None = None,
@@ -84,8 +84,8 @@ def evaluate_clients(
       state: State of an algorithm, for its params and model state.
       cohort: The clients.
       metrics: Metrics by name, as for `evaluate`.
-      client_params: That of an algorithm whose clients have params of their own, which are then
-        evaluated; by default those of the server are.
+      client_model: That of an algorithm whose clients have params or model state of their own,
+        which are then evaluated; by default those of the server are.
       key: Typed key, from which generated clients draw their examples. Others need none.
       batch_size: Examples in a batch, 32 by default, and for generated clients what they draw;
         changes the speed only.
@@ -98,7 +98,7 @@ def evaluate_clients(
 
     Raises:
       ValueError: `key` is missing for generated clients, `batch_size` is not theirs, the store is
-        not of the population of the cohort where `client_params` reads it, or as for `evaluate`.
+        not of the population of the cohort where `client_model` reads it, or as for `evaluate`.
       TypeError: `cohort` is no `Cohort`.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
@@ -118,20 +118,20 @@ def evaluate_clients(
             "key is None beside a cohort of generated clients, who draw their examples; pass key=,"
             " a typed key."
         )
-    if client_params is not None:
+    if client_model is not None:
         if not jax.tree.leaves(state.store):
             raise ValueError(
-                "state.store is empty, and client_params is given, which reads it; pass a state"
+                "state.store is empty, and client_model is given, which reads it; pass a state"
                 " with its store (the best one that fl.train keeps has none)."
             )
         state, cohort = with_entries(state, cohort)
         check_store(state.store, cohort.capacity if cohort.has_entries else cohort.num_clients)
     return _evaluate_clients(
-        model_of(state, () if client_params is None else state.store),
+        model_of(state, () if client_model is None else state.store),
         dataclasses.replace(cohort, max_steps=None, staleness=None),
         jax.random.key(0) if key is None else key,
         measure=measure_of(model, metrics),
-        client_params=client_params,
+        client_model=client_model,
         batching=reading_once(cohort, batch_size),
         execution=Execution(lanes, resolve(mesh), rewrite_convolutions),
     )
@@ -209,7 +209,7 @@ def client_evaluation(measure: Measure, sums: PyTree, num_examples: jax.Array) -
 @Paced
 @functools.partial(
     jax.jit,
-    static_argnames=("measure", "client_params", "batching", "execution"),
+    static_argnames=("measure", "client_model", "batching", "execution"),
 )
 def _evaluate_clients(
     state: ServerState,
@@ -217,23 +217,24 @@ def _evaluate_clients(
     key: jax.Array,
     *,
     measure: Measure,
-    client_params: Callable[[ServerState, PyTree], PyTree] | None,
+    client_model: Callable[[ServerState, PyTree], tuple[PyTree, PyTree]] | None,
     batching: Batching,
     execution: Execution,
 ) -> ClientEvaluation:
+    def used(shared: ServerState, own: tuple[PyTree, PyTree] | None) -> tuple[PyTree, PyTree]:
+        return (shared.params, shared.model_state) if own is None else own
+
     def init(shared: ServerState, client: Client) -> _Measured:
-        own = () if client_params is None else client_params(shared, client.entry)
+        own = None if client_model is None else client_model(shared, client.entry)
         # Its form alone: the rows outside of the runner are those of all devices.
         batch = jax.eval_shape(lambda: read_batch(cohort, key, Slot.of(cohort, 0), 0, batching))
-        params = shared.params if client_params is None else own
-        return _Measured(own, measure.zeros(params, shared.model_state, batch))
+        return _Measured(own, measure.zeros(*used(shared, own), batch))
 
     def step(
         shared: ServerState, client: Client, measured: _Measured, batch: Batch, key: jax.Array
     ) -> _Measured:
         del client, key
-        params = shared.params if client_params is None else measured.params
-        sums = measure.sums(params, shared.model_state, batch)
+        sums = measure.sums(*used(shared, measured.own), batch)
         return measured._replace(sums=jax.tree.map(jnp.add, measured.sums, sums))
 
     def final(shared: ServerState, client: Client, measured: _Measured) -> ClientResult:
@@ -254,9 +255,9 @@ def _evaluate_clients(
 
 
 class _Measured(NamedTuple):
-    """A client while it is evaluated."""
+    """A client while it is evaluated: its own params and model state, and the sums so far."""
 
-    params: PyTree
+    own: tuple[PyTree, PyTree] | None
     sums: dict[str, PyTree]
 
 

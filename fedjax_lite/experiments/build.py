@@ -45,11 +45,13 @@ class Experiment(NamedTuple):
       algorithm: The algorithm.
       population: The clients.
       sampler: Who takes part.
-      evaluate: `evaluate(state) -> {metric: scalar}`, on all held-out examples.
+      evaluate: `evaluate(state) -> {metric: scalar}`, on all held-out examples; of models of which
+        the server has only a part, each client's on its own.
       held_out: The held-out examples of each client; `None` where clients are generated.
       personal: `personal(state, key) -> evaluation`, of the params that each client has for itself
         on its held-out examples: those that the algorithm gives it, or the server's, fine-tuned.
         `None` if they have none.
+      server_has_all: Whether the server has a whole model.
     """
 
     settings: Settings
@@ -61,6 +63,7 @@ class Experiment(NamedTuple):
     evaluate: Callable[[ServerState], dict[str, jax.Array]]
     held_out: FederatedDataset | None
     personal: Callable[[ServerState, jax.Array], ClientEvaluation] | None
+    server_has_all: bool
 
     def __repr__(self) -> str:
         return f"Experiment({', '.join(f'{k}={v!r}' for k, v in self._settings().items())})"
@@ -137,6 +140,14 @@ def build(settings: Settings, datasets: tuple[FederatedDataset, ...] | None = No
         return {**found, **(evaluate(model, state, examples, metrics=metrics) if metrics else {})}
 
     evaluate_on = jax.jit(measured)
+    personal = _personal(settings, calls, model, algorithm, loaded)
+    server_has_all = _server_has_all(model, algorithm)
+
+    def evaluated(state: ServerState) -> dict[str, jax.Array]:
+        if server_has_all or personal is None:
+            return evaluate_on(state, on_device)
+        return personal(state, jax.random.key(settings.data_seed)).pooled
+
     closed = to_settings(loaded.settings, calls)
     if datasets is not None:  # Read by somebody else, from where the settings say.
         closed = dataclasses.replace(closed, dataset=settings.dataset, test=settings.test)
@@ -147,10 +158,26 @@ def build(settings: Settings, datasets: tuple[FederatedDataset, ...] | None = No
         algorithm=algorithm,
         population=loaded.population,
         sampler=sampler,
-        evaluate=lambda state: evaluate_on(state, on_device),
+        evaluate=evaluated,
         held_out=loaded.held_out,
-        personal=_personal(settings, calls, model, algorithm, loaded),
+        personal=personal,
+        server_has_all=server_has_all,
     )
+
+
+def _server_has_all(model: Model, algorithm: FederatedAlgorithm) -> bool:
+    """Whether the server's params and model state are those of the model."""
+
+    def drawn(key: jax.Array) -> Any:
+        params, model_state = model.init(key)
+        return params if model.split is None else model.split(params)[0], model_state
+
+    def of_server(key: jax.Array) -> Any:
+        state = algorithm.init(key, num_clients=1)
+        return state.params, state.model_state
+
+    arrays = [jax.tree.leaves(jax.eval_shape(f, jax.random.key(0))) for f in (drawn, of_server)]
+    return len(arrays[0]) == len(arrays[1])
 
 
 def algorithm_of(calls: Calls, settings: Settings, model: Model) -> FederatedAlgorithm:
@@ -303,13 +330,17 @@ def _metrics(calls: Calls, loaded: Loaded) -> dict[str, Any]:
 
 
 def _personal(
-    settings: Settings, calls: Calls, model: Model, algorithm: FederatedAlgorithm, loaded: Loaded
+    settings: Settings,
+    calls: Calls,
+    model: Model,
+    algorithm: FederatedAlgorithm,
+    loaded: Loaded,
 ) -> Callable[[ServerState, jax.Array], ClientEvaluation] | None:
     """What evaluates the params that clients have for themselves."""
-    client_params, num_epochs = algorithm.client_params, settings.fine_tune_epochs
-    if client_params is None and num_epochs is None:
+    client_model, num_epochs = algorithm.client_model, settings.fine_tune_epochs
+    if client_model is None and num_epochs is None:
         return None
-    if client_params is not None and num_epochs is not None:
+    if client_model is not None and num_epochs is not None:
         raise ValueError(
             f"fine_tune_epochs is {num_epochs}, and clients of the algorithm have models for"
             " themselves, which are evaluated; leave it out."
@@ -334,9 +365,9 @@ def _personal(
             test_population = files[1].select(files[0].client_ids).resident()
         key_sizes = jax.random.key(settings.data_seed)
         held_out_cohort = cohort_of(test_population, ids, key=key_sizes)
-        if client_params is not None:
+        if client_model is not None:
             return evaluate_clients(
-                model, state, held_out_cohort, client_params=client_params, key=key
+                model, state, held_out_cohort, client_model=client_model, key=key
             )
         _, after = evaluate_fine_tuned(
             model,

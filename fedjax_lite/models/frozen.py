@@ -1,9 +1,8 @@
 """Models of which a part is trained: some of their params, or adapters beside them."""
 
-import fnmatch
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,9 +13,7 @@ from fedjax_lite import _validate
 from fedjax_lite.base import PyTree
 from fedjax_lite.engine.frozen import read_frozen
 from fedjax_lite.models.model import Model
-
-Names = str | Sequence[str] | Callable[[str], bool]
-"""Patterns of names of params such as "Dense_0/*", or a function of a name."""
+from fedjax_lite.models.names import Names, matching, merge, names_of, split
 
 
 def frozen(model: Model, names: Names) -> Model:
@@ -49,48 +46,22 @@ def frozen(model: Model, names: Names) -> Model:
     (3.0, 2.0, 32)
     """
     _refuse_second(model)
-    matches = _matching(names)
+    matches = matching("names", names)
 
-    def split(params: PyTree) -> tuple[PyTree, PyTree]:
-        paths, structure = jax.tree.flatten_with_path(params)
-        every = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-        are_frozen = [bool(matches(name)) for name in every]
-        if all(are_frozen) or not any(are_frozen):
-            which = "all" if all(are_frozen) else "none"
+    def split_params(params: PyTree) -> tuple[PyTree, PyTree]:
+        trained, kept = split(params, matches)
+        if not jax.tree.leaves(trained) or not jax.tree.leaves(kept):
+            which = "none" if jax.tree.leaves(trained) else "all"
             raise ValueError(
-                f"names is {names!r}, which matches {which} of the params {', '.join(every)};"
-                " freeze some of them."
+                f"names is {names!r}, which matches {which} of the params"
+                f" {', '.join(names_of(params))}; freeze some of them."
             )
-        trained, kept = (
-            jax.tree.unflatten(
-                structure,
-                [
-                    leaf if is_frozen == wanted else None
-                    for (_, leaf), is_frozen in zip(paths, are_frozen, strict=True)
-                ],
-            )
-            for wanted in (False, True)
-        )
         return trained, kept
-
-    def merge(trained: PyTree, kept: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda x, y: y if x is None else x, trained, kept, is_leaf=lambda x: x is None
-        )
 
     def call(function: Callable[..., Any], trained: PyTree, *args: Any) -> Any:
         return function(merge(trained, read_frozen()), *args)
 
-    return _called(model, call)._replace(split=split, merge=merge)
-
-
-def _matching(names: Names) -> Callable[[str], bool]:
-    if callable(names):
-        return names
-    patterns = [names] if isinstance(names, str) else list(names)
-    for pattern in patterns:
-        _validate.instance("names", pattern, str, "'Dense_0/*'")
-    return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return _called(model, call)._replace(split=split_params, merge=merge)
 
 
 def _refuse_second(model: Model) -> None:
@@ -163,7 +134,7 @@ def lora(
     _refuse_second(model)
     rank = _validate.integer("rank", rank, minimum=1)
     scale = 1.0 if alpha is None else _validate.number("alpha", alpha) / rank
-    matches = _matching(names)
+    matches = matching("names", names)
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         key_base, key_adapters = jax.random.split(key)

@@ -110,8 +110,13 @@ def applying(model: Model, params: PyTree, batch: Batch) -> Iterator[None]:
         if isinstance(error, ValueError) and frame.f_globals.get("__package__") == __package__:
             raise  # An adapter has said what is wrong.
         if (expected := _drawn(model)) is not None:
+            remedy = "pass a state of an algorithm that was built with this model."
+            if len(jax.tree.leaves(params)) < len(jax.tree.leaves(expected)):
+                remedy = (
+                    "clients keep the rest: pass client_model=algorithm.client_model to"
+                    " fl.evaluate_clients."
+                )
             try:
-                remedy = "pass a state of an algorithm that was built with this model."
                 _validate.same_form("params", params, expected, remedy, dtypes=False)
             except ValueError as other:
                 raise other from error
