@@ -35,12 +35,18 @@ def deltas(dataset, params, rate=0.1):
     return np.array(found)
 
 
+@pytest.fixture(autouse=True)
+def in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
 def flat(params):
     return np.append(np.asarray(params["w"], np.float64), float(params["b"]))
 
 
 def start():
-    return {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.float32(0.25)}
+    return {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.array(0.25)}
 
 
 @devices
@@ -71,7 +77,7 @@ def test_medians_are_those_of_numpy(num_devices, lanes, present):
     sent = deltas(dataset, state.params)
     count = [i for i in present if i != 4 and SIZES[i] > 0]
     expected = flat(state.params) - np.median(sent[count], axis=0)
-    np.testing.assert_allclose(flat(after.params), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(flat(after.params), expected, rtol=1e-9)
     assert info.num_nonfinite == (4 in present)
 
 
@@ -120,7 +126,7 @@ def test_stacked_reducers_see_whole_updates_by_what_they_add_up():
         )
         state = algorithm.init(start())
         after, _ = algorithm.round(KEY, state, everyone(regression_dataset().resident(mesh)))
-        np.testing.assert_allclose(flat(after.params), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(flat(after.params), expected, rtol=1e-9)
 
 
 @devices
@@ -162,7 +168,7 @@ def test_a_modular_sum_wraps_around(num_devices):
 def test_floats_are_no_summands_of_a_modular_sum():
     algorithm = fl.fed_avg(regression_model(), optax.sgd(0.1), reducer=fl.modular_sum())
     cohort = everyone(regression_dataset().resident())
-    with pytest.raises(ValueError, match=r"dtype float32, and modular_sum .* put fl.fixed_point"):
+    with pytest.raises(ValueError, match=r"dtype float64, and modular_sum .* put fl.fixed_point"):
         algorithm.round(KEY, algorithm.init(start()), cohort)
 
 
@@ -203,11 +209,11 @@ def test_what_is_lost_comes_later():
             )
             total, number = total + rounded, number + 1
             errors[i] = kept
-        np.testing.assert_allclose(flat(state.params), before - total / number, atol=1e-5)
+        np.testing.assert_allclose(flat(state.params), before - total / number, rtol=1e-9)
         stored = np.concatenate(
             [state.pipeline_store[0]["w"], state.pipeline_store[0]["b"][:, None]], 1
         )
-        np.testing.assert_allclose(stored, errors, atol=1e-6)
+        np.testing.assert_allclose(stored, errors, rtol=1e-9, atol=1e-12)
         assert r == 0 or np.abs(errors).max() > 0
 
 
@@ -230,7 +236,7 @@ def test_clients_start_from_what_they_receive():
     halved = algorithm.init(optax.tree.scale(0.5, start()))
     sent = deltas(dataset, halved.params)[[0, 2]]
     expected = flat(state.params) - np.average(sent, axis=0, weights=np.array(SIZES)[[0, 2]])
-    np.testing.assert_allclose(flat(after.params), expected, rtol=1e-5)
+    np.testing.assert_allclose(flat(after.params), expected, rtol=1e-9)
     assert info.clients["bits_down"].tolist() == [7.0, 7.0]
     with pytest.raises(ValueError, match="transform keeps something with each client"):
         fl.downlink(fl.error_feedback(halve))
@@ -263,7 +269,7 @@ def test_a_transform_changes_weights_and_counts_whom_it_changed():
         weights = np.minimum(sizes, 5)
         total = (weights[:, None] * np.nan_to_num(deltas(dataset, state.params))).sum(0)
         expected = flat(state.params) - total / (denominator or weights.sum())
-        np.testing.assert_allclose(flat(after.params), expected, rtol=1e-5)
+        np.testing.assert_allclose(flat(after.params), expected, rtol=1e-9)
         assert info.metrics["capped"] == (sizes > 5).sum()
         np.testing.assert_array_equal(info.clients["weight"], weights)
 
@@ -312,9 +318,9 @@ def test_constant_factors_of_weights_cancel_but_for_a_denominator_of_ones_own():
         after, _ = algorithm.round(KEY, state, everyone(population))
         return flat(after.params) - flat(state.params)
 
-    np.testing.assert_allclose(moved(0.1, None), moved(1.0, None), rtol=1e-5)
+    np.testing.assert_allclose(moved(0.1, None), moved(1.0, None), rtol=1e-9)
     fixed = fl.weighted_mean(10.0)
-    np.testing.assert_allclose(moved(0.1, fixed), 0.1 * moved(1.0, fixed), rtol=1e-5)
+    np.testing.assert_allclose(moved(0.1, fixed), 0.1 * moved(1.0, fixed), rtol=1e-9)
 
 
 def masked(before):

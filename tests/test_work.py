@@ -25,7 +25,13 @@ def algorithm(num_devices=1, **options):
 
 
 def start():
-    return {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.float32(0.25)}
+    return {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.array(0.25)}
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    with jax.enable_x64(True):
+        yield
 
 
 def flat(params):
@@ -65,7 +71,7 @@ def test_the_loop_by_hand_is_that_of_the_model():
     one = algorithm()
     cohort = everyone(regression_dataset().resident(mesh_of(1)))
     after, _ = one.round(KEY, one.init(start()), cohort)
-    np.testing.assert_allclose(flat(after.params), mean_of(start(), steps), rtol=1e-5)
+    np.testing.assert_allclose(flat(after.params), mean_of(start(), steps), rtol=1e-9)
 
 
 @pytest.mark.parametrize(("num_devices", "lanes"), [(1, 1), (1, 3), (2, 2), (8, 1)])
@@ -82,7 +88,7 @@ def test_a_time_out_whose_partial_work_weighs_what_was_done(num_devices, lanes, 
     steps = np.minimum(most, due)
     np.testing.assert_array_equal(info.clients["num_steps"], steps)
     expected = mean_of(start(), dict(enumerate(steps)), lambda client, processed: processed)
-    np.testing.assert_allclose(flat(after.params), expected, rtol=1e-5)
+    np.testing.assert_allclose(flat(after.params), expected, rtol=1e-9)
     processed = [trained(start(), i, n)[1] if SIZES[i] else 0 for i, n in enumerate(steps)]
     np.testing.assert_array_equal(info.clients["num_examples"], processed)
     np.testing.assert_array_equal(info.clients["weight"], processed)
@@ -106,7 +112,7 @@ def test_how_much_a_client_does_may_depend_on_the_client(what, lanes):
     assert set(drawn) <= {0, 1, 2, 3}
     # Clients that take no step send nothing, and weigh nothing.
     counting = {i: int(n) for i, n in enumerate(steps) if n}
-    np.testing.assert_allclose(flat(after.params), mean_of(start(), counting), rtol=1e-5)
+    np.testing.assert_allclose(flat(after.params), mean_of(start(), counting), rtol=1e-9)
     _, other = one.round(jax.random.key(9), state, cohort)
     assert np.array_equal(other.clients["num_steps"][::2], steps[::2])
     assert not np.array_equal(other.clients["num_steps"], steps)
@@ -123,7 +129,7 @@ def test_clients_start_from_the_versions_that_they_have(num_devices, lanes):
     state = one.init(start())
     versions = [flat(start())]
     rng = np.random.default_rng(0)
-    as_params = lambda w: {"w": jnp.asarray(w[:3], jnp.float32), "b": jnp.float32(w[3])}
+    as_params = lambda w: {"w": w[:3], "b": w[3]}
     for r in range(7):
         ids = rng.permutation(10)[:6]
         staleness = rng.integers(0, 3, 6)
@@ -136,10 +142,10 @@ def test_clients_start_from_the_versions_that_they_have(num_devices, lanes):
             total += SIZES[client] * (flat(begin) - after)
             weight += SIZES[client]
         versions.append(versions[-1] - total / weight)
-        np.testing.assert_allclose(flat(state.params), versions[-1], rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(flat(state.params), versions[-1], rtol=1e-9)
     for age in range(3):  # Before round 7.
         kept = jax.tree.map(lambda x, age=age: x[(7 - age) % 3], state.versions["params"])
-        np.testing.assert_allclose(flat(kept), versions[7 - age], rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(flat(kept), versions[7 - age], rtol=1e-9)
 
 
 def test_versions_cost_nothing_where_nobody_is_late():
@@ -151,7 +157,7 @@ def test_versions_cost_nothing_where_nobody_is_late():
     jax.tree.map(np.testing.assert_array_equal, after.params, same.params)
     fresh = fl.cohort_of(population, np.arange(10), staleness=np.zeros(10, int))
     same, _ = ring.round(KEY, ring.init(start()), fresh)
-    np.testing.assert_allclose(flat(same.params), flat(after.params), rtol=1e-6)
+    np.testing.assert_allclose(flat(same.params), flat(after.params), rtol=1e-9)
 
 
 def test_other_time_outs_and_ages_are_no_other_program():
@@ -191,7 +197,7 @@ def test_other_time_outs_and_ages_are_no_other_program():
             lambda population: algorithm(num_steps=lambda client: 0.5).round(
                 KEY, algorithm().init(start()), everyone(population)
             ),
-            r"what num_steps returned is of shape \(\) and dtype float32; return a whole number",
+            r"what num_steps returned is of shape \(\) and dtype float64; return a whole number",
         ),
     ],
 )
