@@ -46,6 +46,9 @@ ALGORITHMS = {
     "fed_nova": lambda model, **kw: fl.fed_nova(
         model, optax.sgd(0.02, momentum=0.9), batch_size=4, num_epochs=2, mu=0.1, **kw
     ),
+    "fed_dyn": lambda model, **kw: fl.fed_dyn(
+        model, optax.sgd(0.1), alpha=1.0, batch_size=4, num_epochs=2, **kw
+    ),
     "apfl": lambda model, **kw: fl.apfl(model, optax.sgd(0.05), batch_size=4, **kw),
     "pipeline": lambda model, **kw: fl.fed_avg(
         model,

@@ -6,6 +6,7 @@ and the server's half of a round (`server`).
 
 from fedjax_lite.algorithms.apfl import apfl
 from fedjax_lite.algorithms.fed_avg import fed_avg, fed_prox
+from fedjax_lite.algorithms.fed_dyn import fed_dyn
 from fedjax_lite.algorithms.fed_nova import fed_nova
 from fedjax_lite.algorithms.fed_sgd import fed_sgd
 from fedjax_lite.algorithms.local import LocalState
@@ -17,6 +18,7 @@ __all__ = [
     "LocalState",
     "apfl",
     "fed_avg",
+    "fed_dyn",
     "fed_nova",
     "fed_prox",
     "fed_sgd",
