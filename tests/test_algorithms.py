@@ -49,6 +49,12 @@ ALGORITHMS = {
     "fed_dyn": lambda model, **kw: fl.fed_dyn(
         model, optax.sgd(0.1), alpha=1.0, batch_size=4, num_epochs=2, **kw
     ),
+    "mime": lambda model, **kw: fl.mime(
+        model, optax.sgd(0.02, momentum=0.9), batch_size=4, num_epochs=2, **kw
+    ),
+    "mime_lite": lambda model, **kw: fl.mime_lite(
+        model, optax.adam(0.02), weighting="examples", batch_size=4, **kw
+    ),
     "apfl": lambda model, **kw: fl.apfl(model, optax.sgd(0.05), batch_size=4, **kw),
     "pipeline": lambda model, **kw: fl.fed_avg(
         model,

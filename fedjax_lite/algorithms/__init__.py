@@ -10,6 +10,7 @@ from fedjax_lite.algorithms.fed_dyn import fed_dyn
 from fedjax_lite.algorithms.fed_nova import fed_nova
 from fedjax_lite.algorithms.fed_sgd import fed_sgd
 from fedjax_lite.algorithms.local import LocalState
+from fedjax_lite.algorithms.mime import mime, mime_lite
 from fedjax_lite.algorithms.scaffold import scaffold
 from fedjax_lite.algorithms.server import federated_algorithm
 from fedjax_lite.algorithms.training import local_training
@@ -24,5 +25,7 @@ __all__ = [
     "fed_sgd",
     "federated_algorithm",
     "local_training",
+    "mime",
+    "mime_lite",
     "scaffold",
 ]

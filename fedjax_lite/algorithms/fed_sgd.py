@@ -95,9 +95,30 @@ def fed_sgd(
             f'weighting is {weighting!r} with reduction="sum", which adds all gradients up; leave'
             ' weighting out, or choose reduction="mean".'
         )
-    client_weight = server.resolve_weighting(
-        weighting or ("examples" if reduction == "mean" else "uniform")
+    client_update = client_gradient(
+        model,
+        reduction=reduction,
+        weighting=weighting or ("examples" if reduction == "mean" else "uniform"),
     )
+    if reduction == "sum" and options.get("reducer") is None:
+        options["reducer"] = weighted_mean(denominator=1.0)
+    return server.federated_algorithm(
+        model,
+        client_update,
+        server_optimizer,
+        shuffle=False,
+        **options,
+    )
+
+
+def client_gradient(
+    model: Model,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    weighting: server.Weighting = "examples",
+) -> ClientUpdate:
+    """The client update of `fed_sgd`: a gradient at the server's params, of all examples."""
+    client_weight = server.resolve_weighting(weighting)
 
     def client_init(shared: ServerState, client: Client) -> _ClientState:
         del client
@@ -141,12 +162,4 @@ def fed_sgd(
             model_state=client_state.model_state,
         )
 
-    if reduction == "sum" and options.get("reducer") is None:
-        options["reducer"] = weighted_mean(denominator=1.0)
-    return server.federated_algorithm(
-        model,
-        ClientUpdate(client_init, client_step, client_final),
-        server_optimizer,
-        shuffle=False,
-        **options,
-    )
+    return ClientUpdate(client_init, client_step, client_final)
