@@ -55,7 +55,25 @@ ALGORITHMS = {
     "mime_lite": lambda model, **kw: fl.mime_lite(
         model, optax.adam(0.02), weighting="examples", batch_size=4, **kw
     ),
+    "fed_exp": lambda model, **kw: fl.fed_exp(model, optax.sgd(0.05), batch_size=4, **kw),
+    "q_fed_avg": lambda model, **kw: fl.q_fed_avg(
+        model, optax.sgd(0.1), q=0.5, lipschitz=5.0, batch_size=4, num_epochs=2, **kw
+    ),
+    "ada_fed_prox": lambda model, **kw: fl.ada_fed_prox(
+        model, optax.sgd(0.1), mu=0.2, patience=1, batch_size=4, **kw
+    ),
+    "fed_shuffle": lambda model, **kw: fl.fed_shuffle(
+        model, optax.sgd(0.2), batch_size=4, num_epochs=2, **kw
+    ),
     "apfl": lambda model, **kw: fl.apfl(model, optax.sgd(0.05), batch_size=4, **kw),
+    "ditto": lambda model, **kw: fl.ditto(model, optax.sgd(0.05), mu=0.5, batch_size=4, **kw),
+    "p_fed_me": lambda model, **kw: fl.p_fed_me(
+        model, optax.sgd(0.1), mu=2.0, learning_rate=0.2, num_inner_steps=2, batch_size=4, **kw
+    ),
+    "per_fed_avg": lambda model, **kw: fl.per_fed_avg(
+        model, optax.sgd(0.1), alpha=0.05, first_order=False, batch_size=4, **kw
+    ),
+    "fed_sam": lambda model, **kw: fl.fed_sam(model, optax.sgd(0.1), rho=0.02, batch_size=4, **kw),
     "pipeline": lambda model, **kw: fl.fed_avg(
         model,
         optax.sgd(0.1),

@@ -1,0 +1,108 @@
+"""FedSAM: clients descend the worst loss near their params."""
+
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from fedjax_lite import _validate
+from fedjax_lite.algorithms import local, server
+from fedjax_lite.algorithms.options import LocalOptions, complete, documented
+from fedjax_lite.base import (
+    Batch,
+    Client,
+    ClientResult,
+    ClientUpdate,
+    FederatedAlgorithm,
+    ServerState,
+)
+from fedjax_lite.models.model import Model
+from fedjax_lite.xla.precision import squared_norm
+
+_SMALLEST = 1e-12  # At a gradient of zero there is no direction to go along.
+
+
+@documented
+def fed_sam(
+    model: Model,
+    client_optimizer: local.ClientOptimizer,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    rho: ArrayLike,
+    weighting: server.Weighting = "uniform",
+    **options: Unpack[LocalOptions],
+) -> FederatedAlgorithm:
+    r"""FedSAM: FedAvg whose clients minimize how sharp the minimum is that they find.
+
+    A local step goes along the gradient at the params of about the largest loss within a distance
+    of $\rho$, on the same batch and with the same randomness: with $g = \nabla f(w_i)$,
+
+    $$\nabla f \Big( w_i + \rho \frac{g}{\|g\|} \Big) .$$
+
+    The norm is that of the whole tree.
+
+    Source: Qu et al. (2022), "Generalized Federated Learning via Sharpness Aware Minimization",
+    Algorithm 1.
+
+    Args:
+      model: The model.
+      client_optimizer: As in `fed_avg`.
+      server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
+      rho: $\rho$, not negative; may be traced. With 0, this is `fed_avg`.
+      weighting: The weight of a client, as in `fed_avg`.
+      **options: Those of `LocalOptions`.
+
+    Returns:
+      A `FederatedAlgorithm`, as `fed_avg` does. The `loss` of clients is that at $w_i$. A local
+      step takes two gradients.
+
+    Raises:
+      ValueError: `rho` is negative or no scalar; another option is out of range.
+      TypeError: An option is unknown.
+
+    >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
+    >>> model = fl.function_model(lambda w, batch: (w - batch["x"]) ** 2 / 2)
+    >>> algorithm = fed_sam(model, optax.sgd(0.5), rho=1.0)
+    >>> dataset = fl.FederatedDataset.from_clients({"a": {"x": [4.0]}})
+    >>> cohort = fl.cohort_of(dataset.resident(), [0])
+    >>> state, info = algorithm.round(jax.random.key(1), algorithm.init(jnp.float32(0.0)), cohort)
+    >>> float(state.params)  # Half of the gradient at -1.
+    2.5
+    """
+    options = complete(fed_sam, options)
+    rho = _validate.number("rho", rho)
+    client_weight = server.resolve_weighting(weighting)
+    optimizer = local.resolve_optimizer(client_optimizer)
+
+    def client_init(shared: ServerState, client: Client) -> local.LocalState:
+        del client
+        return local.start(shared, optimizer(shared))
+
+    def client_step(
+        shared: ServerState,
+        client: Client,
+        trained: local.LocalState,
+        batch: Batch,
+        key: jax.Array,
+    ) -> local.LocalState:
+        del client
+        ascent, aux = local.gradient(model, trained.params, trained, batch, key)
+        scale = rho / jnp.maximum(jnp.sqrt(squared_norm(ascent)), _SMALLEST)
+        worst = optax.tree.add_scale(trained.params, scale, ascent)
+        worst = optax.tree.cast_like(worst, trained.params)
+        gradient, _ = local.gradient(model, worst, trained, batch, key)
+        return local.descend(optimizer(shared), trained, gradient, aux, batch)
+
+    def client_final(
+        shared: ServerState, client: Client, trained: local.LocalState
+    ) -> ClientResult:
+        return local.result(shared, trained, client_weight(client, trained.num_examples))
+
+    return server.federated_algorithm(
+        model,
+        ClientUpdate(client_init, client_step, client_final),
+        server.resolve_server_optimizer(server_optimizer),
+        **options,
+    )

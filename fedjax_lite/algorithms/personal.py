@@ -1,0 +1,32 @@
+"""What clients keep that have a model of their own."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lite.base import PyTree, ServerState
+
+
+class Personal(NamedTuple):
+    """What a client keeps between rounds.
+
+    Attributes:
+      params: Its own params.
+      num_rounds: Rounds that it took part in.
+    """
+
+    params: PyTree
+    num_rounds: jax.Array
+
+
+def entry(params: PyTree) -> Personal:
+    """What a client keeps before its first round."""
+    return Personal(params, jnp.int32(0))
+
+
+def client_params(state: ServerState, own: Personal) -> PyTree:
+    """The client's own params, which before its first round are the server's."""
+    return jax.tree.map(
+        lambda own_leaf, w: jnp.where(own.num_rounds == 0, w, own_leaf), own.params, state.params
+    )
