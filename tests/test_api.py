@@ -18,6 +18,52 @@ NAMES = {
         *("model", "client_optimizer", "server_optimizer", "alpha", "layerwise", "weighting"),
         *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
+    "ada_fed_prox": [
+        *("model", "client_optimizer", "server_optimizer"),
+        *("mu", "step_size", "patience", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED),
+    ],
+    "ditto": [
+        *("model", "client_optimizer", "server_optimizer", "mu", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
+    ],
+    "fed_dyn": [
+        *("model", "client_optimizer", "server_optimizer", "alpha", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
+    ],
+    "fed_exp": [
+        *("model", "client_optimizer", "server_optimizer", "epsilon", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED),
+    ],
+    "fed_sam": [
+        *("model", "client_optimizer", "server_optimizer", "rho", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED),
+    ],
+    "fed_shuffle": [
+        *("model", "client_optimizer", "server_optimizer", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED),
+    ],
+    "mime": [
+        *("model", "client_optimizer", "server_optimizer", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED),
+    ],
+    "mime_lite": [
+        *("model", "client_optimizer", "server_optimizer", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED),
+    ],
+    "p_fed_me": [
+        *("model", "client_optimizer", "server_optimizer"),
+        *("mu", "learning_rate", "num_inner_steps", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
+    ],
+    "per_fed_avg": [
+        *("model", "client_optimizer", "server_optimizer", "alpha", "first_order", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED),
+    ],
+    "q_fed_avg": [
+        *("model", "client_optimizer", "server_optimizer", "q", "lipschitz"),
+        *(*UPDATE, *STEPS, *SPEED),
+    ],
     "chain": ["transforms"],
     "clip_by_norm": ["max_norm"],
     "clients_mesh": ["num_devices"],
@@ -384,6 +430,17 @@ FACTORIES = {
     "scaffold": lambda **options: fl.scaffold(MODEL, SGD, **options),
     "fed_nova": lambda **options: fl.fed_nova(MODEL, SGD, **options),
     "apfl": lambda **options: fl.apfl(MODEL, SGD, **options),
+    "ada_fed_prox": lambda **options: fl.ada_fed_prox(MODEL, SGD, **options),
+    "ditto": lambda **options: fl.ditto(MODEL, SGD, mu=0.1, **options),
+    "fed_dyn": lambda **options: fl.fed_dyn(MODEL, SGD, alpha=0.1, **options),
+    "fed_exp": lambda **options: fl.fed_exp(MODEL, SGD, **options),
+    "fed_sam": lambda **options: fl.fed_sam(MODEL, SGD, rho=0.1, **options),
+    "fed_shuffle": lambda **options: fl.fed_shuffle(MODEL, SGD, **options),
+    "mime": lambda **options: fl.mime(MODEL, SGD, **options),
+    "mime_lite": lambda **options: fl.mime_lite(MODEL, SGD, **options),
+    "p_fed_me": lambda **options: fl.p_fed_me(MODEL, SGD, mu=15, learning_rate=0.1, **options),
+    "per_fed_avg": lambda **options: fl.per_fed_avg(MODEL, SGD, alpha=0.1, **options),
+    "q_fed_avg": lambda **options: fl.q_fed_avg(MODEL, SGD, q=1, lipschitz=10, **options),
     "federated_algorithm": lambda **options: fl.federated_algorithm(
         MODEL, fl.ClientUpdate(*[lambda *args: None] * 3), SGD, **options
     ),

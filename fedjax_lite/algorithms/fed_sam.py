@@ -10,18 +10,17 @@ from jax.typing import ArrayLike
 from fedjax_lite import _validate
 from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
+from fedjax_lite.algorithms.training import local_training
 from fedjax_lite.base import (
     Batch,
     Client,
-    ClientResult,
-    ClientUpdate,
     FederatedAlgorithm,
     ServerState,
 )
 from fedjax_lite.models.model import Model
 from fedjax_lite.xla.precision import squared_norm
 
-_SMALLEST = 1e-12  # At a gradient of zero there is no direction to go along.
+_SMALLEST = 1e-24  # Of squared norms: a gradient of zero has no direction.
 
 
 @documented
@@ -73,12 +72,8 @@ def fed_sam(
     """
     options = complete(fed_sam, options)
     rho = _validate.number("rho", rho)
-    client_weight = server.resolve_weighting(weighting)
+    training = local_training(model, client_optimizer, weighting=weighting)
     optimizer = local.resolve_optimizer(client_optimizer)
-
-    def client_init(shared: ServerState, client: Client) -> local.LocalState:
-        del client
-        return local.start(shared, optimizer(shared))
 
     def client_step(
         shared: ServerState,
@@ -89,20 +84,15 @@ def fed_sam(
     ) -> local.LocalState:
         del client
         ascent, aux = local.gradient(model, trained.params, trained, batch, key)
-        scale = rho / jnp.maximum(jnp.sqrt(squared_norm(ascent)), _SMALLEST)
+        scale = rho / jnp.sqrt(jnp.maximum(squared_norm(ascent), _SMALLEST))
         worst = optax.tree.add_scale(trained.params, scale, ascent)
         worst = optax.tree.cast_like(worst, trained.params)
         gradient, _ = local.gradient(model, worst, trained, batch, key)
         return local.descend(optimizer(shared), trained, gradient, aux, batch)
 
-    def client_final(
-        shared: ServerState, client: Client, trained: local.LocalState
-    ) -> ClientResult:
-        return local.result(shared, trained, client_weight(client, trained.num_examples))
-
     return server.federated_algorithm(
         model,
-        ClientUpdate(client_init, client_step, client_final),
+        training._replace(step=client_step),
         server.resolve_server_optimizer(server_optimizer),
         **options,
     )

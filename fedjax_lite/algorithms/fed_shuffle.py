@@ -8,10 +8,10 @@ import optax
 
 from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
+from fedjax_lite.algorithms.training import local_training
 from fedjax_lite.base import (
     Batch,
     Client,
-    ClientResult,
     ClientUpdate,
     FederatedAlgorithm,
     ServerState,
@@ -71,7 +71,7 @@ def fed_shuffle(
     1.25
     """
     options = complete(fed_shuffle, options)
-    client_weight = server.resolve_weighting(weighting)
+    training = local_training(model, client_optimizer, weighting=weighting)
     optimizer = local.resolve_optimizer(client_optimizer)
     num_epochs = options["num_epochs"]
     if options["num_steps"] is not None or callable(num_epochs):
@@ -94,14 +94,9 @@ def fed_shuffle(
         gradient, aux = local.gradient(model, trained.params, trained, batch, key)
         return local.descend(scaled(shared, client), trained, gradient, aux, batch)
 
-    def client_final(
-        shared: ServerState, client: Client, trained: local.LocalState
-    ) -> ClientResult:
-        return local.result(shared, trained, client_weight(client, trained.num_examples))
-
     return server.federated_algorithm(
         model,
-        ClientUpdate(client_init, client_step, client_final),
+        ClientUpdate(client_init, client_step, training.final),
         server.resolve_server_optimizer(server_optimizer),
         **options,
     )

@@ -12,10 +12,10 @@ from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.fed_sgd import client_gradient
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
 from fedjax_lite.algorithms.report import num_bits
+from fedjax_lite.algorithms.training import local_training
 from fedjax_lite.base import (
     Batch,
     Client,
-    ClientResult,
     ClientUpdate,
     Cohort,
     FederatedAlgorithm,
@@ -173,7 +173,7 @@ def _mimicking(
     *,
     corrects: bool,
 ) -> FederatedAlgorithm:
-    client_weight = server.resolve_weighting(weighting)
+    local_steps = local_training(model, client_optimizer, weighting=weighting)
     optimizer = local.resolve_optimizer(client_optimizer)
 
     def frozen(shared: ServerState) -> optax.GradientTransformation:
@@ -203,14 +203,9 @@ def _mimicking(
             gradient = jax.tree.map(lambda g, own, c: g - own + c, gradient, at_server, mean)
         return local.descend(frozen(shared), trained, gradient, aux, batch)
 
-    def client_final(
-        shared: ServerState, client: Client, trained: local.LocalState
-    ) -> ClientResult:
-        return local.result(shared, trained, client_weight(client, trained.num_examples))
-
     training = server.federated_algorithm(
         model,
-        ClientUpdate(client_init, client_step, client_final),
+        ClientUpdate(client_init, client_step, local_steps.final),
         _beside_base(server.resolve_server_optimizer(server_optimizer), optimizer),
         broadcast=lambda state: (
             *(state.params, state.model_state, state.opt_state.base),

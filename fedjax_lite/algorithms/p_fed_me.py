@@ -46,9 +46,9 @@ def p_fed_me(
     $$\theta_i \approx \arg\min_\theta f(\theta) + \frac{\mu}{2} \|\theta - w_i\|^2, \qquad
       \text{and then} \quad w_i \leftarrow w_i - \eta \mu (w_i - \theta_i) .$$
 
-    The server optimizer is given the mean of $w - w_i$: with `optax.sgd(beta)`, that is the paper's
-    $w \leftarrow (1 - \beta) w + \beta \frac{1}{|P|} \sum_{i \in P} w_i$. The last $\theta_i$ is the
-    client's model, and never leaves it.
+    The server optimizer is given the mean of $w - w_i$ over the clients $P$ of the round: with
+    `optax.sgd(beta)`, $w \leftarrow (1 - \beta) w + \frac{\beta}{|P|} \sum_i w_i$. The last
+    $\theta_i$ is the client's model, and never leaves it.
 
     Reference implementations differ in where $\theta_i$ begins: in PFLlib, where the batch before
     has left it. Its default for $\beta$ is 0, by which the server never moves.

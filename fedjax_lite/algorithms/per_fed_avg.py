@@ -10,11 +10,10 @@ from jax.typing import ArrayLike
 from fedjax_lite import _validate
 from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
+from fedjax_lite.algorithms.training import local_training
 from fedjax_lite.base import (
     Batch,
     Client,
-    ClientResult,
-    ClientUpdate,
     FederatedAlgorithm,
     PyTree,
     ServerState,
@@ -86,12 +85,8 @@ def per_fed_avg(
     options = complete(per_fed_avg, options)
     alpha = _validate.number("alpha", alpha)
     _validate.choice("first_order", first_order, (True, False))
-    client_weight = server.resolve_weighting(weighting)
+    training = local_training(model, client_optimizer, weighting=weighting)
     optimizer = local.resolve_optimizer(client_optimizer)
-
-    def client_init(shared: ServerState, client: Client) -> local.LocalState:
-        del client
-        return local.start(shared, optimizer(shared))
 
     def client_step(
         shared: ServerState,
@@ -115,14 +110,9 @@ def per_fed_avg(
         gradient, aux = jax.grad(after_own_step, has_aux=True)(trained.params)
         return local.descend(optimizer(shared), trained, gradient, aux, batch)
 
-    def client_final(
-        shared: ServerState, client: Client, trained: local.LocalState
-    ) -> ClientResult:
-        return local.result(shared, trained, client_weight(client, trained.num_examples))
-
     return server.federated_algorithm(
         model,
-        ClientUpdate(client_init, client_step, client_final),
+        training._replace(step=client_step),
         server.resolve_server_optimizer(server_optimizer),
         **options,
     )
