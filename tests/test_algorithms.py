@@ -348,7 +348,7 @@ def test_a_client_that_is_not_finite_is_left_out_and_counted(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["fed_sgd", "fed_avg", "fed_prox", "scaffold", "fed_nova", "apfl", "pipeline"]
+    "name", ["fed_sgd", "fed_avg", "fed_prox", "scaffold", "fed_nova", "mime", "apfl", "pipeline"]
 )
 def test_memory_does_not_grow_with_the_cohort(name):
     num_clients = 2000

@@ -50,9 +50,10 @@ def ada_fed_prox(
     weighting: server.Weighting = "examples",
     **options: Unpack[LocalOptions],
 ) -> FederatedAlgorithm:
-    r"""AdaFedProx: `fed_prox` whose $\mu$ grows when the loss does.
+    r"""AdaFedProx: FedProx whose proximal term grows when the loss does.
 
-    After a round, with $L$ the mean training loss over the examples that its clients processed,
+    Clients train as in `fed_prox`. After a round, with $L$ the mean training loss over the examples
+    that its clients processed,
 
     - if $L$ is not below that of the round before, $\mu \leftarrow \min(1, \mu + s)$,
     - if it has fallen for `patience` rounds on end or more, $\mu \leftarrow \max(0, \mu - s)$.
