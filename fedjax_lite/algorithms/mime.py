@@ -1,7 +1,5 @@
 """Mime and MimeLite: clients mimic an optimizer that sees all of their data."""
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -11,30 +9,17 @@ import optax
 from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.fed_sgd import client_gradient
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
-from fedjax_lite.algorithms.report import num_bits
 from fedjax_lite.algorithms.training import local_training
+from fedjax_lite.algorithms.two_passes import ONE_PASS, two_passes
 from fedjax_lite.base import (
     Batch,
     Client,
     ClientUpdate,
-    Cohort,
     FederatedAlgorithm,
     PyTree,
-    RoundInfo,
     ServerState,
 )
 from fedjax_lite.models.model import Model
-from fedjax_lite.xla.cpu import Paced
-
-_ONE_PASS: LocalOptions = {
-    **{"num_epochs": 1, "num_steps": None, "max_staleness": 0, "shuffle": False},
-    **{"pipeline": None, "reducer": None},
-}
-_KEEP = optax.GradientTransformation(
-    optax.tree.zeros_like,
-    lambda updates, state, params=None: (optax.tree.zeros_like(updates), updates),
-)
-"""Leaves the params alone, and keeps the gradient that it was given."""
 
 
 class MimeState(NamedTuple):
@@ -203,61 +188,16 @@ def _mimicking(
             gradient = jax.tree.map(lambda g, own, c: g - own + c, gradient, at_server, mean)
         return local.descend(frozen(shared), trained, gradient, aux, batch)
 
-    training = server.federated_algorithm(
-        model,
-        ClientUpdate(client_init, client_step, local_steps.final),
-        _beside_base(server.resolve_server_optimizer(server_optimizer), optimizer),
-        broadcast=lambda state: (
-            *(state.params, state.model_state, state.opt_state.base),
-            state.opt_state.gradient if corrects else (),
-        ),
-        **options,
-    )
-    one_pass: LocalOptions = {**options, **_ONE_PASS}
-    gradients = server.federated_algorithm(
-        model, client_gradient(model, weighting=weighting), _KEEP, **one_pass
-    )
-
-    def check(key: jax.Array, state: ServerState, cohort: Cohort) -> None:
-        jax.eval_shape(lambda: training.round(key, state, cohort))
-
-    @jax.jit
-    def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
-        check(key, state, cohort)
-        before = state.opt_state
-        at_server = ServerState(
-            params=state.params,
-            model_state=state.model_state,
-            opt_state=before.gradient,
-            round=state.round,
-            frozen=state.frozen,
-        )
-        # Full-batch gradients, however few local steps follow, and at the newest params.
-        everything = dataclasses.replace(cohort, max_steps=None, staleness=None)
-        measured, _ = gradients.round(key, at_server, everything)
-        mean = measured.opt_state
-        state = dataclasses.replace(state, opt_state=before._replace(gradient=mean))
-        after, info = training.round(key, state, cohort)
-        _, base = optimizer(state).update(mean, before.base, state.params)
-        base = jax.tree.map(lambda new, old: jnp.where(info.skipped, old, new), base, before.base)
-        after = dataclasses.replace(after, opt_state=after.opt_state._replace(base=base))
-        bits = info.clients["bits_up"]
-        bits = jnp.where(bits > 0, bits + num_bits(mean), 0)
-        return after, dataclasses.replace(info, clients={**info.clients, "bits_up": bits})
-
-    return FederatedAlgorithm(training.init, Paced(round, check))
-
-
-def _beside_base(
-    inner: optax.GradientTransformationExtraArgs,
-    optimizer: Callable[[ServerState], optax.GradientTransformation],
-) -> optax.GradientTransformationExtraArgs:
-    """A server optimizer that keeps the state of the base optimizer and $c$ beside its own."""
+    inner = server.resolve_server_optimizer(server_optimizer)
 
     def init(params: PyTree) -> MimeState:
         begun = ServerState(params=params, model_state={}, opt_state=(), round=jnp.int32(0))
         base = optimizer(begun).init(params)
         return MimeState(inner.init(params), base, optax.tree.zeros_like(params))
+
+    def keep(updates: PyTree, state: MimeState, params: PyTree = None) -> tuple[PyTree, MimeState]:
+        del params
+        return optax.tree.zeros_like(updates), state._replace(gradient=updates)
 
     def update(
         updates: PyTree, state: MimeState, params: PyTree = None, **extra_args: Any
@@ -265,4 +205,25 @@ def _beside_base(
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         return updates, state._replace(inner=inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def settle(before: ServerState, state: MimeState) -> MimeState:
+        _, base = optimizer(before).update(state.gradient, state.base, before.params)
+        return state._replace(base=base)
+
+    training = server.federated_algorithm(
+        model,
+        ClientUpdate(client_init, client_step, local_steps.final),
+        optax.GradientTransformationExtraArgs(init, update),
+        broadcast=lambda state: (
+            *(state.params, state.model_state, state.opt_state.base),
+            state.opt_state.gradient if corrects else (),
+        ),
+        **options,
+    )
+    one_pass: LocalOptions = {**options, **ONE_PASS}
+    measuring = server.federated_algorithm(
+        model,
+        client_gradient(model, weighting=weighting),
+        optax.GradientTransformation(init, keep),
+        **one_pass,
+    )
+    return two_passes(measuring, training, sent=lambda state: state.gradient, settle=settle)
