@@ -59,6 +59,9 @@ ALGORITHMS = {
     "q_fed_avg": lambda model, **kw: fl.q_fed_avg(
         model, optax.sgd(0.1), q=0.5, lipschitz=5.0, batch_size=4, num_epochs=2, **kw
     ),
+    "agnostic_fed_avg": lambda model, **kw: fl.agnostic_fed_avg(
+        model, optax.sgd(0.1), num_domains=10, domain_learning_rate=0.1, window_size=5, **kw
+    ),
     "ada_fed_prox": lambda model, **kw: fl.ada_fed_prox(
         model, optax.sgd(0.1), mu=0.2, patience=1, batch_size=4, **kw
     ),

@@ -14,6 +14,10 @@ UPDATE = ("batch_size", "pipeline", "reducer", "on_nonfinite")
 STEPS = ("num_epochs", "num_steps", "max_staleness", "shuffle", "differentiable")
 SPEED = ("lanes", "mesh", "rewrite_convolutions")
 NAMES = {
+    "agnostic_fed_avg": [
+        *("model", "client_optimizer", "server_optimizer", "num_domains", "domain_learning_rate"),
+        *("feature", "window_size", *UPDATE, *STEPS, *SPEED, "memory_kind"),
+    ],
     "apfl": [
         *("model", "client_optimizer", "server_optimizer", "alpha", "layerwise", "weighting"),
         *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
@@ -431,6 +435,9 @@ FACTORIES = {
     "fed_nova": lambda **options: fl.fed_nova(MODEL, SGD, **options),
     "apfl": lambda **options: fl.apfl(MODEL, SGD, **options),
     "ada_fed_prox": lambda **options: fl.ada_fed_prox(MODEL, SGD, **options),
+    "agnostic_fed_avg": lambda **options: fl.agnostic_fed_avg(
+        MODEL, SGD, num_domains=2, domain_learning_rate=0.1, **options
+    ),
     "ditto": lambda **options: fl.ditto(MODEL, SGD, mu=0.1, **options),
     "fed_dyn": lambda **options: fl.fed_dyn(MODEL, SGD, alpha=0.1, **options),
     "fed_exp": lambda **options: fl.fed_exp(MODEL, SGD, **options),

@@ -98,6 +98,17 @@ def test_fed_shuffle_of_equal_clients_is_fed_avg_at_the_rate_of_an_epoch():
     close(shuffled.params, trained(build(fl.fed_avg, optax.sgd(0.1)), cohort).params)
 
 
+def test_agnostic_fed_avg_of_clients_that_are_domains_with_fixed_weights_is_fed_avg():
+    cohort = everyone(population((8,) * 3))
+    options = {"num_epochs": 1, "batch_size": 8}
+    agnostic = build(
+        fl.agnostic_fed_avg, SGD, num_domains=3, domain_learning_rate=0.0, window_size=2, **options
+    )
+    close(
+        trained(agnostic, cohort).params, trained(build(fl.fed_avg, SGD, **options), cohort).params
+    )
+
+
 def test_ditto_without_a_pull_trains_each_client_alone():
     store = trained(build(fl.ditto, SGD, mu=0.0)).store
     for client in (2, 3):
@@ -162,6 +173,7 @@ def test_p_fed_me_ends_at_the_proximal_point():
 NUMBERS = {
     "fed_dyn": {"alpha": 0.5},
     "fed_exp": {"epsilon": 0.1},
+    "agnostic_fed_avg": {"domain_learning_rate": 0.1},
     "q_fed_avg": {"q": 0.5, "lipschitz": 10.0},
     "ada_fed_prox": {"mu": 0.5, "step_size": 0.1},
     "ditto": {"mu": 0.5},
@@ -169,6 +181,7 @@ NUMBERS = {
     "per_fed_avg": {"alpha": 0.1},
     "fed_sam": {"rho": 0.1},
 }
+OTHERS = {"agnostic_fed_avg": {"num_domains": 10}}
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -177,7 +190,7 @@ def test_numbers_may_be_traced_and_params_of_half_precision(name):
     params = {"w": jnp.zeros(3, jnp.bfloat16), "b": jnp.bfloat16(0)}
 
     def states(numbers):
-        algorithm = build(getattr(fl, name), SGD, **numbers)
+        algorithm = build(getattr(fl, name), SGD, **OTHERS.get(name, {}), **numbers)
         before = algorithm.init(params, num_clients=10)
         return before, algorithm.round(jax.random.key(1), before, cohort)[0]
 
@@ -190,4 +203,4 @@ def test_numbers_may_be_traced_and_params_of_half_precision(name):
 def test_numbers_out_of_range_are_named(name):
     for number in NUMBERS[name]:
         with pytest.raises(ValueError, match=f"^{number} is -1.0; choose a number"):
-            getattr(fl, name)(MODEL, SGD, **{**NUMBERS[name], number: -1.0})
+            build(getattr(fl, name), SGD, **OTHERS.get(name, {}), **NUMBERS[name] | {number: -1.0})

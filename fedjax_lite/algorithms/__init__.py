@@ -5,6 +5,7 @@ and the server's half of a round (`server`).
 """
 
 from fedjax_lite.algorithms.ada_fed_prox import ada_fed_prox
+from fedjax_lite.algorithms.agnostic_fed_avg import agnostic_fed_avg
 from fedjax_lite.algorithms.apfl import apfl
 from fedjax_lite.algorithms.ditto import ditto
 from fedjax_lite.algorithms.fed_avg import fed_avg, fed_prox
@@ -26,6 +27,7 @@ from fedjax_lite.algorithms.training import local_training
 __all__ = [
     "LocalState",
     "ada_fed_prox",
+    "agnostic_fed_avg",
     "apfl",
     "ditto",
     "fed_avg",
