@@ -11,12 +11,7 @@ from fedjax_lite import _validate
 from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
 from fedjax_lite.algorithms.training import local_training
-from fedjax_lite.base import (
-    Batch,
-    Client,
-    FederatedAlgorithm,
-    ServerState,
-)
+from fedjax_lite.base import Batch, Client, FederatedAlgorithm, ServerState
 from fedjax_lite.models.model import Model
 from fedjax_lite.xla.precision import squared_norm
 
@@ -49,7 +44,8 @@ def fed_sam(
       model: The model.
       client_optimizer: As in `fed_avg`.
       server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
-      rho: $\rho$, not negative; may be traced. With 0, this is `fed_avg`.
+      rho: $\rho$, not negative; may be traced. With 0, this is `fed_avg` with the
+        same weights.
       weighting: The weight of a client, as in `fed_avg`.
       **options: Those of `LocalOptions`.
 

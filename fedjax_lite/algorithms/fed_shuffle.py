@@ -9,13 +9,7 @@ import optax
 from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
 from fedjax_lite.algorithms.training import local_training
-from fedjax_lite.base import (
-    Batch,
-    Client,
-    ClientUpdate,
-    FederatedAlgorithm,
-    ServerState,
-)
+from fedjax_lite.base import Batch, Client, ClientUpdate, FederatedAlgorithm, ServerState
 from fedjax_lite.models.model import Model
 
 

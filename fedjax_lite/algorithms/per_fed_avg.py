@@ -11,13 +11,7 @@ from fedjax_lite import _validate
 from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
 from fedjax_lite.algorithms.training import local_training
-from fedjax_lite.base import (
-    Batch,
-    Client,
-    FederatedAlgorithm,
-    PyTree,
-    ServerState,
-)
+from fedjax_lite.base import Batch, Client, FederatedAlgorithm, PyTree, ServerState
 from fedjax_lite.models.model import Model
 
 
