@@ -72,7 +72,7 @@ def fed_shuffle(
         num_epochs = 1
 
     def scaled(shared: ServerState, client: Client) -> optax.GradientTransformation:
-        steps = jnp.maximum(client.num_steps, 1)
+        steps = jnp.maximum(client.num_steps, 1).astype(float)
         return optax.chain(optimizer(shared), optax.scale(num_epochs / steps))
 
     def client_init(shared: ServerState, client: Client) -> local.LocalState:
