@@ -156,8 +156,8 @@ def agnostic_fed_avg(
         counts = shared.opt_state.window.mean(0)
         return shared.opt_state.domain_weights / jnp.where(counts == 0, 1, counts)
 
-    def entry(params: PyTree) -> jax.Array:
-        del params
+    def entry(shared: ServerState) -> jax.Array:
+        del shared
         return jnp.zeros(num_domains)
 
     def measure_init(shared: ServerState, client: Client) -> DomainSums:

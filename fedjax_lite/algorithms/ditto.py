@@ -65,7 +65,7 @@ def ditto(
     Returns:
       A `FederatedAlgorithm`, whose `init` needs `num_clients`. `state.params` are those of
       `fed_avg`; `state.store` holds the $v_i$, as large as the params for each client, and
-      `client_params(state, entry)` is $v_i$.
+      `client_model(state, entry)` has $v_i$.
 
     Raises:
       ValueError: `mu` is negative or no scalar; another option is out of range.
@@ -89,7 +89,7 @@ def ditto(
     optimizer = local.resolve_optimizer(client_optimizer)
 
     def client_init(shared: ServerState, client: Client) -> _ClientState:
-        own = personal.client_params(shared, client.entry)
+        own = personal.params(shared, client.entry)
         return _ClientState(training.init(shared, client), own, optimizer(shared).init(own))
 
     def client_step(
@@ -119,8 +119,13 @@ def ditto(
 
     return server.federated_algorithm(
         model,
-        ClientUpdate(client_init, client_step, client_final, entry=personal.entry),
+        ClientUpdate(
+            client_init,
+            client_step,
+            client_final,
+            entry=personal.entry,
+            client_model=personal.client_model,
+        ),
         server.resolve_server_optimizer(server_optimizer),
-        client_params=personal.client_params,
         **options,
     )

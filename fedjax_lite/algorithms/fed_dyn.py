@@ -125,7 +125,7 @@ def fed_dyn(
             weighting=weighting,
             objective=objective,
             finish=finish,
-            entry=optax.tree.zeros_like,
+            entry=local.zeros,
         ),
         _with_h(server.resolve_server_optimizer(server_optimizer), alpha),
         **options,

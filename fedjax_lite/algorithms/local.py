@@ -110,6 +110,11 @@ def start(shared: ServerState, optimizer: optax.GradientTransformation) -> Local
     )
 
 
+def zeros(shared: ServerState) -> PyTree:
+    """What a client keeps at first that keeps something like the params."""
+    return optax.tree.zeros_like(shared.params)
+
+
 def batch_loss(
     model: Model, model_state: PyTree, batch: Batch, key: jax.Array, *, mean: bool
 ) -> LossAndAux:

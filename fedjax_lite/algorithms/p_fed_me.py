@@ -69,7 +69,7 @@ def p_fed_me(
 
     Returns:
       A `FederatedAlgorithm`, whose `init` needs `num_clients`. `state.store` holds the $\theta_i$,
-      as large as the params for each client; `client_params(state, entry)` is $\theta_i$, and
+      as large as the params for each client; `client_model(state, entry)` has $\theta_i$, and
       the server's params before a client's first round. The `loss` of clients is that at $w_i$.
 
     Raises:
@@ -140,8 +140,13 @@ def p_fed_me(
 
     return server.federated_algorithm(
         model,
-        ClientUpdate(client_init, client_step, client_final, entry=personal.entry),
+        ClientUpdate(
+            client_init,
+            client_step,
+            client_final,
+            entry=personal.entry,
+            client_model=personal.client_model,
+        ),
         server.resolve_server_optimizer(server_optimizer),
-        client_params=personal.client_params,
         **options,
     )

@@ -20,12 +20,17 @@ class Personal(NamedTuple):
     num_rounds: jax.Array
 
 
-def entry(params: PyTree) -> Personal:
+def entry(drawn: ServerState) -> Personal:
     """What a client keeps before its first round."""
-    return Personal(params, jnp.int32(0))
+    return Personal(drawn.params, jnp.int32(0))
 
 
-def client_params(state: ServerState, own: Personal) -> PyTree:
+def client_model(state: ServerState, own: Personal) -> tuple[PyTree, PyTree]:
+    """The client's own params, and the server's model state."""
+    return params(state, own), state.model_state
+
+
+def params(state: ServerState, own: Personal) -> PyTree:
     """The client's own params, which before its first round are the server's."""
     return jax.tree.map(
         lambda own_leaf, w: jnp.where(own.num_rounds == 0, w, own_leaf), own.params, state.params

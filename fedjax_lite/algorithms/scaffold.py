@@ -100,9 +100,6 @@ def scaffold(
     client_weight = server.resolve_weighting(weighting)
     optimizer = local.resolve_optimizer(client_optimizer)
 
-    def entry(shared: ServerState) -> PyTree:
-        return optax.tree.zeros_like(shared.params)
-
     def client_init(shared: ServerState, client: Client) -> _ClientState:
         trained = local.start(shared, optimizer(shared))
         # Sums of many terms: in float32 at least.
@@ -140,7 +137,7 @@ def scaffold(
 
     return server.federated_algorithm(
         model,
-        ClientUpdate(client_init, client_step, client_final, entry=entry),
+        ClientUpdate(client_init, client_step, client_final, entry=local.zeros),
         _with_control(server.resolve_server_optimizer(server_optimizer)),
         broadcast=lambda state: (state.params, state.model_state, state.opt_state.control),
         **options,
