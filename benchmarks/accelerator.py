@@ -402,7 +402,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="with --compile-only, lines of JSON")
     options = parser.parse_args()
     if options.compile_only:
-        ahead_of_time.report(options.lanes, options.json, options.minutes)
+        ahead_of_time.report(options.lanes or [None], options.json, options.minutes)
         return
     if options.ask:
         fl.configure_cpu()

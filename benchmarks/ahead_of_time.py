@@ -90,7 +90,7 @@ def described_mesh(chip: str, num_devices: int) -> Mesh:
         for name, value in _TPU.items():
             os.environ.setdefault(name, value)
         topology = topologies.get_topology_desc("v5e:2x2", "tpu")
-    devices = np.array(topology.devices[:num_devices])
+    devices: Any = np.array(topology.devices[:num_devices])
     return Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -142,17 +142,11 @@ def arguments(
     of_stores = PartitionSpec(AXIS) if spread else PartitionSpec()
     stores = place(stores, NamedSharding(mesh, of_stores, memory_kind=memory_kind))
     slots = jax.ShapeDtypeStruct((sizes.cohort,), np.int32)
-    cohort = fl.Cohort(
-        client_ids=slots,
-        num_examples=slots,
-        offsets=slots,
-        examples={
-            name: jax.ShapeDtypeStruct((sizes.rows, *x.shape), x.dtype)
-            for name, x in features.items()
-        },
-        num_clients=sizes.num_clients,
-        **more,
-    )
+    fields: dict[str, Any] = dict.fromkeys(("client_ids", "num_examples", "offsets"), slots) | more
+    fields["examples"] = {
+        name: jax.ShapeDtypeStruct((sizes.rows, *x.shape), x.dtype) for name, x in features.items()
+    }
+    cohort = fl.Cohort(num_clients=sizes.num_clients, **fields)
     return place(key), dataclasses.replace(place(state), **stores), place(cohort)
 
 
@@ -287,16 +281,16 @@ def _test_table() -> dict[str, Case]:
 
 
 def cases() -> dict[str, Case]:
-    """All of them by name, those of benchmarks first."""
+    """All of them by name, those that take minutes to compile for a TPU last."""
     models = fl.models
     return {
         "quickstart": _quickstart,
         "dense": _averaged(models.emnist_dense, 20, _IMAGE),
+        **_test_table(),
         "cnn": _averaged(models.emnist_cnn, 20, _IMAGE),
         "cifar": _averaged(models.cifar_cnn, 10, _PHOTOGRAPH),
         "lstm": _averaged(models.stackoverflow_lstm, 16, _SENTENCE),
         "transformer": _averaged(models.stackoverflow_transformer, 16, _SENTENCE),
-        **_test_table(),
         "resnet18": _averaged(models.resnet18, 20, _PHOTOGRAPH),
     }
 
@@ -374,11 +368,12 @@ def _first_line(error: RuntimeError) -> str:
     return str(error).splitlines()[0]
 
 
-def report(lanes: Sequence[int] | None, as_json: bool, minutes: float) -> None:
+def report(lanes: Sequence[int | None], as_json: bool, minutes: float) -> None:
     """Compiles every case for every target, and prints a row as soon as there is one.
 
     Args:
-      lanes: Clients side by side on a device; the default if there are none.
+      lanes: Clients side by side on a device, for each of which all is compiled; `None` is the
+        default.
       as_json: Whether to print lines of JSON and not a table.
       minutes: After which nothing is begun.
     """
@@ -388,9 +383,7 @@ def report(lanes: Sequence[int] | None, as_json: bool, minutes: float) -> None:
         print("of one local step on one device; bounds are computed and not measured")
         print("".join(f"{name:{width}}" for name, (width, _) in _COLUMNS.items()))
     until = time.perf_counter() + 60 * minutes
-    for (name, case), target, chosen in itertools.product(
-        cases().items(), TARGETS, lanes or [None]
-    ):
+    for (name, case), target, chosen in itertools.product(cases().items(), TARGETS, lanes):
         row = {"case": name, "target": target, "lanes": chosen, "compiled": "the time was up"}
         if time.perf_counter() < until:
             row |= measure(case, target, chosen)
