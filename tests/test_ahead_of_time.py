@@ -14,7 +14,18 @@ from problems import regression_model
 from test_algorithms import ALGORITHMS
 
 import fedjax_lite as fl
-from benchmarks.ahead_of_time import Sizes, arguments, copies, described_mesh, flops, traced
+from benchmarks.ahead_of_time import (
+    CHIPS,
+    TARGETS,
+    Sizes,
+    arguments,
+    cases,
+    copies,
+    described_mesh,
+    flops,
+    measure,
+    traced,
+)
 from benchmarks.hlo import Program
 
 LABEL = jax.ShapeDtypeStruct((), np.int32)
@@ -25,10 +36,13 @@ MANY, FEW = Sizes(num_clients=10_012, cohort=64), Sizes(num_clients=1000, cohort
 PLUGINS = {"h100": "jax-cuda13-plugin", "tpu-v5e": "libtpu"}
 
 
+def is_installed(chip):
+    return any(importlib.metadata.distributions(name=PLUGINS[chip]))
+
+
 def target(chip, num_devices):
-    package = PLUGINS[chip]
-    installed = [d.name for d in importlib.metadata.distributions(name=package)]
-    lacks = pytest.mark.skipif(not installed, reason=f"needs {package}, of the aot extra")
+    reason = f"needs {PLUGINS[chip]}, of the aot extra"
+    lacks = pytest.mark.skipif(not is_installed(chip), reason=reason)
     return pytest.param(chip, num_devices, marks=lacks, id=f"{chip} x{num_devices}")
 
 
@@ -213,6 +227,25 @@ def test_memory_does_not_grow_with_the_population_of_a_store_on_the_host(chip, n
     assert large - small < entry * (4000 - 1000) / 10
 
 
+@pytest.mark.parametrize("name", ["h100 x1", "tpu-v5e x4"])
+def test_a_step_is_bounded_by_what_takes_longest(name):
+    chip, _ = TARGETS[name]
+    row = measure(cases()["fed_avg"], name, lanes=8)
+    if not is_installed(chip):
+        assert row["compiled"].endswith("; install the aot extra")
+        return
+    # Forward and backward products with 784 x 10 weights, for batches of three of eight lanes.
+    assert row["flops_per_step"] == 2 * 2 * 784 * 10 * 3 * 8
+    assert row["kernels_per_step"] > 5
+    # Each lane reads its weights twice, for the product and for the step, and writes them.
+    assert row["bytes_per_step"] > 8 * 3 * 4 * 784 * 10 or chip == "tpu-v5e"  # In its VMEM.
+    launches = row["kernels_per_step"] * CHIPS[chip].launch_s
+    memory = row["bytes_per_step"] / CHIPS[chip].bytes_per_s
+    products = row["flops_per_step"] / CHIPS[chip].flops_per_s
+    assert row["bound_s"] == max(launches, memory, products)
+    assert row["measured"] is False
+
+
 def test_operations_of_a_program_are_those_of_its_products():
     def compute(x, kernel, weights):
         x = jax.lax.conv(x, kernel, (1, 1), "VALID")  # [2, 4, 6, 6], of 3 channels and 9 places.
@@ -253,7 +286,7 @@ ENTRY %main (table: f32[100,8], ids: s32[4]) -> f32[100,8] {
   %ids.1 = s32[4]{0} parameter(1)
   %copy = f32[100,8]{0,1} copy(%table.1)
   %start = (f32[100,8]{1,0}, s32[4]{0}) tuple(%copy, %ids.1)
-  %loop = (f32[100,8]{1,0}, s32[4]{0}) while(%start), body=%body, op_name="jit(f)/while", "known_trip_count":{"n":"3"}
+  %loop = (f32[100,8], s32[4]) while(%start), body=%body, op_name="f", "known_trip_count":{"n":"3"}
   ROOT %result = f32[100,8]{1,0} get-tuple-element(%loop), index=0
 }
 """
@@ -261,7 +294,7 @@ ENTRY %main (table: f32[100,8], ids: s32[4]) -> f32[100,8] {
 
 def test_kernels_count_the_bytes_that_they_touch_and_loops_their_turns():
     program = Program(PROGRAM)
-    (body,) = program.loops("^jit.f./while$")
+    (body,) = program.loops("^f$")
     kernels = {kernel.name: kernel.nbytes for kernel in program.kernels(body)}
     row = 8 * 4
     assert kernels == {
