@@ -230,15 +230,16 @@ def test_memory_does_not_grow_with_the_population_of_a_store_on_the_host(chip, n
 @pytest.mark.parametrize("name", ["h100 x1", "tpu-v5e x4"])
 def test_a_step_is_bounded_by_what_takes_longest(name):
     chip, _ = TARGETS[name]
-    row = measure(cases()["fed_avg"], name, lanes=8)
+    row = measure(cases()["fed_avg"], name, lanes=None)
     if not is_installed(chip):
         assert row["compiled"].endswith("; install the aot extra")
         return
-    # Forward and backward products with 784 x 10 weights, for batches of three of eight lanes.
-    assert row["flops_per_step"] == 2 * 2 * 784 * 10 * 3 * 8
+    assert row["lanes"] == 64
+    # Forward and backward products with 784 x 10 weights, for batches of three.
+    assert row["flops_per_step"] == 64 * 2 * 2 * 784 * 10 * 3
     assert row["kernels_per_step"] > 5
     # Each lane reads its weights twice, for the product and for the step, and writes them.
-    assert row["bytes_per_step"] > 8 * 3 * 4 * 784 * 10 or chip == "tpu-v5e"  # In its VMEM.
+    assert row["bytes_per_step"] > 64 * 3 * 4 * 784 * 10 or chip == "tpu-v5e"  # In its VMEM.
     launches = row["kernels_per_step"] * CHIPS[chip].launch_s
     memory = row["bytes_per_step"] / CHIPS[chip].bytes_per_s
     products = row["flops_per_step"] / CHIPS[chip].flops_per_s
@@ -302,6 +303,7 @@ def test_kernels_count_the_bytes_that_they_touch_and_loops_their_turns():
         "first": row,  # Into a space that is not the device's memory.
         "put": 4 + row,  # In place, from that space; and where.
     }
-    names = [kernel.name for kernel in program.kernels(program.entry)]
-    assert names == ["copy", *3 * ["read", "first", "put"]]
-    assert [k.name for k in program.kernels(program.entry) if k.whole and k.name == "copy"]
+    kernels = list(program.kernels(program.entry))
+    assert [kernel.name for kernel in kernels] == ["copy", *3 * ["read", "first", "put"]]
+    tables = [k.name for k in kernels if any(array.dims == (100, 8) for array in k.whole)]
+    assert tables == ["copy"]
