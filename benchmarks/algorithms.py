@@ -103,7 +103,7 @@ ALGORITHMS: dict[str, Build] = {
     "fed_exp": _with(fl.fed_exp),
     "fed_sam": _with(fl.fed_sam, rho=0.05),
     "q_fed_avg": lambda model, rate, **more: fl.q_fed_avg(
-        model, optax.sgd(rate), q=1.0, lipschitz=1 / rate, **more
+        model, optax.sgd(rate), q=1.0, lipschitz=0.03 / rate, **more
     ),
     "agnostic_fed_avg": lambda model, rate, num_clients, **more: fl.agnostic_fed_avg(
         model, optax.sgd(rate), num_domains=num_clients, domain_learning_rate=0.1, **more
