@@ -110,6 +110,12 @@ ALGORITHMS = {
 FEW = ("fed_sgd", "fed_avg", "scaffold", "median", "modular_sum")
 # Algorithm by algorithm, whose tests share compiled rounds.
 each_algorithm = pytest.mark.parametrize("name", ALGORITHMS, scope="module")
+# Other options of what is in the table already, which change nothing around a round.
+VARIANTS = {"fed_sgd_uniform", "fed_sgd_sum", "fed_avg_epochs", "fed_avg_steps"}
+VARIANTS |= {"scaffold_option_1", "mime_lite", "pipeline"}
+each_kind = pytest.mark.parametrize(
+    "name", [name for name in ALGORITHMS if name not in VARIANTS], scope="module"
+)
 eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
@@ -148,6 +154,14 @@ def assert_same_round(actual, desired, tolerance=1e-5):
     )
 
 
+@functools.cache
+def cohorts_of_six():
+    """Keys and cohorts of a hundred rounds."""
+    population = regression_dataset().resident(one_device())
+    keys = [jax.random.split(jax.random.fold_in(jax.random.key(2), r)) for r in range(100)]
+    return [(key, fl.cohort(own, population, 6, capacity=10)) for own, key in keys]
+
+
 @each_algorithm
 def test_converges(name):
     model, algorithm = regression_model(), built(name)
@@ -162,10 +176,8 @@ def test_converges(name):
         return fl.evaluate_clients(model, state, everyone(population), **options).pooled["loss"]
 
     before = loss()
-    for r in range(100):
-        key_cohort, key_round = jax.random.split(jax.random.fold_in(jax.random.key(2), r))
-        cohort = fl.cohort(key_cohort, population, 6, capacity=10)
-        state, _ = algorithm.round(key_round, state, cohort)
+    for key, cohort in cohorts_of_six():
+        state, _ = algorithm.round(key, state, cohort)
     after = loss()
     assert after < 0.05 * before  # the noise alone is 0.1 ** 2 / 2 = 0.005
     assert state.round == 100
@@ -267,7 +279,7 @@ def test_padding_weighs_nothing_even_if_it_is_nan(name):
         assert_same_round(padded, expected[0])
 
 
-@each_algorithm
+@each_kind
 @eight_devices
 def test_scans_over_rounds_side_by_side_equal_loops(name):
     algorithm, _ = on_four_devices(name)
@@ -296,7 +308,7 @@ def test_scans_over_rounds_side_by_side_equal_loops(name):
     assert_same_round(scanned, jax.tree.map(lambda *xs: np.stack(xs), *looped))
 
 
-@each_algorithm
+@each_kind
 def test_same_seed_same_bits(name):
     algorithm = build(name) if name in FEW else built(name)
     again = one_round(name, algorithm=algorithm)

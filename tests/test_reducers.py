@@ -1,5 +1,7 @@
 """Reducers, and transforms with everything that the contract allows, against plain loops."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +21,27 @@ devices = pytest.mark.parametrize(
             for n in (2, 8)
         ),
     ],
+    scope="module",
 )
+
+
+@functools.cache
+def averaging(num_devices=1, lanes=None, rate=0.1, reducer=None):
+    """Built once, and compiled once for as many slots."""
+    return fl.fed_avg(
+        regression_model(),
+        optax.sgd(rate),
+        batch_size=4,
+        reducer=reducer,
+        mesh=fl.clients_mesh(num_devices),
+        lanes=lanes,
+    )
 
 
 def deltas(dataset, params, rate=0.1):
     """What each client of a data set sends, trained alone from some params; flat, in float64."""
     mesh = fl.clients_mesh(1)
-    algorithm = fl.fed_avg(regression_model(), optax.sgd(rate), mesh=mesh, batch_size=4)
+    algorithm = averaging(rate=rate)
     state = algorithm.init(jax.device_get(params))
     population = dataset.resident(mesh)
     found = []
@@ -49,8 +65,11 @@ def start():
     return {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.array(0.25)}
 
 
+MEDIAN = fl.coordinate_median()
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 64], scope="module")
 @devices
-@pytest.mark.parametrize("lanes", [1, 3, 64])
 @pytest.mark.parametrize("present", [range(10), [0, 3, 4, 6], [7], [2, 1]])
 def test_medians_are_those_of_numpy(num_devices, lanes, present):
     """Of ragged clients, one without examples, beside empty slots and one that is left out."""
@@ -63,14 +82,7 @@ def test_medians_are_those_of_numpy(num_devices, lanes, present):
         }
     )
     mesh = fl.clients_mesh(num_devices)
-    algorithm = fl.fed_avg(
-        regression_model(),
-        optax.sgd(0.1),
-        batch_size=4,
-        reducer=fl.coordinate_median(),
-        mesh=mesh,
-        lanes=lanes,
-    )
+    algorithm = averaging(num_devices, lanes, reducer=MEDIAN)
     state = algorithm.init(start())
     ids = [*present, *[-1] * (12 - len(present))]
     after, info = algorithm.round(KEY, state, fl.cohort_of(broken.resident(mesh), ids))

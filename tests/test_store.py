@@ -75,9 +75,7 @@ def spread(request, monkeypatch):
 
 @eight_devices
 @pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
-@pytest.mark.parametrize(
-    ("lanes", "num_devices"), [(1, 1), (3, 1), (64, 1), (1, 4), (3, 2), (2, 8)]
-)
+@pytest.mark.parametrize(("lanes", "num_devices"), [(64, 1), (1, 4), (3, 2), (2, 8)])
 def test_entries_are_read_and_written_by_client_id(spread, lanes, num_devices, memory_kind):
     mesh, dataset = fl.clients_mesh(num_devices), regression_dataset()
     algorithm = diary(lanes=lanes, mesh=mesh, memory_kind=memory_kind)
