@@ -47,6 +47,10 @@ NAMES = {
         *("model", "client_optimizer", "server_optimizer", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
     ],
+    "ifca": [
+        *("model", "client_optimizer", "server_optimizer", "num_clusters", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
+    ],
     "mime": [
         *("model", "client_optimizer", "server_optimizer", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
@@ -443,6 +447,7 @@ FACTORIES = {
     "fed_exp": lambda **options: fl.fed_exp(MODEL, SGD, **options),
     "fed_sam": lambda **options: fl.fed_sam(MODEL, SGD, rho=0.1, **options),
     "fed_shuffle": lambda **options: fl.fed_shuffle(MODEL, SGD, **options),
+    "ifca": lambda **options: fl.ifca(MODEL, SGD, num_clusters=2, **options),
     "mime": lambda **options: fl.mime(MODEL, SGD, **options),
     "mime_lite": lambda **options: fl.mime_lite(MODEL, SGD, **options),
     "p_fed_me": lambda **options: fl.p_fed_me(MODEL, SGD, mu=15, learning_rate=0.1, **options),

@@ -15,6 +15,7 @@ from fedjax_lite.algorithms.fed_nova import fed_nova
 from fedjax_lite.algorithms.fed_sam import fed_sam
 from fedjax_lite.algorithms.fed_sgd import fed_sgd
 from fedjax_lite.algorithms.fed_shuffle import fed_shuffle
+from fedjax_lite.algorithms.ifca import ifca
 from fedjax_lite.algorithms.local import LocalState
 from fedjax_lite.algorithms.mime import mime, mime_lite
 from fedjax_lite.algorithms.p_fed_me import p_fed_me
@@ -39,6 +40,7 @@ __all__ = [
     "fed_sgd",
     "fed_shuffle",
     "federated_algorithm",
+    "ifca",
     "local_training",
     "mime",
     "mime_lite",

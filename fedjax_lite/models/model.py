@@ -111,11 +111,14 @@ def applying(model: Model, params: PyTree, batch: Batch) -> Iterator[None]:
             raise  # An adapter has said what is wrong.
         if (expected := _drawn(model)) is not None:
             remedy = "pass a state of an algorithm that was built with this model."
-            if len(jax.tree.leaves(params)) < len(jax.tree.leaves(expected)):
-                remedy = (
-                    "clients keep the rest: pass client_model=algorithm.client_model to"
-                    " fl.evaluate_clients."
-                )
+            own = "pass client_model=algorithm.client_model to fl.evaluate_clients."
+            given, drawn = (
+                [jax.numpy.shape(x) for x in jax.tree.leaves(t)] for t in (params, expected)
+            )
+            if len(given) < len(drawn):
+                remedy = f"clients keep the rest: {own}"
+            elif [shape[1:] for shape in given] == drawn:
+                remedy = f"the server has several models: {own}"
             try:
                 _validate.same_form("params", params, expected, remedy, dtypes=False)
             except ValueError as other:
