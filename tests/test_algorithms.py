@@ -76,6 +76,9 @@ ALGORITHMS = {
     "per_fed_avg": lambda model, **kw: fl.per_fed_avg(
         model, optax.sgd(0.1), alpha=0.05, first_order=False, batch_size=4, **kw
     ),
+    "fed_rep": lambda model, **kw: fl.fed_rep(
+        model, optax.sgd(0.1), personal="b", num_head_epochs=1, batch_size=4, num_epochs=2, **kw
+    ),
     "fed_sam": lambda model, **kw: fl.fed_sam(model, optax.sgd(0.1), rho=0.02, batch_size=4, **kw),
     "ifca": lambda model, **kw: fl.ifca(
         model, optax.sgd(0.1), optax.adam(0.2), num_clusters=2, batch_size=4, **kw

@@ -39,6 +39,11 @@ NAMES = {
         *("model", "client_optimizer", "server_optimizer", "epsilon", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
     ],
+    "fed_rep": [
+        *("model", "client_optimizer", "server_optimizer"),
+        *("personal", "num_head_epochs", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
+    ],
     "fed_sam": [
         *("model", "client_optimizer", "server_optimizer", "rho", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
@@ -445,6 +450,7 @@ FACTORIES = {
     "ditto": lambda **options: fl.ditto(MODEL, SGD, mu=0.1, **options),
     "fed_dyn": lambda **options: fl.fed_dyn(MODEL, SGD, alpha=0.1, **options),
     "fed_exp": lambda **options: fl.fed_exp(MODEL, SGD, **options),
+    "fed_rep": lambda **options: fl.fed_rep(MODEL, SGD, personal="*", num_head_epochs=0, **options),
     "fed_sam": lambda **options: fl.fed_sam(MODEL, SGD, rho=0.1, **options),
     "fed_shuffle": lambda **options: fl.fed_shuffle(MODEL, SGD, **options),
     "ifca": lambda **options: fl.ifca(MODEL, SGD, num_clusters=2, **options),

@@ -1,11 +1,14 @@
 """Clustered, representation-learning and other algorithms, against references in float64."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from problems import SIZES, everyone, regression_dataset, regression_model
-from reference import clusters, models
+from reference import clusters, models, personal
 
 import fedjax_lite as fl
 
@@ -51,6 +54,39 @@ def two_directions():
     return fl.FederatedDataset.from_clients(clients)
 
 
+@functools.cache
+def labelled():
+    """Three classes in four dimensions."""
+    rng = np.random.default_rng(1)
+    directions = rng.normal(size=(4, 3))
+    clients = {}
+    for i, size in enumerate(SIZES):
+        x = rng.normal(size=(size, 4))
+        clients[i] = {"x": x, "y": (x @ directions + 0.5 * rng.normal(size=(size, 3))).argmax(1)}
+    return fl.FederatedDataset.from_clients(clients)
+
+
+def network():
+    """A hidden layer `base` and a `head`, as `reference.models.network`, and drawn params."""
+    rng = np.random.default_rng(2)
+    shapes = {"base_w": (4, 5), "base_b": (5,), "head_w": (5, 3), "head_b": (3,)}
+
+    def loss(params, batch):
+        logits = features(params, {}, batch) @ params["head_w"] + params["head_b"]
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+    params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    return fl.function_model(loss, lambda key: params), params
+
+
+def features(params, model_state, batch):
+    return jnp.tanh(batch["x"] @ params["base_w"] + params["base_b"])
+
+
+def examples(dataset):
+    return [(dataset[i]["x"], dataset[i]["y"]) for i in range(len(SIZES))]
+
+
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])
 def test_ifca(weighting):
     rng = np.random.default_rng(0)
@@ -59,7 +95,7 @@ def test_ifca(weighting):
         dataset = two_directions()
         history = clusters.ifca(
             [{name: x[j] for name, x in params.items()} for j in range(3)],
-            [(dataset[i]["x"], dataset[i]["y"]) for i in range(len(SIZES))],
+            examples(dataset),
             models.regression,
             cohorts=COHORTS,
             batches=batches(epochs=2),
@@ -162,3 +198,85 @@ def test_runs_evaluate_clients_where_the_server_has_several_models():
         fl.evaluate(experiment.model, result.state, experiment.held_out.examples)
     found = experiment.personal(result.state, jax.random.key(0)).pooled
     assert result.history.evaluations[-1]["accuracy"] == float(found["accuracy"])
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+def test_fed_rep(weighting):
+    with jax.enable_x64(True):
+        model, params = network()
+        expected = personal.fed_rep(
+            params,
+            examples(labelled()),
+            models.network.grad,
+            cohorts=COHORTS,
+            head_batches=batches(epochs=2),
+            batches=batches(epochs=1),
+            rate=RATE,
+            head=["head_w", "head_b"],
+            weighting=weighting,
+        )[-1]
+        algorithm = fl.fed_rep(
+            model,
+            optax.sgd(RATE),
+            personal="head*",
+            num_head_epochs=2,
+            weighting=weighting,
+            **options(num_epochs=3),
+        )
+        *_, (state, _) = run(algorithm, labelled(), params)
+        for name in ("base_w", "base_b"):
+            np.testing.assert_allclose(state.params[name], expected.params[name], rtol=1e-9)
+        own, _ = state.store.personal
+        for i in range(len(SIZES)):
+            for name in ("head_w", "head_b"):
+                kept = expected.personal.get(i, params)[name]
+                np.testing.assert_allclose(own[name][i], kept, rtol=1e-9)
+
+
+def test_what_fed_rep_does_not_train_stays_whatever_the_optimizer():
+    model, params = network()
+    params = jax.tree.map(np.float32, params)
+    decaying = optax.adamw(0.1, weight_decay=0.1)
+    rep = functools.partial(fl.fed_rep, model, decaying, personal="head*")
+    *_, (state, _) = run(rep(num_head_epochs=1, **options(num_steps=1)), labelled(), params)
+    for name in ("base_w", "base_b"):
+        np.testing.assert_array_equal(state.params[name], params[name])
+    *_, (state, _) = run(rep(num_head_epochs=0, **options()), labelled(), params)
+    own, _ = state.store.personal
+    for name in ("head_w", "head_b"):
+        np.testing.assert_array_equal(own[name], np.broadcast_to(params[name], own[name].shape))
+    with pytest.raises(
+        ValueError, match="num_head_epochs is 1 and num_epochs 1, which leaves none"
+    ):
+        rep(num_head_epochs=1)
+
+
+def test_fed_babu_is_fed_avg_of_a_frozen_head():
+    with jax.enable_x64(True):
+        model, params = network()
+        head, more = ["head_w", "head_b"], {"batches": batches(), "rate": RATE}
+        clients = examples(labelled())
+        expected = personal.fed_babu(
+            params, clients, models.network.grad, cohorts=COHORTS, head=head, **more
+        )[-1]
+        body = fl.frozen(model, head)
+        *_, (state, _) = run(fl.fed_avg(body, optax.sgd(RATE), **options()), labelled(), params)
+        whole = body.merge(state.params, state.frozen)
+        for name, x in expected.params.items():
+            np.testing.assert_allclose(whole[name], x, rtol=1e-9)
+        cohort = everyone(labelled().resident(fl.clients_mesh(1)))
+        _, after = fl.evaluate_fine_tuned(
+            model,
+            fl.fed_avg(model, optax.sgd(RATE), **options()).init(whole),
+            cohort,
+            cohort,
+            optax.sgd(RATE),
+            key=jax.random.key(0),
+            **options(),
+        )
+        for i, steps in zip(COHORTS[-1], batches()[-1], strict=True):
+            tuned = personal.fine_tuned(
+                expected.params, clients[i], models.network.grad, batches=steps, rate=RATE
+            )
+            loss = models.network.loss(tuned, *clients[i])
+            np.testing.assert_allclose(after.clients["loss"][i], loss, rtol=1e-9)

@@ -12,6 +12,7 @@ from fedjax_lite.algorithms.fed_avg import fed_avg, fed_prox
 from fedjax_lite.algorithms.fed_dyn import fed_dyn
 from fedjax_lite.algorithms.fed_exp import fed_exp
 from fedjax_lite.algorithms.fed_nova import fed_nova
+from fedjax_lite.algorithms.fed_rep import fed_rep
 from fedjax_lite.algorithms.fed_sam import fed_sam
 from fedjax_lite.algorithms.fed_sgd import fed_sgd
 from fedjax_lite.algorithms.fed_shuffle import fed_shuffle
@@ -36,6 +37,7 @@ __all__ = [
     "fed_exp",
     "fed_nova",
     "fed_prox",
+    "fed_rep",
     "fed_sam",
     "fed_sgd",
     "fed_shuffle",
