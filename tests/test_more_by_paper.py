@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 from problems import SIZES, everyone, regression_dataset, regression_model
-from reference import clusters, models, personal
+from reference import clusters, drift, models, personal
+from test_docs import PAGES, blocks
 
 import fedjax_lite as fl
 
@@ -280,3 +281,26 @@ def test_fed_babu_is_fed_avg_of_a_frozen_head():
             )
             loss = models.network.loss(tuned, *clients[i])
             np.testing.assert_allclose(after.clients["loss"][i], loss, rtol=1e-9)
+
+
+def test_fed_lc_as_it_is_documented():
+    (program,) = [block for block in blocks(PAGES["algorithms"], "python") if "fed_lc =" in block]
+    params = {"w": np.random.default_rng(3).normal(size=(4, 10)), "b": np.zeros(10)}
+    with jax.enable_x64(True):
+        expected = drift.fed_lc(
+            params,
+            examples(labelled()),
+            models.softmax.grad,
+            cohorts=COHORTS,
+            batches=batches(),
+            rate=RATE,
+            tau=0.5,
+            num_classes=10,
+        )[-1]
+        names = {"dataset": labelled(), "fl": fl, "jax": jax, "optax": optax}
+        exec(program, names)
+        algorithm = fl.fed_avg(names["calibrated_model"], optax.sgd(RATE), **options())
+        linen = {"kernel": params["w"], "bias": params["b"]}
+        *_, (state, _) = run(algorithm, names["counted"], linen)
+        np.testing.assert_allclose(state.params["kernel"], expected.params["w"], rtol=1e-9)
+        np.testing.assert_allclose(state.params["bias"], expected.params["b"], rtol=1e-9)
