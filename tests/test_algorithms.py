@@ -13,6 +13,11 @@ from problems import everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
 
+
+def slopes(params, model_state, batch):
+    return batch["x"] * params["w"]
+
+
 ALGORITHMS = {
     "fed_sgd": lambda model, **kw: fl.fed_sgd(model, optax.sgd(0.3), **kw),
     "fed_sgd_uniform": lambda model, **kw: fl.fed_sgd(
@@ -78,6 +83,9 @@ ALGORITHMS = {
     ),
     "fed_rep": lambda model, **kw: fl.fed_rep(
         model, optax.sgd(0.1), personal="b", num_head_epochs=1, batch_size=4, num_epochs=2, **kw
+    ),
+    "moon": lambda model, **kw: fl.moon(
+        model, optax.sgd(0.1), mu=0.05, features=slopes, batch_size=4, **kw
     ),
     "fed_sam": lambda model, **kw: fl.fed_sam(model, optax.sgd(0.1), rho=0.02, batch_size=4, **kw),
     "ifca": lambda model, **kw: fl.ifca(

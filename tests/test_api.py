@@ -64,6 +64,11 @@ NAMES = {
         *("model", "client_optimizer", "server_optimizer", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
     ],
+    "moon": [
+        *("model", "client_optimizer", "server_optimizer"),
+        *("mu", "temperature", "features", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
+    ],
     "p_fed_me": [
         *("model", "client_optimizer", "server_optimizer"),
         *("mu", "learning_rate", "num_inner_steps", "weighting"),
@@ -456,6 +461,7 @@ FACTORIES = {
     "ifca": lambda **options: fl.ifca(MODEL, SGD, num_clusters=2, **options),
     "mime": lambda **options: fl.mime(MODEL, SGD, **options),
     "mime_lite": lambda **options: fl.mime_lite(MODEL, SGD, **options),
+    "moon": lambda **options: fl.moon(MODEL, SGD, mu=1, **options),
     "p_fed_me": lambda **options: fl.p_fed_me(MODEL, SGD, mu=15, learning_rate=0.1, **options),
     "per_fed_avg": lambda **options: fl.per_fed_avg(MODEL, SGD, alpha=0.1, **options),
     "q_fed_avg": lambda **options: fl.q_fed_avg(MODEL, SGD, q=1, lipschitz=10, **options),

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -304,3 +305,58 @@ def test_fed_lc_as_it_is_documented():
         *_, (state, _) = run(algorithm, names["counted"], linen)
         np.testing.assert_allclose(state.params["kernel"], expected.params["w"], rtol=1e-9)
         np.testing.assert_allclose(state.params["bias"], expected.params["b"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("mu", [0.0, 2.0])
+def test_moon(mu):
+    with jax.enable_x64(True):
+        model, params = network()
+        expected = drift.moon(
+            params,
+            examples(labelled()),
+            cohorts=COHORTS,
+            batches=batches(epochs=2),
+            rate=RATE,
+            mu=mu,
+            temperature=0.4,
+        )[-1]
+        algorithm = fl.moon(
+            model,
+            optax.sgd(RATE),
+            mu=mu,
+            temperature=0.4,
+            features=features,
+            **options(num_epochs=2),
+        )
+        *_, (state, _) = run(algorithm, labelled(), params)
+        for name, x in expected.params.items():
+            np.testing.assert_allclose(state.params[name], x, rtol=1e-9)
+            for i, own in expected.previous.items():
+                np.testing.assert_allclose(state.store.params[name][i], own[name], rtol=1e-9)
+
+
+def test_features_are_by_default_what_the_last_dense_layer_is_given():
+    model = fl.models.mlp((4,), (5,), 3)
+    more = options(num_epochs=2)
+    hidden = lambda params, model_state, batch: jax.nn.relu(
+        batch["x"] @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+    )
+    params, _ = model.init(jax.random.key(0))
+    narrow = labelled().map(lambda own: {**own, "x": own["x"].astype(np.float32)})
+    found = [
+        list(run(fl.moon(model, optax.sgd(RATE), mu=5.0, features=f, **more), narrow, params))[-1][
+            0
+        ]
+        for f in (None, hidden)
+    ]
+    chex.assert_trees_all_close(found[0].params, found[1].params, rtol=1e-5)
+    for f, told in (
+        (None, "features is None, and the model has no nn.Dense layer"),
+        (
+            lambda params, model_state, batch: batch["x"][0],
+            r"features returned \S+\[4\] for a batch",
+        ),
+    ):
+        algorithm = fl.moon(regression_model(), optax.sgd(RATE), mu=1.0, features=f, **options())
+        with pytest.raises(ValueError, match=told):
+            next(run(algorithm, narrow, {"w": np.zeros(4, np.float32), "b": np.float32(0)}))

@@ -19,6 +19,7 @@ from fedjax_lite.algorithms.fed_shuffle import fed_shuffle
 from fedjax_lite.algorithms.ifca import ifca
 from fedjax_lite.algorithms.local import LocalState
 from fedjax_lite.algorithms.mime import mime, mime_lite
+from fedjax_lite.algorithms.moon import moon
 from fedjax_lite.algorithms.p_fed_me import p_fed_me
 from fedjax_lite.algorithms.per_fed_avg import per_fed_avg
 from fedjax_lite.algorithms.q_fed_avg import q_fed_avg
@@ -46,6 +47,7 @@ __all__ = [
     "local_training",
     "mime",
     "mime_lite",
+    "moon",
     "p_fed_me",
     "per_fed_avg",
     "q_fed_avg",
