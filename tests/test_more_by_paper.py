@@ -10,6 +10,7 @@ import optax
 import pytest
 from problems import SIZES, everyone, regression_dataset, regression_model
 from reference import clusters, drift, models, personal
+from reference.vectors import Vector, norm
 from test_docs import PAGES, blocks
 
 import fedjax_lite as fl
@@ -360,3 +361,44 @@ def test_features_are_by_default_what_the_last_dense_layer_is_given():
         algorithm = fl.moon(regression_model(), optax.sgd(RATE), mu=1.0, features=f, **options())
         with pytest.raises(ValueError, match=told):
             next(run(algorithm, narrow, {"w": np.zeros(4, np.float32), "b": np.float32(0)}))
+
+
+def armijo(loss, w, gradient, guess):
+    """Half of the rate until the loss falls by 1/10 of what the gradient promises."""
+    rate = min(2 * guess, 1.0)
+    promised = norm(gradient) ** 2
+    while loss(w - rate * gradient) > loss(w) - 0.1 * rate * promised:
+        rate /= 2
+    return rate
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_client_optimizers_that_search_along_a_line(lanes):
+    w = Vector({"w": np.array([0.5, -1.0, 2.0]), "b": 0.25})
+    with jax.enable_x64(True):
+        clients = examples(two_directions())
+        search = optax.scale_by_backtracking_linesearch(
+            30, slope_rtol=0.1, decrease_factor=0.5, increase_factor=2.0
+        )
+        client_optimizer = optax.chain(optax.sgd(1.0), search)
+        algorithm = fl.fed_avg(
+            regression_model(), client_optimizer, **options(num_epochs=2, lanes=lanes)
+        )
+        history = run(algorithm, two_directions(), dict(w))
+        rates = set()
+        for cohort, drawn, (state, _) in zip(COHORTS, batches(epochs=2), history, strict=True):
+            total = 0.0 * w
+            for k, steps in zip(cohort, drawn, strict=True):
+                x, y = clients[k]
+                own, rate = w, 1.0
+                for i in steps:
+                    loss = functools.partial(models.regression.loss, x=x[i], y=y[i])
+                    gradient = models.regression.grad(own, x[i], y[i])
+                    rate = armijo(loss, own, gradient, rate)
+                    rates.add(rate)
+                    own = own - rate * gradient
+                total = total + len(y) / sum(SIZES[k] for k in cohort) * (own - w)
+            w = w + total
+            for name, x in w.items():
+                np.testing.assert_allclose(state.params[name], x, rtol=1e-9)
+        assert len(rates) > 2
