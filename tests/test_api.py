@@ -52,10 +52,14 @@ NAMES = {
         *("model", "client_optimizer", "server_optimizer", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
     ],
+    "gaussian_mixture": [
+        *("num_components", "feature", "min_variance", *UPDATE, *SPEED),
+    ],
     "ifca": [
         *("model", "client_optimizer", "server_optimizer", "num_clusters", "weighting"),
         *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
+    "k_means": ["num_clusters", "feature", "keep_counts", *UPDATE, *SPEED],
     "mime": [
         *("model", "client_optimizer", "server_optimizer", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
@@ -458,7 +462,9 @@ FACTORIES = {
     "fed_rep": lambda **options: fl.fed_rep(MODEL, SGD, personal="*", num_head_epochs=0, **options),
     "fed_sam": lambda **options: fl.fed_sam(MODEL, SGD, rho=0.1, **options),
     "fed_shuffle": lambda **options: fl.fed_shuffle(MODEL, SGD, **options),
+    "gaussian_mixture": lambda **options: fl.gaussian_mixture(2, **options),
     "ifca": lambda **options: fl.ifca(MODEL, SGD, num_clusters=2, **options),
+    "k_means": lambda **options: fl.k_means(2, **options),
     "mime": lambda **options: fl.mime(MODEL, SGD, **options),
     "mime_lite": lambda **options: fl.mime_lite(MODEL, SGD, **options),
     "moon": lambda **options: fl.moon(MODEL, SGD, mu=1, **options),

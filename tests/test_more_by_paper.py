@@ -30,9 +30,9 @@ def batches(epochs=1, size=4):
     ]
 
 
-def run(algorithm, dataset, params, model_state=None):
+def run(algorithm, dataset, params, model_state=None, mesh=None):
     """The states after each round, and what was reported of it."""
-    population = dataset.resident(fl.clients_mesh(1))
+    population = dataset.resident(mesh or fl.clients_mesh(1))
     state = algorithm.init(params, model_state, num_clients=len(SIZES))
     for i, ids in enumerate(COHORTS):
         cohort = everyone(population, ids, capacity=4)
@@ -54,6 +54,17 @@ def two_directions():
     for i in range(len(SIZES)):
         own = turn(regression_dataset()[i])
         clients[i] = {**own, "y": own["y"] * (-1) ** i}
+    return fl.FederatedDataset.from_clients(clients)
+
+
+@functools.cache
+def points():
+    """Examples around two places of the plane, one of them spread along a line."""
+    rng = np.random.default_rng(4)
+    clients = {}
+    for i, size in enumerate(SIZES):
+        x = rng.normal(size=(size, 2)) @ np.array([[1.0, 0.8], [0.0, 0.3]])
+        clients[i] = {"x": x + 3.0 * rng.integers(2, size=(size, 1))}
     return fl.FederatedDataset.from_clients(clients)
 
 
@@ -402,3 +413,66 @@ def test_client_optimizers_that_search_along_a_line(lanes):
             for name, x in w.items():
                 np.testing.assert_allclose(state.params[name], x, rtol=1e-9)
         assert len(rates) > 2
+
+
+several_devices = pytest.mark.parametrize(
+    "speed", [{"batch_size": 5, "lanes": 3, "mesh": 2}, {"mesh": 1}], ids=["two", "one"]
+)
+
+
+def cluster(factory, params, speed, **more):
+    mesh = fl.clients_mesh(speed["mesh"])
+    algorithm = factory(**{**speed, "mesh": mesh}, **more)
+    return run(algorithm, points(), params, mesh=mesh)
+
+
+@several_devices
+@pytest.mark.parametrize("keep_counts", [True, False])
+def test_k_means(keep_counts, speed):
+    centroids = np.array([[0.0, 0.5], [0.5, 0.0], [4.0, 4.0], [50.0, 50.0]])
+    with jax.enable_x64(True):
+        clients = [points()[i]["x"] for i in range(len(SIZES))]
+        history = clusters.k_means(centroids, clients, cohorts=COHORTS, keep_counts=keep_counts)
+        found = cluster(fl.k_means, centroids, speed, num_clusters=4, keep_counts=keep_counts)
+        for ids, expected, (state, info) in zip(COHORTS, history, found, strict=True):
+            np.testing.assert_allclose(state.params, expected.centroids, rtol=1e-9)
+            np.testing.assert_array_equal(state.opt_state, expected.counts)
+            x = np.concatenate([clients[k] for k in ids])
+            distances = ((x[:, None] - centroids) ** 2).sum(-1).min(1)
+            np.testing.assert_allclose(info.loss, distances.mean(), rtol=1e-6)
+            centroids = expected.centroids
+
+
+@several_devices
+@pytest.mark.parametrize("kind", ["diagonal", "bounded", "full"])
+def test_gaussian_mixture(kind, speed):
+    floor = 0.8 if kind == "bounded" else 0.0
+    covariances = np.stack([np.eye(2), 2.0 * np.eye(2), np.eye(2)])
+    params = {
+        "weights": np.array([0.5, 0.5, 0.0]),
+        "centers": np.array([[0.0, 0.5], [2.0, 3.0], [1.0, 1.0]]),
+        "covariances": covariances if kind == "full" else covariances.diagonal(0, 1, 2),
+    }
+    with jax.enable_x64(True):
+        clients = [points()[i]["x"] for i in range(len(SIZES))]
+        history = clusters.gaussian_mixture(*params.values(), clients, cohorts=COHORTS, floor=floor)
+        found = cluster(fl.gaussian_mixture, params, speed, num_components=3, min_variance=floor)
+        for expected, (state, info) in zip(history, found, strict=True):
+            for name, x in state.params.items():
+                np.testing.assert_allclose(x, getattr(expected, name), rtol=1e-8, atol=1e-12)
+            np.testing.assert_allclose(info.loss, -expected.log_likelihood, rtol=1e-6)
+    # The third component weighs nothing, and stays.
+    np.testing.assert_array_equal(state.params["centers"][2], params["centers"][2])
+
+
+def test_what_cannot_be_clustered_is_refused():
+    with pytest.raises(ValueError, match=r"params are .*\[3, 2\]; .*\[clusters, features\] of 2 c"):
+        next(run(fl.k_means(2, mesh=fl.clients_mesh(1)), points(), np.zeros((3, 2), np.float32)))
+    with pytest.raises(ValueError, match=r"feature 'x' is .*\[.*, 2\] in a batch; .*\[batch, 3\]"):
+        next(run(fl.k_means(2, mesh=fl.clients_mesh(1)), points(), np.zeros((2, 3), np.float32)))
+    mixture = {"weights": np.ones(2, np.float32) / 2, "centers": np.zeros((2, 2), np.float32)}
+    with pytest.raises(ValueError, match=r"params are .*weights.*; pass algorithm.init a dict of"):
+        next(run(fl.gaussian_mixture(2, mesh=fl.clients_mesh(1)), points(), mixture))
+    for factory in (fl.k_means, fl.gaussian_mixture):
+        with pytest.raises(ValueError, match=r"reducer is .*sums, which add up; leave it out"):
+            factory(2, reducer=fl.coordinate_median())

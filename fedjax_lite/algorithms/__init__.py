@@ -16,7 +16,9 @@ from fedjax_lite.algorithms.fed_rep import fed_rep
 from fedjax_lite.algorithms.fed_sam import fed_sam
 from fedjax_lite.algorithms.fed_sgd import fed_sgd
 from fedjax_lite.algorithms.fed_shuffle import fed_shuffle
+from fedjax_lite.algorithms.gaussian_mixture import gaussian_mixture
 from fedjax_lite.algorithms.ifca import ifca
+from fedjax_lite.algorithms.k_means import k_means
 from fedjax_lite.algorithms.local import LocalState
 from fedjax_lite.algorithms.mime import mime, mime_lite
 from fedjax_lite.algorithms.moon import moon
@@ -43,7 +45,9 @@ __all__ = [
     "fed_sgd",
     "fed_shuffle",
     "federated_algorithm",
+    "gaussian_mixture",
     "ifca",
+    "k_means",
     "local_training",
     "mime",
     "mime_lite",

@@ -112,12 +112,10 @@ def applying(model: Model, params: PyTree, batch: Batch) -> Iterator[None]:
         if (expected := _drawn(model)) is not None:
             remedy = "pass a state of an algorithm that was built with this model."
             own = "pass client_model=algorithm.client_model to fl.evaluate_clients."
-            given, drawn = (
-                [jax.numpy.shape(x) for x in jax.tree.leaves(t)] for t in (params, expected)
-            )
-            if len(given) < len(drawn):
+            one_of_each = jax.tree.map(lambda x: jax.numpy.shape(x)[1:], params)
+            if len(jax.tree.leaves(params)) < len(jax.tree.leaves(expected)):
                 remedy = f"clients keep the rest: {own}"
-            elif [shape[1:] for shape in given] == drawn:
+            elif one_of_each == jax.tree.map(jax.numpy.shape, expected):
                 remedy = f"the server has several models: {own}"
             try:
                 _validate.same_form("params", params, expected, remedy, dtypes=False)
