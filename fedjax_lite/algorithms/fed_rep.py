@@ -59,7 +59,7 @@ def fed_rep(
 
     Returns:
       A `FederatedAlgorithm`, whose `init` needs `num_clients`. State and evaluation are those of
-      `fed_avg` with the same `personal`.
+      `fed_avg` with the same `personal`. A local step computes the gradient of all params.
 
     Raises:
       ValueError: `num_head_epochs` is negative, or leaves no epoch for the body; another option is
