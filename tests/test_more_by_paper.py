@@ -476,3 +476,19 @@ def test_what_cannot_be_clustered_is_refused():
     for factory in (fl.k_means, fl.gaussian_mixture):
         with pytest.raises(ValueError, match=r"reducer is .*sums, which add up; leave it out"):
             factory(2, reducer=fl.coordinate_median())
+
+
+def test_what_clients_chose_may_lie_in_a_file(tmp_path):
+    algorithm = fl.ifca(regression_model(), optax.sgd(RATE), num_clusters=2, **options())
+    params = {"w": np.array([[1, 0, 0], [-1, 0, 0]], np.float32), "b": np.zeros(2, np.float32)}
+    state = algorithm.init(params, num_clients=len(SIZES))
+    on_disk = algorithm.init(params, num_clients=1)
+    on_disk = fl.store_in_file(on_disk, tmp_path, num_clients=len(SIZES))
+    population = two_directions().resident(fl.clients_mesh(1))
+    for i, ids in enumerate(COHORTS):
+        cohort = everyone(population, ids)
+        state, _ = algorithm.round(jax.random.key(i), state, cohort)
+        on_disk, _ = algorithm.round(jax.random.key(i), on_disk, cohort)
+    chex.assert_trees_all_equal(state.params, on_disk.params)
+    assert state.store.tolist() == on_disk.store.read(range(len(SIZES))).tolist()
+    assert set(state.store.tolist()) == {0, 1}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fedjax_lite.algorithms.options import LocalOptions
 from fedjax_lite.algorithms.report import num_bits
 from fedjax_lite.base import Cohort, FederatedAlgorithm, PyTree, RoundInfo, ServerState
+from fedjax_lite.engine.file_store import around_files
 from fedjax_lite.xla.cpu import Paced
 
 ONE_PASS: LocalOptions = {
@@ -57,4 +58,4 @@ def two_passes(
         info = dataclasses.replace(info, clients={**info.clients, "bits_up": bits})
         return after, info
 
-    return training._replace(round=Paced(round, check))
+    return training._replace(round=Paced(round, check, around_files))
