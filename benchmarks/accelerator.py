@@ -1,11 +1,14 @@
 """What a machine with an accelerator answers in a few minutes, the most valuable question first.
 
     python -m benchmarks.accelerator [--minutes M] [--question NAME ...] [--small] [--out FILE]
+    python -m benchmarks.accelerator --compile-only [--minutes M] [--lanes N ...] [--json]
 
 Each question runs in a process of its own, for as long as it may and until the minutes are up. Its
 answers are lines of JSON, on stdout and in the file, written as they come, first the machine and
 last how it ended: nothing that has been measured is lost, whatever comes after it. `--small` asks
 the same of a few small clients, which shows on a CPU that the questions can be asked.
+
+`--compile-only` needs no accelerator: see `ahead_of_time.py`.
 """
 
 import argparse
@@ -32,7 +35,7 @@ import numpy as np
 import optax
 
 import fedjax_lite as fl
-from benchmarks import cohort
+from benchmarks import ahead_of_time, cohort
 from benchmarks.cases import CASES, LEARNING_RATE, Case, dataset, initial_params
 from benchmarks.timing import interleaved, machine
 
@@ -394,7 +397,13 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a few small clients")
     parser.add_argument("--out", type=Path, default=Path(os.devnull), help="file to append to")
     parser.add_argument("--ask", choices=QUESTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--compile-only", action="store_true", help="for devices that are not here")
+    parser.add_argument("--lanes", type=int, nargs="+", help="with --compile-only, clients at once")
+    parser.add_argument("--json", action="store_true", help="with --compile-only, lines of JSON")
     options = parser.parse_args()
+    if options.compile_only:
+        ahead_of_time.report(options.lanes or [None], options.json, options.minutes)
+        return
     if options.ask:
         fl.configure_cpu()
         print(json.dumps(machine("fedjax_lite", "jax", "optax")), flush=True)

@@ -15,9 +15,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["FEDJAX_LITE_COMPILATION_CACHE"] = "off"
 
 import jax
+import pytest
 
 # Eight virtual devices where the backend is the CPU; elsewhere, what the machine has.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(autouse=True)
+def without_a_last_value(monkeypatch):
+    """Doctests leave theirs in `builtins._`, which tyro looks up as the name of a translation."""
+    monkeypatch.delattr("builtins._", raising=False)
+
+
 # Traced programs are many objects that stay: to look through all of them at every turn takes long.
 gc.freeze()
 gc.set_threshold(100_000, 20, 100)

@@ -32,7 +32,7 @@ NAMES = {
         *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
     "fed_dyn": [
-        *("model", "client_optimizer", "server_optimizer", "alpha", "weighting"),
+        *("model", "client_optimizer", "server_optimizer", "alpha"),
         *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
     "fed_exp": [

@@ -260,7 +260,7 @@ def test_everything_is_listed(capsys):
         text = listed(capsys, plural)
         assert len(text.splitlines()) == 2 * len(role.table)
     algorithms = listed(capsys, "algorithms")
-    assert "fed_prox(*, mu, weighting='examples', keep_optimizer_state=False, " in algorithms
+    assert "fed_prox(*, mu, weighting='examples', personal=None, " in algorithms
     assert (
         "    FedProx: FedAvg whose clients are pulled towards the server's params.\n" in algorithms
     )

@@ -1,64 +1,27 @@
 """Params and model state that never leave a client, against references in NumPy and PyTorch."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from alike import COHORTS, PARAMS, RATE, batches, clients, dataset, rounds
 from problems import SIZES, everyone, regression_dataset, regression_model
 from reference import models, personal
 
 import fedjax_lite as fl
 
-COHORTS = [[3, 0, 9, 1], [8, 3, 2, 7], [3, 9, 0, 5]]
-RATE = 0.05
 eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-
-
-@functools.cache
-def dataset():
-    wide = lambda own: {name: np.asarray(x, np.float64) for name, x in own.items()}
-    return regression_dataset().map(wide)
-
-
-def clients():
-    with jax.enable_x64(True):
-        return [(dataset()[i]["x"], dataset()[i]["y"]) for i in range(len(SIZES))]
-
-
-def batches(epochs=2, size=4):
-    """The indices of each client's batches, in the order of its rows."""
-    return [
-        [
-            [np.arange(i, min(i + size, SIZES[k])) for i in range(0, SIZES[k], size)] * epochs
-            for k in cohort
-        ]
-        for cohort in COHORTS
-    ]
-
-
-def run(factory, model, params, model_state=None, **options):
-    algorithm = factory(
-        model, optax.sgd(RATE), batch_size=4, num_epochs=2, shuffle=False, **options
-    )
-    state = algorithm.init(params, model_state, num_clients=len(SIZES))
-    for i, ids in enumerate(COHORTS):
-        cohort = everyone(dataset().resident(options.get("mesh")), ids, capacity=6)
-        state, info = algorithm.round(jax.random.key(i), state, cohort)
-    return algorithm, state, info
 
 
 @eight_devices
 @pytest.mark.parametrize("keep_optimizer_state", [False, True])
 @pytest.mark.parametrize(("num_devices", "lanes"), [(1, 1), (2, 3)])
 def test_fed_per(keep_optimizer_state, num_devices, lanes):
-    params = {"w": np.array([0.5, -1.0, 2.0]), "b": np.array(0.25)}
     expected = personal.fed_per(
-        params,
-        clients(),
+        PARAMS,
+        clients("x", "y"),
         models.regression.grad,
         cohorts=COHORTS,
         batches=batches(),
@@ -66,10 +29,10 @@ def test_fed_per(keep_optimizer_state, num_devices, lanes):
         personal=["b"],
     )[-1]
     with jax.enable_x64(True):
-        _, state, info = run(
+        *_, (_, state, info) = rounds(
             fl.fed_avg,
             regression_model(),
-            params,
+            PARAMS,
             personal="b",
             keep_optimizer_state=keep_optimizer_state,
             mesh=fl.clients_mesh(num_devices),
@@ -79,7 +42,7 @@ def test_fed_per(keep_optimizer_state, num_devices, lanes):
         np.testing.assert_allclose(state.params["w"], expected.params["w"], rtol=1e-9)
         own, _ = jax.device_get(state.store.personal)
         for client in range(len(SIZES)):
-            kept = expected.personal.get(client, params)["b"]
+            kept = expected.personal.get(client, PARAMS)["b"]
             np.testing.assert_allclose(own["b"][client], kept, rtol=1e-9)
         assert info.clients["bits_up"].tolist() == [3 * 64] * 4 + [0] * 2  # Of four numbers, three.
 
@@ -115,7 +78,7 @@ def test_fed_bn_with_statistics_of_ones_own():
     expected = personal.fed_bn(
         flat,
         statistics,
-        clients(),
+        clients("x", "y"),
         models.normalised_grad,
         cohorts=COHORTS,
         batches=batches(),
@@ -134,7 +97,7 @@ def test_fed_bn_with_statistics_of_ones_own():
         drawn = model.init(jax.random.key(0))
         assert jax.tree.structure(drawn[0]) == jax.tree.structure(params)
         model_state = jax.tree.map(lambda x: x.astype(float), drawn[1])
-        algorithm, state, _ = run(
+        *_, (algorithm, state, _) = rounds(
             fl.fed_avg, model, params, model_state, personal="*norm*", mesh=fl.clients_mesh(1)
         )
         assert jax.tree.leaves(state.model_state) == []
@@ -179,7 +142,7 @@ def test_clients_are_evaluated_with_their_own_parts():
 
 def test_all_of_it_personal_is_training_alone():
     def train(w, client):
-        x, y = clients()[client]
+        x, y = clients("x", "y")[client]
         return w - 0.1 * x.T @ (x @ w - y) / len(y)
 
     with jax.enable_x64(True):

@@ -19,11 +19,17 @@ build_once = functools.cache(build)
 @functools.cache
 def setting(num_rounds):
     dataset, model = regression_dataset(), regression_model()
+    everyone = fl.cohort_of(dataset.resident(), np.arange(10))
+
+    def evaluate(state):
+        of_clients = fl.evaluate_clients(model, state, everyone)
+        return {"all": fl.evaluate(model, state, dataset.examples), "pooled": of_clients.pooled}
+
     return {
         "population": dataset.resident(),
         "sampler": fl.samplers.poisson(10, 0.4),
         "num_rounds": num_rounds,
-        "evaluate": lambda state: {"all": fl.evaluate(model, state, dataset.examples)},
+        "evaluate": evaluate,
         "eval_every": 3,
     }
 

@@ -41,7 +41,6 @@ def fed_dyn(
     server_optimizer: optax.GradientTransformation | None = None,
     *,
     alpha: ArrayLike,
-    weighting: server.Weighting = "uniform",
     **options: Unpack[StoreOptions],
 ) -> FederatedAlgorithm:
     r"""FedDyn: FedAvg with a dynamic regularizer, by which all clients agree where they end.
@@ -59,6 +58,9 @@ def fed_dyn(
 
     The server optimizer is given $w$ before minus $w$ after as its gradient.
 
+    Clients weigh alike: with weights in the means over $P$, $h$ would not be a mean of $-g_i$, and
+    where training ends would depend on who takes part.
+
     Reference implementations differ. The authors' code divides $\alpha$ by the client's share of
     the examples, and clips local gradients with the regularizer's linear terms in them. PFLlib's
     takes the norm where its square belongs.
@@ -70,7 +72,6 @@ def fed_dyn(
       client_optimizer: As in `fed_avg`. It is given the gradient of the whole objective.
       server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
       alpha: Strength $\alpha$ of the regularizer, positive; may be traced.
-      weighting: The weight of a client in both means over $P$, as in `fed_avg`.
       **options: Those of `StoreOptions`. What a `pipeline` makes of the updates moves $h$, too.
 
     Returns:
@@ -122,7 +123,7 @@ def fed_dyn(
         local_training(
             model,
             client_optimizer,
-            weighting=weighting,
+            weighting="uniform",
             objective=objective,
             finish=finish,
             entry=local.zeros,

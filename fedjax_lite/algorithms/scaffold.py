@@ -91,8 +91,8 @@ def scaffold(
     >>> state = algorithm.init(jnp.float32(0.0), num_clients=2)
     >>> everyone = fl.cohort_of(dataset.resident(), [0, 1])
     >>> state, info = algorithm.round(jax.random.key(1), state, everyone)
-    >>> state.store.tolist(), float(state.opt_state.control)  # Gradients -4, -2 and -8, -4.
-    ([-3.0, -6.0], -4.5)
+    >>> print(state.store, state.opt_state.control)  # Gradients -4, -2 and -8, -4.
+    [-3. -6.] -4.5
     """
     options = complete(scaffold, options)
     if option not in (1, 2):

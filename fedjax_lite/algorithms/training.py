@@ -101,8 +101,8 @@ def local_training(
     >>> state = algorithm.init(jnp.float32(0.0), num_clients=2)
     >>> everyone = fl.cohort_of(dataset.resident(), [0, 1])
     >>> state, info = algorithm.round(jax.random.key(1), state, everyone)
-    >>> float(state.params), state.store.tolist()  # Steps of 1/2 from 0 towards 4 and 8.
-    (3.0, [-1.0, -2.0])
+    >>> print(state.params, state.store)  # Steps of 1/2 from 0 towards 4 and 8.
+    3.0 [-1. -2.]
     """
     _validate.choice("keep_optimizer_state", keep_optimizer_state, (True, False))
     client_weight = server.resolve_weighting(weighting)

@@ -88,7 +88,10 @@ def _fitting_lanes(shared: PyTree, execution: Execution) -> int:
     the client optimizer, the update.
     """
     devices = jax.local_devices() if execution.mesh is None else execution.mesh.local_devices
-    stats = devices[0].memory_stats()
+    try:
+        stats = devices[0].memory_stats()
+    except jax.errors.JaxRuntimeError:  # Of a device that is compiled for, and is not there.
+        stats = None
     if not stats or "bytes_limit" not in stats:
         return _MOST_LANES
     lane_bytes = max(1, 4 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shared)))

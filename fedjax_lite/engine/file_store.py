@@ -265,7 +265,7 @@ def with_stores(state: ServerState, stores: Mapping[str, Any]) -> ServerState:
 
 def file_stores(state: ServerState) -> dict[str, FileStore]:
     """The stores of a state that lie in files, by the names of its fields."""
-    stores = {name: getattr(state, name) for name in STORES}
+    stores = {name: getattr(state, name, None) for name in STORES}
     return {name: store for name, store in stores.items() if isinstance(store, FileStore)}
 
 

@@ -28,7 +28,7 @@ from fedjax_lite.evaluation.measure import Measure, measure_of
 from fedjax_lite.evaluation.metrics import Metric
 from fedjax_lite.models.model import Model
 from fedjax_lite.xla.cpu import Paced
-from fedjax_lite.xla.mesh import resolve
+from fedjax_lite.xla.mesh import of_one_device, resolve
 
 
 class ClientEvaluation(NamedTuple):
@@ -128,7 +128,7 @@ def evaluate_clients(
         check_store(state.store, cohort.capacity if cohort.has_entries else cohort.num_clients)
     return _evaluate_clients(
         model_of(state, () if client_model is None else state.store),
-        dataclasses.replace(cohort, max_steps=None, staleness=None),
+        of_one_device(dataclasses.replace(cohort, max_steps=None, staleness=None)),
         jax.random.key(0) if key is None else key,
         measure=measure_of(model, metrics),
         client_model=client_model,

@@ -38,7 +38,7 @@ from fedjax_lite.evaluation.metrics import Metric
 from fedjax_lite.models.model import Model
 from fedjax_lite.xla import random
 from fedjax_lite.xla.cpu import Paced
-from fedjax_lite.xla.mesh import resolve
+from fedjax_lite.xla.mesh import of_one_device, resolve
 
 
 def evaluate_fine_tuned(
@@ -115,8 +115,8 @@ def evaluate_fine_tuned(
     )
     return _evaluate_fine_tuned(
         model_of(state),
-        train_cohort,
-        held_out_cohort,
+        of_one_device(train_cohort),
+        of_one_device(held_out_cohort),
         key,
         model=model,
         client_optimizer=client_optimizer,

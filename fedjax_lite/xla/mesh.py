@@ -107,6 +107,18 @@ def copied(tree: T, *, may_alias: bool = False) -> T:
     return jax.tree.map(copy, tree)
 
 
+def of_one_device(tree: T) -> T:
+    """Inside a `shard_map`, arrays from outside of it as constants of each device's own program.
+
+    Elsewhere, and of arrays that the program is given, the same.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    return jax.tree.map(
+        lambda x: x if isinstance(x, jax.core.Tracer) or random.is_key(x) else np.asarray(x), tree
+    )
+
+
 def deal(sizes: jax.Array | np.ndarray, num_devices: int) -> Any:
     """Slots of each device `[devices, slots of a device]`; the number of slots marks none.
 

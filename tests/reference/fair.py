@@ -56,6 +56,7 @@ def agnostic_fed_avg(
     domain_weights,
     domain_rate,
     window,
+    absent=np.inf,
     batch_scale=False,
 ):
     """Agnostic federated averaging (Ro et al. 2021), as in its authors' FedJAX.
@@ -64,8 +65,8 @@ def agnostic_fed_avg(
     start as given, and grow by exponentiated gradient with the mean loss of a domain's examples in
     the cohort, at the server's params; that of a domain without examples is 0. `window` lists the
     numbers of examples of each domain in the last rounds, the oldest first. An example of domain d
-    weighs alpha_d = lambda_d over the mean of the window (0 if that is 0, where FedJAX divides by
-    zero), a client the sum beta of its examples' alpha, in the mean of deltas too.
+    weighs alpha_d = lambda_d over the mean of the window, or over `absent` if that is 0, where
+    FedJAX divides by zero; a client the sum beta of its examples' alpha, in the mean of deltas too.
 
     A local step follows the gradient of the sum over the batch of alpha times loss, over beta: it
     shrinks with the part of the client's examples that are in the batch. With `batch_scale`, it is
@@ -77,7 +78,7 @@ def agnostic_fed_avg(
     domains = range(len(lam))
     for cohort, drawn in zip(cohorts, batches, strict=True):
         seen = np.mean(window, axis=0)
-        alpha = np.divide(lam, seen, out=np.zeros_like(lam), where=seen > 0)
+        alpha = lam / np.where(seen > 0, seen, absent)
         deltas, betas = [], []
         losses, counts = np.zeros(len(lam)), np.zeros(len(lam))
         for k, steps in taking_part(clients, cohort, drawn):
