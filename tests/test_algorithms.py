@@ -13,6 +13,11 @@ from problems import everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
 
+
+def slopes(params, model_state, batch):
+    return batch["x"] * params["w"]
+
+
 ALGORITHMS = {
     "fed_sgd": lambda model, **kw: fl.fed_sgd(model, optax.sgd(0.3), **kw),
     "fed_sgd_uniform": lambda model, **kw: fl.fed_sgd(
@@ -76,7 +81,16 @@ ALGORITHMS = {
     "per_fed_avg": lambda model, **kw: fl.per_fed_avg(
         model, optax.sgd(0.1), alpha=0.05, first_order=False, batch_size=4, **kw
     ),
+    "fed_rep": lambda model, **kw: fl.fed_rep(
+        model, optax.sgd(0.1), personal="b", num_head_epochs=1, batch_size=4, num_epochs=2, **kw
+    ),
+    "moon": lambda model, **kw: fl.moon(
+        model, optax.sgd(0.1), mu=0.05, features=slopes, batch_size=4, **kw
+    ),
     "fed_sam": lambda model, **kw: fl.fed_sam(model, optax.sgd(0.1), rho=0.02, batch_size=4, **kw),
+    "ifca": lambda model, **kw: fl.ifca(
+        model, optax.sgd(0.1), optax.adam(0.2), num_clusters=2, batch_size=4, **kw
+    ),
     "pipeline": lambda model, **kw: fl.fed_avg(
         model,
         optax.sgd(0.1),
@@ -168,8 +182,9 @@ def test_converges(name):
     dataset = regression_dataset()
     population = dataset.resident(one_device())
     state = algorithm.init(jax.random.key(0), num_clients=10)
-    # The server's model, if it has a whole one.
-    client_model = algorithm.client_model if state.params["b"] is None else None
+    # The server's model, if it has a whole one, and one only.
+    has_one = getattr(state.params["b"], "shape", None) == ()
+    client_model = None if has_one else algorithm.client_model
 
     def loss():
         options = {"client_model": client_model, "mesh": one_device()}

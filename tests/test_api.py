@@ -39,6 +39,11 @@ NAMES = {
         *("model", "client_optimizer", "server_optimizer", "epsilon", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
     ],
+    "fed_rep": [
+        *("model", "client_optimizer", "server_optimizer"),
+        *("personal", "num_head_epochs", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
+    ],
     "fed_sam": [
         *("model", "client_optimizer", "server_optimizer", "rho", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
@@ -47,6 +52,14 @@ NAMES = {
         *("model", "client_optimizer", "server_optimizer", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
     ],
+    "gaussian_mixture": [
+        *("num_components", "feature", "min_variance", *UPDATE, *SPEED),
+    ],
+    "ifca": [
+        *("model", "client_optimizer", "server_optimizer", "num_clusters", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
+    ],
+    "k_means": ["num_clusters", "feature", "keep_counts", *UPDATE, *SPEED],
     "mime": [
         *("model", "client_optimizer", "server_optimizer", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
@@ -54,6 +67,11 @@ NAMES = {
     "mime_lite": [
         *("model", "client_optimizer", "server_optimizer", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
+    ],
+    "moon": [
+        *("model", "client_optimizer", "server_optimizer"),
+        *("mu", "temperature", "features", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
     "p_fed_me": [
         *("model", "client_optimizer", "server_optimizer"),
@@ -441,10 +459,15 @@ FACTORIES = {
     "ditto": lambda **options: fl.ditto(MODEL, SGD, mu=0.1, **options),
     "fed_dyn": lambda **options: fl.fed_dyn(MODEL, SGD, alpha=0.1, **options),
     "fed_exp": lambda **options: fl.fed_exp(MODEL, SGD, **options),
+    "fed_rep": lambda **options: fl.fed_rep(MODEL, SGD, personal="*", num_head_epochs=0, **options),
     "fed_sam": lambda **options: fl.fed_sam(MODEL, SGD, rho=0.1, **options),
     "fed_shuffle": lambda **options: fl.fed_shuffle(MODEL, SGD, **options),
+    "gaussian_mixture": lambda **options: fl.gaussian_mixture(2, **options),
+    "ifca": lambda **options: fl.ifca(MODEL, SGD, num_clusters=2, **options),
+    "k_means": lambda **options: fl.k_means(2, **options),
     "mime": lambda **options: fl.mime(MODEL, SGD, **options),
     "mime_lite": lambda **options: fl.mime_lite(MODEL, SGD, **options),
+    "moon": lambda **options: fl.moon(MODEL, SGD, mu=1, **options),
     "p_fed_me": lambda **options: fl.p_fed_me(MODEL, SGD, mu=15, learning_rate=0.1, **options),
     "per_fed_avg": lambda **options: fl.per_fed_avg(MODEL, SGD, alpha=0.1, **options),
     "q_fed_avg": lambda **options: fl.q_fed_avg(MODEL, SGD, q=1, lipschitz=10, **options),

@@ -45,7 +45,10 @@ def fed_avg(
       client_optimizer: Any optax transformation, with a fresh state for each client and round;
         or a function `round -> transformation` of the traced number of the round, such as
         `lambda round: optax.sgd(schedule(round))`, for learning rates that change between
-        rounds. Chain `optax.clip_by_global_norm` before it to clip local gradients.
+        rounds. Chain `optax.clip_by_global_norm` before it to clip local gradients. One that
+        searches for its step, such as `optax.chain(optax.sgd(1.0),
+        optax.scale_by_backtracking_linesearch(15))` by Armijo's rule, or `optax.lbfgs()`, is given
+        the loss of the batch as a function.
       server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
       weighting: The weight of a client: `"examples"`, its number of examples; `"processed"`, that
         of its examples in all steps that it took, so that partial work weighs what was done;

@@ -84,7 +84,8 @@ def refuse_uncalled(name: str, optimizer: object) -> None:
 def named(
     name: str, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """The same optimizer, whose errors say which one it is."""
+    """The same optimizer, whose errors say which one it is, and which takes extra arguments."""
+    optimizer = optax.with_extra_args_support(optimizer)
     remedy = "pass an optax transformation for these params, made of numbers: optax.sgd(0.1)."
 
     def init(params: PyTree) -> PyTree:
@@ -163,9 +164,10 @@ def descend(
     gradient: PyTree,
     aux: tuple[jax.Array, PyTree],
     batch: Batch,
+    **extra_args: Any,
 ) -> LocalState:
-    """A step of the client optimizer along a gradient."""
-    updates, opt_state = optimizer.update(gradient, local.opt_state, local.params)
+    """A step of the client optimizer along a gradient; some optimizers take further arguments."""
+    updates, opt_state = optimizer.update(gradient, local.opt_state, local.params, **extra_args)
     total, model_state = aux
     return LocalState(
         params=optax.apply_updates(local.params, updates),

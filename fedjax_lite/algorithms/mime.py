@@ -205,9 +205,10 @@ def _mimicking(
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         return updates, state._replace(inner=inner_state)
 
-    def settle(before: ServerState, state: MimeState) -> MimeState:
+    def settle(before: ServerState, after: ServerState) -> dict[str, MimeState]:
+        state = after.opt_state
         _, base = optimizer(before).update(state.gradient, state.base, before.params)
-        return state._replace(base=base)
+        return {"opt_state": state._replace(base=base)}
 
     training = server.federated_algorithm(
         model,

@@ -155,8 +155,10 @@ def local_training(
                     )
             return value, aux
 
-        gradient, aux = jax.grad(descended, has_aux=True)(trained.params)
-        return local.descend(optimizer(shared), trained, gradient, aux, batch)
+        (value, aux), gradient = jax.value_and_grad(descended, has_aux=True)(trained.params)
+        # What line searches take.
+        searched = {"value": value, "grad": gradient, "value_fn": lambda at: descended(at)[0]}
+        return local.descend(optimizer(shared), trained, gradient, aux, batch, **searched)
 
     def final(shared: ServerState, client: Client, trained: local.LocalState) -> ClientResult:
         weight = client_weight(client, trained.num_examples)

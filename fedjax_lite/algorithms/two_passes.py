@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from fedjax_lite.algorithms.options import LocalOptions
 from fedjax_lite.algorithms.report import num_bits
 from fedjax_lite.base import Cohort, FederatedAlgorithm, PyTree, RoundInfo, ServerState
+from fedjax_lite.engine.file_store import around_files
 from fedjax_lite.xla.cpu import Paced
 
 ONE_PASS: LocalOptions = {
@@ -23,7 +25,7 @@ def two_passes(
     training: FederatedAlgorithm,
     *,
     sent: Callable[[PyTree], PyTree],
-    settle: Callable[[ServerState, PyTree], PyTree] = lambda before, opt_state: opt_state,
+    settle: Callable[[ServerState, ServerState], dict[str, Any]] = lambda before, after: {},
 ) -> FederatedAlgorithm:
     """One algorithm of two on states of the same form, one compiled round of their rounds.
 
@@ -32,8 +34,8 @@ def two_passes(
         its result, `opt_state` and `store` go on.
       training: Its round goes second, and makes the state and what is reported.
       sent: `sent(opt_state)`, of the size of what a client sends while measuring.
-      settle: `settle(before, opt_state) -> opt_state`, made of that after training, where the round
-        is not skipped; `before` is the state before the round.
+      settle: `settle(before, after) -> fields`, by name, that replace those of the state after the
+        round unless it is skipped; both arguments are states.
     """
 
     def check(key: jax.Array, state: ServerState, cohort: Cohort) -> None:
@@ -47,14 +49,13 @@ def two_passes(
         measured, _ = measuring.round(key, alone, everything)
         begun = dataclasses.replace(state, opt_state=measured.opt_state, store=measured.store)
         after, info = training.round(key, begun, cohort)
-        opt_state = jax.tree.map(
-            lambda new, old: jnp.where(info.skipped, old, new),
-            settle(state, after.opt_state),
-            after.opt_state,
-        )
+        settled = settle(state, after)
+        before = {name: getattr(after, name) for name in settled}
+        settled = jax.tree.map(lambda new, old: jnp.where(info.skipped, old, new), settled, before)
+        after = dataclasses.replace(after, **settled)
         bits = info.clients["bits_up"]
-        bits = jnp.where(bits > 0, bits + num_bits(sent(opt_state)), 0)
+        bits = jnp.where(bits > 0, bits + num_bits(sent(after.opt_state)), 0)
         info = dataclasses.replace(info, clients={**info.clients, "bits_up": bits})
-        return dataclasses.replace(after, opt_state=opt_state), info
+        return after, info
 
-    return training._replace(round=Paced(round, check))
+    return training._replace(round=Paced(round, check, around_files))

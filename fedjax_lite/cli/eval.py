@@ -62,8 +62,8 @@ def evaluate(options: Eval) -> None:
     if not built.server_has_all and (options.best or options.dataset):
         asked = "--best" if options.best else "--dataset"
         raise UsageError(
-            f"{asked} is given, and the server of {options.run} has only a part of the model, of"
-            " which clients keep the rest; leave it out"
+            f"{asked} is given, and the server of {options.run} has a part of the model, or several"
+            " models, and clients keep what makes them their own; leave it out"
         )
     report: dict[str, Any] = {"run": str(options.run), "round": round, "best": options.best}
     if held_out is None or not built.server_has_all:

@@ -46,12 +46,12 @@ class Experiment(NamedTuple):
       population: The clients.
       sampler: Who takes part.
       evaluate: `evaluate(state) -> {metric: scalar}`, on all held-out examples; of models of which
-        the server has only a part, each client's on its own.
+        the server has only a part, or several, each client's on its own.
       held_out: The held-out examples of each client; `None` where clients are generated.
       personal: `personal(state, key) -> evaluation`, of the params that each client has for itself
         on its held-out examples: those that the algorithm gives it, or the server's, fine-tuned.
         `None` if they have none.
-      server_has_all: Whether the server has a whole model.
+      server_has_all: Whether the server has a whole model, and one only.
     """
 
     settings: Settings
@@ -166,7 +166,7 @@ def build(settings: Settings, datasets: tuple[FederatedDataset, ...] | None = No
 
 
 def _server_has_all(model: Model, algorithm: FederatedAlgorithm) -> bool:
-    """Whether the server's params and model state are those of the model."""
+    """Whether the server's params and model state are those of the model, and of no several."""
 
     def drawn(key: jax.Array) -> Any:
         params, model_state = model.init(key)
@@ -177,7 +177,8 @@ def _server_has_all(model: Model, algorithm: FederatedAlgorithm) -> bool:
         return state.params, state.model_state
 
     arrays = [jax.tree.leaves(jax.eval_shape(f, jax.random.key(0))) for f in (drawn, of_server)]
-    return len(arrays[0]) == len(arrays[1])
+    shapes = [[x.shape for x in part] for part in arrays]
+    return shapes[0] == shapes[1]
 
 
 def algorithm_of(calls: Calls, settings: Settings, model: Model) -> FederatedAlgorithm:

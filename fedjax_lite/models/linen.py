@@ -113,3 +113,27 @@ def linen_model(
         modules.require_mask(module)
         modules.require_masked_statistics(module, batch_statistics, features)
     return Model(init_fn, loss_fn, metrics_fn, predict)
+
+
+def last_inputs(model: Model) -> Callable[[PyTree, PyTree, Batch], jax.Array]:
+    """`features(params, model_state, batch)`: what the last dense layer of a module is given."""
+
+    def features(params: PyTree, model_state: PyTree, batch: Batch) -> jax.Array:
+        seen: list[jax.Array] = []
+
+        def look(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
+                seen.append(args[0])
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(look):
+            if model.predict is not None:
+                model.predict(params, model_state, batch)
+        if not seen:
+            raise ValueError(
+                "features is None, and the model has no nn.Dense layer whose input to take; pass"
+                " features=, a function (params, model_state, batch) -> [batch, dim]."
+            )
+        return seen[-1]
+
+    return features

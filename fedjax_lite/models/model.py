@@ -111,11 +111,12 @@ def applying(model: Model, params: PyTree, batch: Batch) -> Iterator[None]:
             raise  # An adapter has said what is wrong.
         if (expected := _drawn(model)) is not None:
             remedy = "pass a state of an algorithm that was built with this model."
+            own = "pass client_model=algorithm.client_model to fl.evaluate_clients."
+            one_of_each = jax.tree.map(lambda x: jax.numpy.shape(x)[1:], params)
             if len(jax.tree.leaves(params)) < len(jax.tree.leaves(expected)):
-                remedy = (
-                    "clients keep the rest: pass client_model=algorithm.client_model to"
-                    " fl.evaluate_clients."
-                )
+                remedy = f"clients keep the rest: {own}"
+            elif one_of_each == jax.tree.map(jax.numpy.shape, expected):
+                remedy = f"the server has several models: {own}"
             try:
                 _validate.same_form("params", params, expected, remedy, dtypes=False)
             except ValueError as other:
