@@ -71,7 +71,8 @@ class Cohort:
     )
 
     def __repr__(self) -> str:
-        return record(self, {**vars(self), "sample": None})
+        shown = {**vars(self), "sample": None, "has_entries": self.has_entries or None}
+        return record(self, shown)
 
     @property
     def capacity(self) -> int:

@@ -1,6 +1,7 @@
 import gc
 import importlib.metadata
 import os
+from pathlib import Path
 
 # Tests compile much and compute little: LLVM need not try hard, and XLA:CPU's older emitters do, by
 # which tests take 40 % less time though rounds run up to three times as long. They are gone from
@@ -25,6 +26,20 @@ jax.config.update("jax_num_cpu_devices", 8)
 def without_a_last_value(monkeypatch):
     """Doctests leave theirs in `builtins._`, which tyro looks up as the name of a translation."""
     monkeypatch.delattr("builtins._", raising=False)
+
+
+# Linux allows a process 65,530 mappings, of which a compiled program takes ten or more; XLA ends a
+# process that has none left. The tests of one file take up to half of them.
+_MOST_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def with_room_for_programs():
+    """Forgets what has been compiled for other files, if that is much."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 # Traced programs are many objects that stay: to look through all of them at every turn takes long.
