@@ -117,8 +117,11 @@ ALGORITHMS: dict[str, Build] = {
         model, optax.sgd(rate), mu=1.0, learning_rate=rate, **more
     ),
     "fed_per": _with(fl.fed_avg, personal="Dense_1/*"),
+    "fed_rep": _with(fl.fed_rep, personal="Dense_1/*", num_head_epochs=4),
+    "moon": _with(fl.moon, mu=1.0),
+    "ifca": _with(fl.ifca, num_clusters=2),
 }
-_ONE_LAYER = {"fed_per"}  # Which logistic regression has not beside another.
+_BY_LAYER = {"fed_per", "fed_rep", "moon"}  # Which need another than that of logistic regression.
 
 
 def measure(case: Case, name: str, num_rounds: int, dataset: Any, held_out: Any) -> dict[str, Any]:
@@ -203,7 +206,7 @@ def main() -> None:
     for case_name in options.case:
         case = CASES[case_name]
         dataset, held_out = case.load()
-        names = [n for n in options.algorithm if case_name != "synthetic" or n not in _ONE_LAYER]
+        names = [n for n in options.algorithm if case_name != "synthetic" or n not in _BY_LAYER]
         cost = costs(case, names, dataset)
         if not options.json:
             print(

@@ -1,6 +1,7 @@
 import gc
 import importlib.metadata
 import os
+import tempfile
 from pathlib import Path
 
 # Tests compile much and compute little: LLVM need not try hard, and XLA:CPU's older emitters do, by
@@ -20,6 +21,13 @@ import pytest
 
 # Eight virtual devices where the backend is the CPU; elsewhere, what the machine has.
 jax.config.update("jax_num_cpu_devices", 8)
+# What one process of a test run has compiled, another one need not.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    programs = tempfile.TemporaryDirectory(prefix="fedjax-lite-programs-")
+    os.environ["FEDJAX_LITE_TESTED_PROGRAMS"] = programs.name
+jax.config.update("jax_compilation_cache_dir", os.environ["FEDJAX_LITE_TESTED_PROGRAMS"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True)

@@ -78,9 +78,8 @@ class Normalised(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train, mask):
-        for channels in (4, 8):
-            x = nn.Conv(channels, (3, 3), (2, 2))(x)
-            x = nn.BatchNorm(use_running_average=not train)(x, mask=mask[:, None, None, None])
+        x = nn.Conv(8, (3, 3), (2, 2))(x)
+        x = nn.BatchNorm(use_running_average=not train)(x, mask=mask[:, None, None, None])
         return nn.Dense(10)(x.reshape(len(x), -1))
 
 
