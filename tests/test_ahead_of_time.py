@@ -16,7 +16,6 @@ from test_algorithms import ALGORITHMS
 import fedjax_lite as fl
 from benchmarks.ahead_of_time import (
     CHIPS,
-    TARGETS,
     Sizes,
     arguments,
     cases,
@@ -220,10 +219,9 @@ def test_memory_does_not_grow_with_the_population_of_a_store_on_the_host(chip, n
     assert large - small < entry * (4000 - 1000) / 10
 
 
-@pytest.mark.parametrize("name", ["h100 x1", "tpu-v5e x4"])
-def test_a_step_is_bounded_by_what_takes_longest(name):
-    chip, _ = TARGETS[name]
-    row = measure(cases()["fed_avg"], name, lanes=None)
+def test_a_step_is_bounded_by_what_takes_longest():
+    chip = "h100"
+    row = measure(cases()["fed_avg"], f"{chip} x1", lanes=None)
     if not is_installed(chip):
         assert row["compiled"].endswith("; install the aot extra")
         return
@@ -232,7 +230,7 @@ def test_a_step_is_bounded_by_what_takes_longest(name):
     assert row["flops_per_step"] == 64 * 2 * 2 * 784 * 10 * 3
     assert row["kernels_per_step"] > 5
     # Each lane reads its weights twice, for the product and for the step, and writes them.
-    assert row["bytes_per_step"] > 64 * 3 * 4 * 784 * 10 or chip == "tpu-v5e"  # In its VMEM.
+    assert row["bytes_per_step"] > 64 * 3 * 4 * 784 * 10
     launches = row["kernels_per_step"] * CHIPS[chip].launch_s
     memory = row["bytes_per_step"] / CHIPS[chip].bytes_per_s
     products = row["flops_per_step"] / CHIPS[chip].flops_per_s

@@ -139,7 +139,7 @@ NAMES = {
         *("model", "client_optimizer", "weighting", "begin", "objective", "finish", "entry"),
         *("personal", "keep_optimizer_state", "measure_clients"),
     ],
-    "lora": ["model", "rank", "alpha", "names", "base"],
+    "lora": ["model", "rank", "alpha", "names", "base", "train_a"],
     "load_state": ["folder", "like", "averaged", "best"],
     "nnx_model": ["create", "loss", "metrics", "inputs"],
     "prefetch": ["make", "rounds", "depth"],

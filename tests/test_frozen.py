@@ -174,10 +174,34 @@ def test_lora_is_the_layer_with_the_formed_product_added():
     )
     close(state.params["adapters"], expected.params, 1e-5)
     np.testing.assert_array_equal(info.clients["bits_up"], of_formed.clients["bits_up"])
-    jax.tree.map(np.testing.assert_array_equal, state.frozen, base)
+    jax.tree.map(np.testing.assert_array_equal, state.frozen["base"], base)
     assert not np.array_equal(
         state.params["adapters"][names[0]]["a"], start["adapters"][names[0]]["a"]
     )
+
+
+@pytest.mark.parametrize("train_a", [False, True])
+def test_products_of_adapters_are_averaged_exactly_if_the_first_factor_is_frozen(train_a):
+    model = fl.lora(linen()[0], 2, train_a=train_a)
+    algorithm = fl.fed_avg(model, optax.sgd(0.1), weighting="uniform", batch_size=2, num_epochs=2)
+    start = model.init(KEY)[0]
+    start = {**start, "adapters": jax.tree.map(lambda x: x + 0.3, start["adapters"])}
+    population = regression_dataset().resident()
+
+    def products(ids):
+        state = algorithm.init(start)
+        after, info = algorithm.round(KEY, state, everyone(population, ids, capacity=2))
+        adapters = model.merge(after.params, after.frozen)["adapters"]
+        return {name: own["a"] @ own["b"] for name, own in adapters.items()}, info
+
+    one, other, (both, info) = products([0])[0], products([3])[0], products([0, 3])
+    mean = jax.tree.map(lambda x, y: (x + y) / 2, one, other)
+    differences = jax.tree.map(lambda x, y: float(abs(x - y).max()), mean, both)
+    assert (max(differences.values()) < 1e-6) == (not train_a)
+    sizes = jax.tree.map(lambda x: 32 * x.size, start["adapters"])
+    of_b = sum(own["b"] for own in sizes.values())
+    of_a = sum(own["a"] for own in sizes.values())
+    assert info.clients["bits_up"].tolist() == [of_b + of_a * train_a] * 2
 
 
 def test_lora_starts_from_the_model_as_it_is_and_takes_names():
@@ -222,6 +246,8 @@ def test_lora_refuses_what_it_cannot_adapt():
     model, first, _ = linen()
     with pytest.raises(ValueError, match="rank is 0"):
         fl.lora(model, 0)
+    with pytest.raises(ValueError, match="train_a is 2; choose"):
+        fl.lora(model, train_a=2)
     with pytest.raises(ValueError, match="the dense layers of the model are layers_0, layers_2"):
         fl.lora(model, names="Dense_7").init(KEY)
     with pytest.raises(ValueError, match="the dense layers of the model are none"):

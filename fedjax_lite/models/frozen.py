@@ -92,6 +92,7 @@ def lora(
     alpha: float | None = None,
     names: Names = "*",
     base: PyTree = None,
+    train_a: bool = True,
 ) -> Model:
     r"""The model with its params frozen, and low-rank adapters on its dense layers trained.
 
@@ -103,9 +104,12 @@ def lora(
     $A$ starts normal with variance $1 / in$, and $B$ at zero, so that training starts from the
     model as it is. $A B$ is never formed: a lane takes the memory of its adapters alone.
 
-    Sources: Hu et al. (2022), "LoRA: Low-Rank Adaptation of Large Language Models"; in federated
-    learning, with the adapters averaged one by one, Zhang et al. (2024), "Towards Building the
-    Federated GPT: Federated Instruction Tuning" (FedIT).
+    Averaged one by one (FedIT), the means of clients' $A_i$ and $B_i$ have another product than the
+    mean of the $A_i B_i$. With $A$ frozen, too, they have the same (FFA-LoRA).
+
+    Sources: Hu et al. (2022), "LoRA: Low-Rank Adaptation of Large Language Models"; Zhang et al.
+    (2024), "Towards Building the Federated GPT: Federated Instruction Tuning" (FedIT); Sun et al.
+    (2024), "Improving LoRA in Privacy-preserving Federated Learning" (FFA-LoRA).
 
     Args:
       model: A model of a flax linen module, such as those of `fl.models`.
@@ -114,14 +118,16 @@ def lora(
       names: On which layers of `nn.Dense` and `nn.DenseGeneral`, as for `frozen`: names are those
         of modules, such as `"_Layer_0/Dense_0"`; all by default.
       base: The params to start from, such as trained ones; drawn by the model by default.
+      train_a: Whether $A$ is trained; otherwise it is frozen as it is drawn.
 
     Returns:
       A `Model` whose params are `{"adapters": {name: {"a": ..., "b": ...}}, "base": ...}`, of which
       the base is frozen.
 
     Raises:
-      ValueError: `rank` is below 1, or `model` has frozen params. In `algorithm.init`: no layer has
-        such a name, or `base` is not of the form of the model's params.
+      ValueError: `rank` is below 1, `train_a` is no switch, or `model` has frozen params. In
+        `algorithm.init`: no layer has such a name, or `base` is not of the form of the model's
+        params.
 
     >>> import jax, optax, fedjax_lite as fl
     >>> model = lora(fl.models.mlp((8,), (16,), 4), rank=2)
@@ -133,6 +139,7 @@ def lora(
     """
     _refuse_second(model)
     rank = _validate.integer("rank", rank, minimum=1)
+    _validate.choice("train_a", train_a, (True, False))
     scale = 1.0 if alpha is None else _validate.number("alpha", alpha) / rank
     matches = matching("names", names)
 
@@ -165,9 +172,14 @@ def lora(
             _validate.same_form("base", base, params, "pass params of this model.")
         return {"adapters": adapters, "base": params if base is None else base}, model_state
 
+    def is_frozen(name: str) -> bool:
+        return name.startswith("base/") or (name.endswith("/a") and not train_a)
+
     def call(function: Callable[..., Any], trained: PyTree, *args: Any) -> Any:
+        params = merge(trained, read_frozen())
+
         def add(layer: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
-            own = trained["adapters"].get(_name(layer))
+            own = params["adapters"].get(_name(layer))
             if own is None:
                 return y
             flat = x.reshape(*x.shape[: x.ndim - _inputs(layer)], -1)
@@ -175,12 +187,10 @@ def lora(
             return y + scale * (low @ own["b"].astype(y.dtype)).reshape(y.shape)
 
         with nn.intercept_methods(functools.partial(_on_dense, add)):
-            return function(read_frozen(), *args)
+            return function(params["base"], *args)
 
     return _called(model, call)._replace(
-        init=init,
-        split=lambda params: ({"adapters": params["adapters"]}, params["base"]),
-        merge=lambda trained, kept: {**trained, "base": kept},
+        init=init, split=lambda params: split(params, is_frozen), merge=merge
     )
 
 
