@@ -22,7 +22,7 @@ from problems import regression_dataset, regression_model
 import fedjax_lite as fl
 
 assert ocp  # Imported before the forks, not after each.
-NUM_ROUNDS, NUM_KILLS = 400, 12
+NUM_ROUNDS, NUM_KILLS = 400, 8
 
 
 def train(folder, on_row=lambda row: None):

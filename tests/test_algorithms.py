@@ -271,7 +271,7 @@ def test_order_of_clients_changes_nothing(name):
     )
 
 
-@each_algorithm
+@each_kind
 def test_padding_weighs_nothing_even_if_it_is_nan(name):
     lanes = 3
     dataset = regression_dataset()

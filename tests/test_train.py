@@ -408,15 +408,15 @@ def test_settings_may_be_of_types_that_json_writes_otherwise(tmp_path):
     assert_same_result(fl.train(**options), fl.train(**options))
 
 
-def test_killed_a_dozen_times_ends_with_the_same_bits(tmp_path):
+def test_killed_again_and_again_ends_with_the_same_bits(tmp_path):
     script = Path(__file__).with_name("killed.py")
     result = subprocess.run(
         [sys.executable, script, tmp_path], capture_output=True, text=True, timeout=900, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(result.stdout)
-    assert report["kills"] == 12
-    assert report["resumed"] > 6
+    assert report["kills"] == 8
+    assert report["resumed"] > 4
     killed, straight = (np.load(tmp_path / name) for name in ("killed.npz", "straight.npz"))
     assert killed.files == straight.files
     for name in straight.files:
