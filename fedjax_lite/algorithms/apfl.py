@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
-from fedjax_lite.algorithms import local, server
+from fedjax_lite.algorithms import local, personal, server
 from fedjax_lite.algorithms.options import StoreOptions, complete, documented
 from fedjax_lite.base import (
     Batch,
@@ -116,13 +116,7 @@ def apfl(
         return Personal(shared.params, shares, jnp.int32(0))
 
     def begin(state: ServerState, own: Personal) -> Personal:
-        """The client's own params, which before its first round are the server's."""
-        params = jax.tree.map(
-            lambda own_leaf, w: jnp.where(own.num_rounds == 0, w, own_leaf),
-            own.params,
-            state.params,
-        )
-        return own._replace(params=params)
+        return own._replace(params=personal.params(state, own.params, own.num_rounds))
 
     def client_model(state: ServerState, own: Personal) -> tuple[PyTree, PyTree]:
         own = begin(state, own)

@@ -89,7 +89,7 @@ def ditto(
     optimizer = local.resolve_optimizer(client_optimizer)
 
     def client_init(shared: ServerState, client: Client) -> _ClientState:
-        own = personal.params(shared, client.entry)
+        own, _ = personal.client_model(shared, client.entry)
         return _ClientState(training.init(shared, client), own, optimizer(shared).init(own))
 
     def client_step(

@@ -118,7 +118,7 @@ def moon(
         z = at(params)
         to_server, to_previous = (
             optax.losses.cosine_similarity(z, at(other), epsilon=_SMALLEST)
-            for other in (shared.params, personal.params(shared, client.entry))
+            for other in (shared.params, personal.client_model(shared, client.entry)[0])
         )
         contrast = jax.nn.softplus((to_previous - to_server) / temperature)
         total = jnp.where(batch["mask"], contrast, 0).sum()

@@ -27,11 +27,9 @@ def entry(drawn: ServerState) -> Personal:
 
 def client_model(state: ServerState, own: Personal) -> tuple[PyTree, PyTree]:
     """The client's own params, and the server's model state."""
-    return params(state, own), state.model_state
+    return params(state, own.params, own.num_rounds), state.model_state
 
 
-def params(state: ServerState, own: Personal) -> PyTree:
-    """The client's own params, which before its first round are the server's."""
-    return jax.tree.map(
-        lambda own_leaf, w: jnp.where(own.num_rounds == 0, w, own_leaf), own.params, state.params
-    )
+def params(state: ServerState, own: PyTree, num_rounds: jax.Array) -> PyTree:
+    """A client's own params, which before its first round are the server's."""
+    return jax.tree.map(lambda v, w: jnp.where(num_rounds == 0, w, v), own, state.params)
