@@ -72,7 +72,10 @@ def evaluate(options: Eval) -> None:
         report |= _measure(built.model, state, held_out)
     # The best state is kept without what clients keep.
     if built.personal is not None and options.dataset is None and not options.best:
-        found = built.personal(state, jax.random.key(built.settings.seed))
+        try:
+            found = built.personal(state, jax.random.key(built.settings.seed))
+        except ValueError as error:  # The file of what clients keep is damaged.
+            raise UsageError(str(error)) from None
         report["personal_accuracy"] = float(found.pooled["accuracy"])
     if options.json:
         print(json.dumps(jsonable(report)))
