@@ -95,6 +95,8 @@ class ServerState:
       pipeline_state: State of the update pipeline; empty if there is none.
       pipeline_store: What the update pipeline keeps with clients between rounds, as `store` is;
         empty if it keeps nothing.
+      last_aggregate: What the reducer made of the last round that was not skipped, zero before the
+        first, if it begins from there; empty otherwise.
       versions: Params and model state of the last rounds, arrays `[max_staleness + 1, ...]`, that
         before round r at place r modulo their number; empty without `max_staleness`.
       frozen: Params that are not trained; empty if all are.
@@ -107,6 +109,7 @@ class ServerState:
     store: PyTree = ()
     pipeline_state: PyTree = ()
     pipeline_store: PyTree = ()
+    last_aggregate: PyTree = ()
     versions: PyTree = ()
     frozen: PyTree = ()
 
@@ -270,19 +273,45 @@ class Message(NamedTuple):
 
 
 class Guarantees(NamedTuple):
-    """What is known of each client's update at a point of a pipeline, when it is built.
+    """What is known of each client's message at a point of a pipeline, when it is built.
 
     Attributes:
-      sensitivity: Upper bound of its L2 norm, a number that may be traced; `None` if there is none.
-      is_masked: Whether it is hidden in a mask that only the sum over clients takes off.
+      sensitivity: Upper bound of the L2 norm of its update, a number that may be traced; `None` if
+        there is none.
+      max_weight: Upper bound of its weight, a number that may be traced; `None` if there is none.
+      is_masked: Whether the update is hidden in a mask that only the sum over clients takes off.
+      is_private: Whether noise is added to the aggregate, in proportion to what one client can
+        change. There must then be a bound of that, clients send nothing else, and no round is
+        skipped.
     """
 
     sensitivity: Any = None
+    max_weight: Any = None
     is_masked: bool = False
+    is_private: bool = False
 
 
-def _nothing_known(before: Guarantees) -> Guarantees:
-    return before._replace(sensitivity=None)
+class Received(NamedTuple):
+    """What the server has of a cohort, as the server halves of transforms see and change it.
+
+    Attributes:
+      aggregate: What the reducer made of the updates.
+      statistics: The sum over clients of what the transform sent beside.
+      sensitivity: Upper bound of the L2 norm by which one client can change the aggregate, who is
+        there or not; a number that may be traced, or `None` if there is none.
+      weights: `[clients]`, the weights of the cohort's clients, 0 of those who are left out.
+      cohort: The cohort, without examples.
+    """
+
+    aggregate: PyTree
+    statistics: PyTree = ()
+    sensitivity: Any = None
+    weights: Any = None
+    cohort: Any = None
+
+
+def _nothing_known(before: Guarantees, state: PyTree) -> Guarantees:
+    return before._replace(sensitivity=None, max_weight=None)
 
 
 class UpdateTransform(NamedTuple):
@@ -292,23 +321,26 @@ class UpdateTransform(NamedTuple):
       init: `init(params) -> state`, of the server.
       client: `client(key, state, message, client) -> message`, for the update of one client before
         it is weighted and summed, with a typed key of the client's own in this round.
-      server: `server(key, state, aggregate, statistics) -> (aggregate, state, info)`, for the
-        aggregate before the server optimizer is given it, and the sum of what the transform sent
-        beside. `info` has scalars by name.
+      server: `server(key, state, received) -> (received, state, info)`, for the aggregate before
+        the server optimizer is given it. `info` has scalars by name.
       entry: `entry(params) -> pytree of arrays`, what the transform keeps with a client before its
         first round; `None` if it keeps nothing.
       broadcast: `broadcast(key, state, params) -> (params, bits)`, what clients receive in place of
         the server's params, and its size; `None` if they receive these.
-      guarantees: `guarantees(before) -> after`, of `Guarantees`, when a pipeline is built. It
-        raises a `ValueError` where the transform makes no sense after what comes before it.
+      guarantees: `guarantees(before, state) -> after`, of `Guarantees`. It is called when a
+        pipeline is built, with `None` for a state, and raises a `ValueError` where the transform
+        makes no sense after what comes before it; and in a round, for bounds that are in the state.
+      announce: `announce(key, state, cohort) -> state`, what clients see in place of the state in
+        this round, such as a key that all of them share, or who takes part. The key is that of
+        `server`, and the cohort has no examples. `None` if they see the state.
 
     A transform that halves each update, and counts whom it was given:
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
     >>> def client(key, state, message, client):
     ...     return message._replace(update=message.update / 2, statistics=jnp.float32(1))
-    >>> def server(key, state, aggregate, count):
-    ...     return aggregate, state, {"halved": count}
+    >>> def server(key, state, received):
+    ...     return received, state, {"halved": received.statistics}
     >>> halve = fl.UpdateTransform(lambda params: (), client, server)
     >>> model = fl.function_model(lambda w, batch: -w * batch["x"])
     >>> algorithm = fl.fed_avg(model, optax.sgd(1.0), pipeline=halve)
@@ -321,12 +353,41 @@ class UpdateTransform(NamedTuple):
 
     init: Callable[[PyTree], PyTree]
     client: Callable[[jax.Array, PyTree, Message, Client], Message]
-    server: Callable[
-        [jax.Array, PyTree, PyTree, PyTree], tuple[PyTree, PyTree, dict[str, jax.Array]]
-    ]
+    server: Callable[[jax.Array, PyTree, Received], tuple[Received, PyTree, dict[str, jax.Array]]]
     entry: Callable[[PyTree], PyTree] | None = None
     broadcast: Callable[[jax.Array, PyTree, PyTree], tuple[PyTree, Any]] | None = None
-    guarantees: Callable[[Guarantees], Guarantees] = _nothing_known
+    guarantees: Callable[[Guarantees, PyTree], Guarantees] = _nothing_known
+    announce: Callable[[jax.Array, PyTree, Cohort], PyTree] | None = None
+
+
+class Stack(NamedTuple):
+    """The updates of a cohort side by side, as stacked reducers see them.
+
+    Attributes:
+      updates: Arrays `[rows, coordinates]`, one for each array of the params, that hold some of its
+        coordinates. Each row is a client's, in the order of the cohort, zero where it does not
+        count.
+      weights: `[rows]`, 0 of clients that are left out and of empty slots: these do not count.
+      client_ids: `[rows]`, int32; -1 of what is no single client's.
+      is_hostile: `[rows]`, bool, those that an attack has changed.
+      last: Arrays `[coordinates]`, the aggregate of the last round, zero before the first, for a
+        reducer that `keeps_last`; empty otherwise.
+      key: A typed key of the round, the same for all coordinates' holders.
+      total: `total(x)` is the sum of `x` over all coordinates' holders, such as of a matrix of
+        inner products.
+    """
+
+    updates: list[jax.Array]
+    weights: jax.Array
+    client_ids: jax.Array
+    is_hostile: jax.Array
+    last: list[jax.Array]
+    key: jax.Array
+    total: Callable[[jax.Array], jax.Array]
+
+
+def _no_bound(guarantees: Guarantees) -> None:
+    return None
 
 
 class Reducer(NamedTuple):
@@ -339,18 +400,18 @@ class Reducer(NamedTuple):
       summand: `summand(update, weight) -> pytree`, what is added up for one client.
       finish: `finish(total, weight) -> aggregate`, of the sums over clients; `weight` is 1 in place
         of 0, and the round is then skipped.
-      stacked: `stacked(updates, weights, total) -> aggregate`, with `updates` a list of arrays
-        `[clients, coordinates]`, one for each array of the params, that hold some of its
-        coordinates, and weights `[clients]`, 0 of clients that are left out and of empty slots.
-        It returns a list of arrays `[coordinates]`. `total(x)` is the sum of `x` over all
-        coordinates' holders, such as of a matrix of inner products.
-      skips_empty: Whether a round to which no client contributes leaves all as it was.
+      stacked: `stacked(stack) -> (aggregate, info)`, of a `Stack`: a list of arrays
+        `[coordinates]`, and scalars by name. It may take another reducer to act before it.
+      sensitivity: `sensitivity(guarantees)`, upper bound of the L2 norm by which one client can
+        change the aggregate, from what is known of each message; `None` if there is none.
+      keeps_last: Whether a stacked one is given the aggregate of the last round.
 
     The largest update, coordinate by coordinate:
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
-    >>> def largest(updates, weights, total):
-    ...     return [x.max(0, where=weights[:, None] > 0, initial=-jnp.inf) for x in updates]
+    >>> def largest(stack):
+    ...     counts = stack.weights[:, None] > 0
+    ...     return [x.max(0, where=counts, initial=-jnp.inf) for x in stack.updates], {}
     >>> model = fl.function_model(lambda w, batch: -w * batch["x"])
     >>> algorithm = fl.fed_avg(model, optax.sgd(1.0), reducer=fl.Reducer(stacked=largest))
     >>> dataset = fl.FederatedDataset.from_clients([{"x": [2.0]}, {"x": [6.0]}])
@@ -362,8 +423,6 @@ class Reducer(NamedTuple):
 
     summand: Callable[[PyTree, jax.Array], PyTree] | None = None
     finish: Callable[[PyTree, jax.Array], PyTree] | None = None
-    stacked: (
-        Callable[[list[jax.Array], jax.Array, Callable[[jax.Array], jax.Array]], list[jax.Array]]
-        | None
-    ) = None
-    skips_empty: bool = True
+    stacked: Callable[[Stack], tuple[list[jax.Array], dict[str, jax.Array]]] | None = None
+    sensitivity: Callable[[Guarantees], Any] = _no_bound
+    keeps_last: bool = False

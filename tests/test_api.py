@@ -165,18 +165,21 @@ NAMES = {
     "tune_lanes": ["build", "key", "state", "cohort", "candidates", "repeats"],
     "Checkpoints": ["folder", "every", "keep", "settings"],
     "Client": ["id", "num_examples", "num_steps", "entry", "key"],
-    "Guarantees": ["sensitivity", "is_masked"],
+    "Guarantees": ["sensitivity", "max_weight", "is_masked", "is_private"],
     "LocalState": [
         *("params", "model_state", "opt_state", "loss", "num_examples", "num_steps"),
     ],
     "Message": ["update", "weight", "entry", "statistics", "metrics"],
-    "Reducer": ["summand", "finish", "stacked", "skips_empty"],
+    "Received": ["aggregate", "statistics", "sensitivity", "weights", "cohort"],
+    "Reducer": ["summand", "finish", "stacked", "sensitivity", "keeps_last"],
+    "Stack": ["updates", "weights", "client_ids", "is_hostile", "last", "key", "total"],
+    "cap_weight": ["max_weight"],
     "coordinate_median": [],
     "downlink": ["transform"],
     "error_feedback": ["transform"],
     "fixed_point": ["scale"],
     "modular_sum": [],
-    "weighted_mean": ["denominator", "skip_empty"],
+    "weighted_mean": ["denominator"],
     "ClientEvaluation": ["clients", "num_examples", "pooled"],
     "ClientResult": [
         *("update", "weight", "metrics", "model_state", "entry", "norm", "statistics"),
@@ -203,14 +206,16 @@ NAMES = {
     ],
     "ServerState": [
         *("params", "model_state", "opt_state", "round", "store", "pipeline_state"),
-        *("pipeline_store", "versions", "frozen"),
+        *("pipeline_store", "last_aggregate", "versions", "frozen"),
     ],
     "SweepResult": ["states", "histories"],
     "TrainResult": [
         *("state", "averaged", "best", "history", "stopped", "compile_s", "run_s"),
         *("client_updates_per_s", "examples_per_s"),
     ],
-    "UpdateTransform": ["init", "client", "server", "entry", "broadcast", "guarantees"],
+    "UpdateTransform": [
+        *("init", "client", "server", "entry", "broadcast", "guarantees", "announce"),
+    ],
     "TunedLanes": ["lanes", "seconds"],
     "UnconfiguredCPUWarning": None,
 }

@@ -99,7 +99,7 @@ def test_a_median_does_not_heed_one_attacker():
         return message._replace(update=optax.tree.scale(scale, message.update))
 
     attack = fl.UpdateTransform(
-        lambda params: (), client, lambda key, state, aggregate, statistics: (aggregate, state, {})
+        lambda params: (), client, lambda key, state, received: (received, state, {})
     )
     moved = {}
     for name, reducer in (("mean", None), ("median", fl.coordinate_median())):
@@ -116,13 +116,13 @@ def test_a_median_does_not_heed_one_attacker():
 def test_stacked_reducers_see_whole_updates_by_what_they_add_up():
     """The update nearest to the others, by distances that each device has a part of."""
 
-    def medoid(updates, weights, total):
-        counts = weights > 0
-        gram = sum(x @ x.T for x in updates)
+    def medoid(stack):
+        counts = stack.weights > 0
+        gram = sum(x @ x.T for x in stack.updates)
         squared = jnp.diag(gram)[:, None] + jnp.diag(gram) - 2 * gram
-        distances = jnp.where(counts, total(squared), 0).sum(1)
+        distances = jnp.where(counts, stack.total(squared), 0).sum(1)
         best = jnp.argmin(jnp.where(counts, distances, jnp.inf))
-        return [x[best] for x in updates]
+        return [x[best] for x in stack.updates], {"best": stack.client_ids[best]}
 
     sent = deltas(regression_dataset(), start())
     present = [i for i in range(10) if SIZES[i] > 0]
@@ -155,8 +155,8 @@ def test_a_modular_sum_wraps_around(num_devices):
     masks = fl.UpdateTransform(
         lambda params: (),
         client,
-        lambda key, state, aggregate, statistics: (aggregate, state, {}),
-        guarantees=lambda before: before._replace(is_masked=True),
+        lambda key, state, received: (received, state, {}),
+        guarantees=lambda before, state: before._replace(is_masked=True),
     )
     mesh = fl.clients_mesh(num_devices)
     dataset = regression_dataset()
@@ -237,7 +237,7 @@ def test_clients_start_from_what_they_receive():
         return message._replace(update=halved, metrics={"bits_up": jnp.float32(7)})
 
     halve = fl.UpdateTransform(
-        lambda params: (), client, lambda key, state, aggregate, statistics: (aggregate, state, {})
+        lambda params: (), client, lambda key, state, received: (received, state, {})
     )
     dataset = regression_dataset()
     algorithm = fl.fed_avg(
@@ -264,7 +264,7 @@ def test_a_transform_changes_weights_and_counts_whom_it_changed():
     cap = fl.UpdateTransform(
         lambda params: (),
         client,
-        lambda key, state, aggregate, count: (aggregate, state, {"capped": count}),
+        lambda key, state, received: (received, state, {"capped": received.statistics}),
     )
     dataset = regression_dataset()
     sizes = np.array(SIZES)
@@ -286,33 +286,36 @@ def test_a_transform_changes_weights_and_counts_whom_it_changed():
         np.testing.assert_array_equal(info.clients["weight"], weights)
 
 
-@pytest.mark.parametrize(("skip_empty", "moves"), [(True, False), (False, True)])
-def test_a_round_without_clients_may_be_a_step(skip_empty, moves):
-    """With a denominator of its own, noise is added whoever takes part."""
+@pytest.mark.parametrize("is_private", [False, True])
+def test_a_round_without_clients_is_a_step_if_who_takes_part_is_private(is_private):
     noise = fl.UpdateTransform(
         lambda params: jnp.int32(0),
         lambda key, state, message, client: message,
-        lambda key, state, aggregate, statistics: (
-            jax.tree.map(lambda x: x + jax.random.normal(key, x.shape), aggregate),
+        lambda key, state, received: (
+            received._replace(
+                aggregate=jax.tree.map(
+                    lambda x: x + jax.random.normal(key, x.shape), received.aggregate
+                )
+            ),
             state + 1,
-            {},
+            {"bound": jnp.asarray(received.sensitivity)},
         ),
+        guarantees=lambda before, state: before._replace(is_private=is_private),
     )
     algorithm = fl.fed_avg(
         regression_model(),
         optax.sgd(0.1),
-        pipeline=noise,
-        reducer=fl.weighted_mean(4.0, skip_empty=skip_empty),
+        pipeline=fl.chain(fl.cap_weight(2.0), fl.clip_by_norm(3.0), noise),
+        reducer=fl.weighted_mean(4.0),
     )
     state = algorithm.init(start())
     nobody = fl.cohort_of(regression_dataset().resident(), [1, -1])
     after, info = algorithm.round(KEY, state, nobody)
     moved = np.abs(flat(after.params) - flat(state.params))
-    assert (moved > 1e-3).all() if moves else (moved == 0).all()
-    assert bool(info.skipped) == (not moves)
-    assert after.pipeline_state == int(moves)
-    with pytest.raises(ValueError, match=r"skip_empty is False, .* pass denominator="):
-        fl.weighted_mean(skip_empty=False)
+    assert (moved > 1e-3).all() if is_private else (moved == 0).all()
+    assert bool(info.skipped) == (not is_private)
+    assert after.pipeline_state[2] == int(is_private)
+    assert info.metrics["bound"] == 3.0 * 2.0 / 4.0
 
 
 def test_constant_factors_of_weights_cancel_but_for_a_denominator_of_ones_own():
@@ -335,14 +338,14 @@ def test_constant_factors_of_weights_cancel_but_for_a_denominator_of_ones_own():
     np.testing.assert_allclose(moved(0.1, fixed), 0.1 * moved(1.0, fixed), rtol=1e-9)
 
 
-def masked(before):
+def masked(before, state):
     return before._replace(is_masked=True)
 
 
 MASK = fl.UpdateTransform(
     lambda params: (),
     lambda key, state, message, client: message,
-    lambda key, state, aggregate, statistics: (aggregate, state, {}),
+    lambda key, state, received: (received, state, {}),
     guarantees=masked,
 )
 
@@ -371,8 +374,8 @@ def test_what_makes_no_sense_is_refused_when_it_is_built(build, message):
 
 
 def test_what_is_known_of_updates_goes_along_a_chain():
-    known = fl.chain(fl.quantize_uniform(4), fl.clip_by_norm(2.0)).guarantees(fl.Guarantees())
+    known = fl.chain(fl.quantize_uniform(4), fl.clip_by_norm(2.0)).guarantees(fl.Guarantees(), None)
     assert known.sensitivity == 2.0
     for lossy in (fl.quantize_uniform(4), fl.error_feedback(fl.clip_by_norm(1.0)), MASK):
-        after = fl.chain(fl.clip_by_norm(2.0), lossy).guarantees(fl.Guarantees())
+        after = fl.chain(fl.clip_by_norm(2.0), lossy).guarantees(fl.Guarantees(), None)
         assert after.sensitivity is None or lossy is MASK or after.sensitivity == 1.0

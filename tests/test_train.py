@@ -210,7 +210,7 @@ def test_what_clients_and_a_pipeline_keep_is_resumed(tmp_path):
         lambda key, count, message, client: message._replace(
             update=optax.tree.scale(0.9**count, message.update)
         ),
-        lambda key, count, aggregate, statistics: (aggregate, count + 1, {}),
+        lambda key, count, received: (received, count + 1, {}),
     )
     algorithm = fl.scaffold(
         regression_model(),

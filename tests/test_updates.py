@@ -61,8 +61,8 @@ def test_a_chain_runs_forth_on_clients_and_back_on_the_server():
             lambda key, state, message, client: message._replace(
                 update=message.update * 10 + x, metrics={"last": x}
             ),
-            lambda key, state, aggregate, statistics: (
-                aggregate * 10 + x,
+            lambda key, state, received: (
+                received._replace(aggregate=received.aggregate * 10 + x),
                 state + x,
                 {"first": x},
             ),
@@ -72,8 +72,8 @@ def test_a_chain_runs_forth_on_clients_and_back_on_the_server():
     update, info = of_one_client(both, jnp.float32(0))
     assert update == 12.0
     assert info == {"last": 2.0}
-    aggregate, state, info = both.server(KEY, both.init(update), jnp.float32(0), ())
-    assert aggregate == 21.0
+    received, state, info = both.server(KEY, both.init(update), fl.Received(jnp.float32(0)))
+    assert received.aggregate == 21.0
     assert state == (1.0, 2.0)
     assert info == {"first": 1.0}
     nothing = fl.chain()
@@ -113,8 +113,8 @@ def counting():
         lambda key, state, message, client: message._replace(
             update=optax.tree.scale(1 / state, message.update)
         ),
-        lambda key, state, aggregate, statistics: (
-            optax.tree.scale(0.1, aggregate),
+        lambda key, state, received: (
+            received._replace(aggregate=optax.tree.scale(0.1, received.aggregate)),
             state + 1,
             {"count": state},
         ),

@@ -19,6 +19,7 @@ from fedjax_lite.base import (
     FederatedAlgorithm,
     Guarantees,
     PyTree,
+    Received,
     Reducer,
     RoundInfo,
     ServerState,
@@ -31,7 +32,7 @@ from fedjax_lite.engine.runner import ON_NONFINITE, run_clients
 from fedjax_lite.engine.store import STORES, create_store
 from fedjax_lite.engine.waves import Versions
 from fedjax_lite.models.model import Model
-from fedjax_lite.updates.pipeline import first_entry, send_through
+from fedjax_lite.updates.pipeline import announced, check_reducer, first_entry, send_through
 from fedjax_lite.updates.reducers import weighted_mean
 from fedjax_lite.xla import random
 from fedjax_lite.xla.cpu import Paced, jit_once, warn_if_unconfigured
@@ -157,14 +158,11 @@ def federated_algorithm(
     pipeline, reducer = options["pipeline"], options["reducer"]
     reducer = weighted_mean() if reducer is None else reducer
     _validate.instance("reducer", reducer, Reducer, "fl.coordinate_median()")
+    known = Guarantees()
     if pipeline is not None:
         _validate.instance("pipeline", pipeline, UpdateTransform)
-        guarantees = pipeline.guarantees(Guarantees())
-        if guarantees.is_masked and reducer.stacked is not None:
-            raise ValueError(
-                "reducer looks at single updates, and pipeline hides them in masks; choose one that"
-                " adds up, such as fl.modular_sum()."
-            )
+        known = pipeline.guarantees(known, None)
+        check_reducer(known, reducer, drop=drop)
         client_update = send_through(pipeline, client_update)
     optimizer = local.named("server_optimizer", _checked(server_optimizer))
 
@@ -198,6 +196,7 @@ def federated_algorithm(
             model_state=model_state,
             opt_state=optimizer.init(params),
             pipeline_state=() if pipeline is None else pipeline.init(params),
+            last_aggregate=optax.tree.zeros_like(params) if reducer.keeps_last else (),
             versions=_versions(params, model_state, num_versions) if num_versions > 1 else (),
             frozen=frozen,
         )
@@ -241,18 +240,26 @@ def federated_algorithm(
                 () if own.entry is None else own.entry(dataclasses.replace(state, params=params))
             )
         made["pipeline_store"] = pipeline_entry_of
+        if reducer.keeps_last:
+            made["last_aggregate"] = lambda params: params
         _check_state(state, made)
 
     @jax.jit
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
         warn_if_unconfigured()
         check(key, state, cohort)
-        server = dataclasses.replace(state, store=(), pipeline_store=(), versions=(), frozen=())
+        server = dataclasses.replace(
+            state, store=(), pipeline_store=(), last_aggregate=(), versions=(), frozen=()
+        )
         key_server = random.fold_in_pair(key, KEY_SERVER, 0)
+        without_examples = dataclasses.replace(cohort, examples={})
         received, bits_down = server, None
-        if pipeline is not None and pipeline.broadcast is not None:
-            params, bits_down = pipeline.broadcast(key_server, server.pipeline_state, server.params)
-            received = dataclasses.replace(server, params=params)
+        if pipeline is not None:
+            shown = announced(pipeline, key_server, server.pipeline_state, without_examples)
+            received = dataclasses.replace(server, pipeline_state=shown)
+            if pipeline.broadcast is not None:
+                params, bits_down = pipeline.broadcast(key_server, shown, server.params)
+                received = dataclasses.replace(received, params=params)
         stores = state.store if pipeline is None else (state.store, state.pipeline_store)
         result = run_clients(
             client_update,
@@ -263,28 +270,48 @@ def federated_algorithm(
             store=stores,
             versions=_read_versions(state, cohort, num_versions),
             frozen=state.frozen,
+            last_aggregate=state.last_aggregate,
             on_nonfinite=options["on_nonfinite"],
             reducer=reducer,
             execution=execution,
         )
         is_empty = result.weight == 0
-        skip = is_empty if reducer.skips_empty else jnp.bool_(False)
+        # Whether anyone took part is private, too.
+        skip = jnp.bool_(False) if known.is_private else is_empty
         weight = jnp.where(is_empty, 1, result.weight)
         aggregate, statistics = result.update, result.statistics
         if reducer.finish is not None:
             aggregate = reducer.finish(aggregate, weight)
-        metrics: dict[str, jax.Array] = {}
-        after = server
+        metrics = result.reported
+        after = dataclasses.replace(server, last_aggregate=state.last_aggregate)
+        if reducer.keeps_last:
+            last = _like_params(aggregate, server.params)
+            after = dataclasses.replace(after, last_aggregate=last)
         if pipeline is not None:
             statistics, of_pipeline = statistics
-            aggregate, pipeline_state, metrics = pipeline.server(
-                key_server, server.pipeline_state, aggregate, of_pipeline
+            if known.is_private and jax.tree.leaves((result.model_state, statistics)):
+                raise ValueError(
+                    "pipeline adds noise to updates, and clients send model state or statistics"
+                    " beside them, in the clear; choose a model without, such as one with GroupNorm"
+                    " in place of BatchNorm, or an algorithm that sends updates alone."
+                )
+            bounds = pipeline.guarantees(Guarantees(), server.pipeline_state)
+            sent = Received(
+                aggregate,
+                of_pipeline,
+                reducer.sensitivity(bounds),
+                result.clients["weight"],
+                without_examples,
             )
-            after = dataclasses.replace(server, pipeline_state=pipeline_state)
+            sent, pipeline_state, told = pipeline.server(key_server, server.pipeline_state, sent)
+            _validate.instance("what the server half of the pipeline returned", sent, Received)
+            aggregate, metrics = sent.aggregate, metrics | told
+            after = dataclasses.replace(after, pipeline_state=pipeline_state)
         model_state = _mean_state(result.model_state, weight, is_empty, server.model_state)
         aggregate = _like_params(aggregate, server.params)
         after = _step(optimizer, after, aggregate, model_state, statistics, cohort)
-        after = jax.tree.map(lambda new, old: jnp.where(skip, old, new), after, server)
+        before = dataclasses.replace(server, last_aggregate=state.last_aggregate)
+        after = jax.tree.map(lambda new, old: jnp.where(skip, old, new), after, before)
         store, pipeline_store = (result.store, ()) if pipeline is None else result.store
         after = dataclasses.replace(
             after,

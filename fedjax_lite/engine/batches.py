@@ -12,7 +12,7 @@ from fedjax_lite import _validate
 from fedjax_lite.base import Batch, Client, Cohort
 from fedjax_lite.xla import random
 
-KEY_INIT, KEY_DATA, KEY_STEP, KEY_SERVER = range(4)
+KEY_INIT, KEY_DATA, KEY_STEP, KEY_SERVER, KEY_REDUCER = range(5)
 DEFAULT_BATCH_SIZE = 32
 PerClient = Callable[[Client], Any]
 """A whole number of each client, by its id, its number of examples and its key of the round."""

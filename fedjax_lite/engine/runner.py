@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from fedjax_lite.base import ClientUpdate, Cohort, PyTree, Reducer
-from fedjax_lite.engine.batches import Batching, bound_steps, count_processed, count_steps
+from fedjax_lite.engine.batches import (
+    KEY_REDUCER,
+    Batching,
+    bound_steps,
+    count_processed,
+    count_steps,
+)
 from fedjax_lite.engine.client import client_work
 from fedjax_lite.engine.execution import Execution, choose_rewrite, resolved
 from fedjax_lite.engine.stacking import reduce_stacked
@@ -40,6 +46,7 @@ def run_clients(
     store: PyTree = (),
     versions: Versions | None = None,
     frozen: PyTree = (),
+    last_aggregate: PyTree = (),
     keep_output: bool = True,
     on_nonfinite: str = "drop",
     reducer: Reducer = _SUM,
@@ -57,6 +64,7 @@ def run_clients(
         a cohort that has its own.
       versions: What clients start from in place of fields of `shared`, if not all from the same.
       frozen: Params that the model does not train.
+      last_aggregate: What the reducer made of the last round, if it begins from there.
       keep_output: Whether what clients return for the store replaces what they had.
       on_nonfinite: `"drop"` leaves out a client whose update has a norm that is not finite (or
         whose model state, statistics, weight or output is not), `"keep"` lets it through.
@@ -93,6 +101,7 @@ def run_clients(
         key: jax.Array,
         versions: Versions | None,
         frozen: PyTree,
+        last_aggregate: PyTree,
     ) -> CohortResult:
         cohort = dataclasses.replace(cohort, examples=examples)
         device = 0 if mesh is None else jax.lax.axis_index(AXIS)
@@ -147,12 +156,25 @@ def run_clients(
             result = sum_over_devices(result._replace(update=without, store=()))
         if reducer.stacked is not None:
             weights = result.clients["weight"]
-            update = reduce_stacked(reducer, update, slots, weights, execution.num_devices)
-            result = result._replace(update=update)
+            key_stack = random.fold_in_pair(key, KEY_REDUCER, 0)
+            update, reported = reduce_stacked(
+                reducer,
+                update,
+                slots,
+                weights,
+                cohort,
+                key_stack,
+                last_aggregate,
+                execution.num_devices,
+            )
+            result = result._replace(update=update, reported=reported)
         return result._replace(store=kept_store)
 
     without_examples = dataclasses.replace(cohort, examples={})
-    replicated = (num_steps, shared, without_examples, random.fast(key), versions, frozen)
+    replicated = (
+        *(num_steps, shared, without_examples, random.fast(key)),
+        *(versions, frozen, last_aggregate),
+    )
     if mesh is None:
         result = run_waves(table, cohort.examples, store, *replicated)
     else:

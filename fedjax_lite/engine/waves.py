@@ -27,6 +27,7 @@ class CohortResult(NamedTuple):
       store: What clients keep, with that of the cohort's clients brought up to date.
       clients: Per-client metrics `[clients, ...]` in cohort order: those of the client update,
         and `num_examples`, `num_steps`, `update_norm`, `weight`, `nonfinite`.
+      reported: What a stacked reducer reports, scalars by name.
     """
 
     update: PyTree
@@ -35,6 +36,7 @@ class CohortResult(NamedTuple):
     statistics: PyTree
     store: PyTree
     clients: dict[str, jax.Array]
+    reported: dict[str, jax.Array] = {}  # noqa: RUF012, which no one changes
 
 
 class Versions(NamedTuple):

@@ -4,7 +4,7 @@ Each transform is a function that returns an `UpdateTransform`, with a half for 
 for the server; `chain` composes them.
 """
 
-from fedjax_lite.updates.clipping import clip_by_norm
+from fedjax_lite.updates.clipping import cap_weight, clip_by_norm
 from fedjax_lite.updates.feedback import error_feedback
 from fedjax_lite.updates.pipeline import chain, downlink
 from fedjax_lite.updates.quantization import quantize_uniform
@@ -16,6 +16,7 @@ from fedjax_lite.updates.reducers import (
 )
 
 __all__ = [
+    "cap_weight",
     "chain",
     "clip_by_norm",
     "coordinate_median",

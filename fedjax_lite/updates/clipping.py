@@ -64,6 +64,36 @@ def clip_by_norm(max_norm: ArrayLike) -> UpdateTransform:
     return stateless(client, guarantees)
 
 
+def cap_weight(max_weight: ArrayLike) -> UpdateTransform:
+    r"""Lowers the weight of a client to at most $p_{max}$, such that none counts for many.
+
+    $$p_i \mapsto \min(p_i, p_{max})$$
+
+    Where weights are numbers of examples, 1 makes them all alike.
+
+    Source: McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models",
+    section 2.2.
+
+    Args:
+      max_weight: The bound $p_{max}$, positive; may be traced, and is then not checked.
+
+    Raises:
+      ValueError: `max_weight` is not positive.
+
+    >>> import jax, jax.numpy as jnp, fedjax_lite as fl
+    >>> message = fl.Message(jnp.array([3.0, 4.0]), 20.0)
+    >>> float(cap_weight(5.0).client(jax.random.key(0), (), message, None).weight)
+    5.0
+    """
+    max_weight = _validate.number("max_weight", max_weight, positive=True)
+
+    def client(key: jax.Array, message: Message) -> Message:
+        del key
+        return message._replace(weight=jnp.minimum(message.weight, max_weight))
+
+    return stateless(client, lambda before: before._replace(max_weight=max_weight))
+
+
 def _unit(dtype: DTypeLike) -> jax.Array:
     """So small that the squares of the largest numbers in it stay far below them: 2^-96."""
     return jnp.asarray(2.0 ** (-3 * jnp.finfo(dtype).maxexp // 4), dtype)

@@ -51,8 +51,8 @@ def error_feedback(transform: UpdateTransform) -> UpdateTransform:
         lost = optax.tree.cast_like(optax.tree.sub(corrected, sent.update), error)
         return sent._replace(entry=(lost, sent.entry))
 
-    def guarantees(before: Guarantees) -> Guarantees:
+    def guarantees(before: Guarantees, state: PyTree) -> Guarantees:
         # What comes in is the update and all that was lost before: no bound holds any more.
-        return transform.guarantees(before._replace(sensitivity=None))
+        return transform.guarantees(before._replace(sensitivity=None), state)
 
     return transform._replace(client=client, entry=entry, guarantees=guarantees)

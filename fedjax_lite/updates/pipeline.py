@@ -1,7 +1,7 @@
 """Update transforms one after another, and around a client update."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,18 @@ from fedjax_lite.base import (
     Client,
     ClientResult,
     ClientUpdate,
+    Cohort,
     Guarantees,
     Message,
     PyTree,
+    Received,
+    Reducer,
     UpdateTransform,
 )
 from fedjax_lite.xla import random
 from fedjax_lite.xla.precision import squared_norm
 
+F = TypeVar("F", bound=Callable[..., Any])
 _KEY_PIPELINE = 1  # Of the keys that derive from a client's, the one of its transforms.
 
 
@@ -39,13 +43,11 @@ def chain(*transforms: UpdateTransform) -> UpdateTransform:
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> twice = chain(fl.clip_by_norm(2.0), fl.clip_by_norm(1.0))
-    >>> float(twice.guarantees(fl.Guarantees()).sensitivity)
+    >>> float(twice.guarantees(fl.Guarantees(), None).sensitivity)
     1.0
     """
-    guarantees = Guarantees()
     for i, transform in enumerate(transforms):
         _validate.instance(f"transforms[{i}]", transform, UpdateTransform)
-        guarantees = transform.guarantees(guarantees)
 
     keeps = any(transform.entry is not None for transform in transforms)
 
@@ -73,17 +75,16 @@ def chain(*transforms: UpdateTransform) -> UpdateTransform:
         return message._replace(entry=entry, statistics=tuple(statistics))
 
     def server(
-        key: jax.Array, state: PyTree, aggregate: PyTree, statistics: PyTree
-    ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+        key: jax.Array, state: PyTree, received: Received
+    ) -> tuple[Received, PyTree, dict[str, jax.Array]]:
         info: dict[str, jax.Array] = {}
         states, keys = list(state), keys_of(key)
-        sums = _parts(statistics, transforms)
+        sums = _parts(received.statistics, transforms)
         for i in reversed(range(len(transforms))):
-            aggregate, states[i], own_info = transforms[i].server(
-                keys[i], states[i], aggregate, sums[i]
-            )
+            received = received._replace(statistics=sums[i])
+            received, states[i], own_info = transforms[i].server(keys[i], states[i], received)
             info |= own_info
-        return aggregate, tuple(states), info
+        return received, tuple(states), info
 
     def broadcast(key: jax.Array, state: PyTree, params: PyTree) -> tuple[PyTree, Any]:
         bits: Any = None
@@ -92,15 +93,35 @@ def chain(*transforms: UpdateTransform) -> UpdateTransform:
                 params, bits = transform.broadcast(own_key, own_state, params)
         return params, bits
 
-    def after(before: Guarantees) -> Guarantees:
-        for transform in transforms:
-            before = transform.guarantees(before)
+    def announce(key: jax.Array, state: PyTree, cohort: Cohort) -> PyTree:
+        return tuple(
+            announced(transform, own_key, own_state, cohort)
+            for transform, own_key, own_state in zip(transforms, keys_of(key), state, strict=False)
+        )
+
+    def guarantees(before: Guarantees, state: PyTree) -> Guarantees:
+        for i, transform in enumerate(transforms):
+            before = transform.guarantees(before, None if state is None else state[i])
         return before
 
-    sends_down = any(transform.broadcast is not None for transform in transforms)
+    def given(function: F, name: str) -> F | None:
+        return function if any(getattr(x, name) is not None for x in transforms) else None
+
+    guarantees(Guarantees(), None)
     return UpdateTransform(
-        init, client, server, entry_of if keeps else None, broadcast if sends_down else None, after
+        init,
+        client,
+        server,
+        given(entry_of, "entry"),
+        given(broadcast, "broadcast"),
+        guarantees,
+        given(announce, "announce"),
     )
+
+
+def announced(transform: UpdateTransform, key: jax.Array, state: PyTree, cohort: Cohort) -> PyTree:
+    """The state of a transform as clients see it in a round."""
+    return state if transform.announce is None else transform.announce(key, state, cohort)
 
 
 def first_entry(transform: UpdateTransform, params: PyTree) -> PyTree:
@@ -127,16 +148,50 @@ def unmasked(name: str, before: Guarantees) -> Guarantees:
     return before
 
 
+def check_reducer(known: Guarantees, reducer: Reducer, *, drop: bool) -> None:
+    """Refuses a reducer that makes no sense after a pipeline.
+
+    Args:
+      known: What the pipeline guarantees.
+      reducer: What adds up the updates.
+      drop: Whether updates that are not finite are left out.
+
+    Raises:
+      ValueError: It looks at single updates, which are hidden in masks; or noise is to be added,
+        and nothing bounds what one client can change.
+    """
+    if known.is_masked and reducer.stacked is not None:
+        raise ValueError(
+            "reducer looks at single updates, and pipeline hides them in masks; choose one that"
+            " adds up, such as fl.modular_sum()."
+        )
+    if not known.is_private or (drop and reducer.sensitivity(known) is not None):
+        return
+    reasons = {
+        "a client's update may be of any norm; end the clients' half with fl.clip_by_norm(1.0).": (
+            known.sensitivity is None
+        ),
+        "a client may have any weight; add fl.cap_weight(1.0).": known.max_weight is None,
+        'what is not finite has no bound; leave on_nonfinite at "drop".': not drop,
+    }
+    no_bound = (
+        "reducer has no bound of its own, or divides by the weights of those who take part; pass"
+        " fl.weighted_mean(denominator=100), a number that does not depend on them."
+    )
+    reason = next((text for text, holds in reasons.items() if holds), no_bound)
+    raise ValueError(f"pipeline adds noise for privacy, and {reason}")
+
+
 def stateless(
     client: Callable[[jax.Array, Message], Message],
     guarantees: Callable[[Guarantees], Guarantees],
 ) -> UpdateTransform:
-    """A transform that acts on clients alone, by `client(key, message) -> message`."""
+    """A transform without a state, on clients alone, by `client(key, message) -> message`."""
     return UpdateTransform(
         init=lambda params: (),
         client=lambda key, state, message, _: client(key, message),
-        server=lambda key, state, aggregate, statistics: (aggregate, state, {}),
-        guarantees=guarantees,
+        server=lambda key, state, received: (received, state, {}),
+        guarantees=lambda before, state: guarantees(before),
     )
 
 
@@ -179,7 +234,7 @@ def downlink(transform: UpdateTransform) -> UpdateTransform:
         return sent.update, sent.metrics.get("bits_up")
 
     untouched = stateless(lambda key, message: message, lambda before: before)
-    return untouched._replace(init=transform.init, broadcast=broadcast)
+    return untouched._replace(init=transform.init, broadcast=broadcast, announce=transform.announce)
 
 
 def send_through(pipeline: UpdateTransform, client_update: ClientUpdate) -> ClientUpdate:

@@ -1,6 +1,6 @@
 """How the updates of a cohort become one aggregate."""
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,20 @@ import optax
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
-from fedjax_lite.base import Guarantees, Message, PyTree, Reducer, UpdateTransform
+from fedjax_lite.base import (
+    Guarantees,
+    Message,
+    PyTree,
+    Received,
+    Reducer,
+    Stack,
+    UpdateTransform,
+)
 from fedjax_lite.updates.pipeline import unmasked
 from fedjax_lite.xla.precision import widen
 
 
-def weighted_mean(denominator: ArrayLike | None = None, *, skip_empty: bool = True) -> Reducer:
+def weighted_mean(denominator: ArrayLike | None = None) -> Reducer:
     r"""$\frac{1}{D} \sum_i p_i \Delta_i$, with $p_i$ the weight of client $i$: the default.
 
     $D$ is the sum of the weights of the round, so that a constant factor in all of them changes
@@ -23,24 +31,24 @@ def weighted_mean(denominator: ArrayLike | None = None, *, skip_empty: bool = Tr
 
     Args:
       denominator: $D$, positive, may be traced; 1 makes it a sum. By default the weights' sum.
-      skip_empty: Whether a round to which no client contributes leaves all as it was; else it is a
-        step like any other, along what the pipeline adds to zero, such as noise.
 
     Raises:
-      ValueError: `denominator` is not positive; or missing, where empty rounds are not skipped.
+      ValueError: `denominator` is not positive.
     """
     if denominator is not None:
         denominator = _validate.number("denominator", denominator, positive=True)
-    elif not skip_empty:
-        raise ValueError(
-            "skip_empty is False, and a round without clients has no mean; pass denominator=, a"
-            " number that does not depend on who takes part."
-        )
 
     def finish(total: PyTree, weight: jax.Array) -> PyTree:
         return optax.tree.scale(1 / (weight if denominator is None else denominator), total)
 
-    return Reducer(_weighted, finish, skips_empty=skip_empty)
+    def sensitivity(guarantees: Guarantees) -> Any:
+        bounds = guarantees.sensitivity, guarantees.max_weight, denominator
+        if any(bound is None for bound in bounds):
+            return None
+        norm, weight, divisor = bounds
+        return norm * weight / divisor
+
+    return Reducer(_weighted, finish, sensitivity=sensitivity)
 
 
 def _weighted(update: PyTree, weight: jax.Array) -> PyTree:
@@ -69,13 +77,8 @@ def coordinate_median() -> Reducer:
     3.0
     """
 
-    def stacked(
-        updates: list[jax.Array],
-        weights: jax.Array,
-        total: Callable[[jax.Array], jax.Array],
-    ) -> list[jax.Array]:
-        del total
-        counts = weights > 0
+    def stacked(stack: Stack) -> tuple[list[jax.Array], dict[str, jax.Array]]:
+        counts = stack.weights > 0
         number = counts.sum()
         lower, upper = jnp.maximum(number - 1, 0) // 2, number // 2
 
@@ -84,7 +87,7 @@ def coordinate_median() -> Reducer:
             both = ordered.at[jnp.stack([lower, upper])].get(mode="clip")
             return jnp.where(number > 0, both.mean(0), 0).astype(x.dtype)
 
-        return [median(x) for x in updates]
+        return [median(x) for x in stack.updates], {}
 
     return Reducer(stacked=stacked)
 
@@ -112,12 +115,14 @@ def fixed_point(scale: ArrayLike) -> UpdateTransform:
         return message._replace(update=integers, metrics={"bits_up": jnp.asarray(bits, float)})
 
     def server(
-        key: jax.Array, state: PyTree, aggregate: PyTree, statistics: PyTree
-    ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
-        del key, statistics
-        return jax.tree.map(lambda x: x.astype(float) / scale, aggregate), state, {}
+        key: jax.Array, state: PyTree, received: Received
+    ) -> tuple[Received, PyTree, dict[str, jax.Array]]:
+        del key
+        floats = jax.tree.map(lambda x: x.astype(float) / scale, received.aggregate)
+        return received._replace(aggregate=floats), state, {}
 
-    def guarantees(before: Guarantees) -> Guarantees:
+    def guarantees(before: Guarantees, state: PyTree) -> Guarantees:
+        del state
         return unmasked("fixed_point", before)._replace(sensitivity=None)
 
     return UpdateTransform(lambda params: (), client, server, guarantees=guarantees)
