@@ -262,9 +262,7 @@ def test_lanes_change_nothing_for_large_params():
 def test_devices_without_a_client_change_nothing(name):
     few = lambda mesh: everyone(regression_dataset().resident(mesh), [3, 0, 9, 1], capacity=10)
     mesh = fl.clients_mesh(8)
-    assert_same_round(
-        one_round(name, few(mesh), mesh, lanes=3), one_round(name, few(one_device()))
-    )
+    assert_same_round(one_round(name, few(mesh), mesh, lanes=3), one_round(name, few(one_device())))
 
 
 @each_algorithm
