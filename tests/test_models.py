@@ -179,15 +179,23 @@ TORCH = {
 }
 
 
+def drawn(model):
+    """Params unlike those at the start, where many are zero and logits all alike."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, p):
+        spread = 0.3 if p.ndim == 1 else np.prod(p.shape[:-1]) ** -0.5
+        return ((path[-1].key == "scale") + spread * rng.normal(size=p.shape)).astype(p.dtype)
+
+    params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), model_state)
+    return jax.tree.map_with_path(draw, params), zeros
+
+
 @pytest.mark.parametrize("name", TORCH)
 def test_losses_and_gradients_are_those_of_pytorch(name):
     model, batch = SMALL[name](), small_batch(name)
-    params, model_state = jax.jit(model.init)(jax.random.key(0))
-    # Away from the start, where many biases are zero and logits all alike.
-    params = jax.tree.map(
-        lambda p: p + 0.3 * np.sin(np.arange(p.size, dtype=p.dtype).reshape(p.shape)),
-        jax.device_get(params),
-    )
+    params, model_state = drawn(model)
 
     def total(params):
         losses, _ = model.loss(params, model_state, batch, jax.random.key(0))
