@@ -4,10 +4,11 @@ import os
 import tempfile
 from pathlib import Path
 
-# Tests compile much and compute little: LLVM need not try hard, and XLA:CPU's older emitters do, by
-# which tests take 40 % less time though rounds run up to three times as long. They are gone from
-# jaxlib 0.11, which ends a program that asks for them.
-flags = "--xla_backend_optimization_level=0"
+# Tests compile much and compute little: LLVM need not try hard, nor split each program into modules
+# that cores compile side by side, and XLA:CPU's older emitters do, by which tests take 40 % less
+# time though rounds run up to three times as long. They are gone from jaxlib 0.11, which ends a
+# program that asks for them.
+flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"

@@ -1,7 +1,6 @@
 """Small problems that the tests share."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import fedjax_lite as fl
@@ -34,11 +33,4 @@ def everyone(population, order=None, capacity=None):
     capacity = order.size if capacity is None else capacity
     ids = np.full(capacity, -1, np.int32)
     ids[: order.size] = order
-    offsets = np.asarray(population.offsets)
-    return fl.Cohort(
-        client_ids=jnp.asarray(ids),
-        num_examples=jnp.where(ids >= 0, jnp.asarray(np.diff(offsets)[ids]), 0),
-        offsets=jnp.asarray(offsets[ids]),
-        examples=population.examples,
-        num_clients=population.num_clients,
-    )
+    return fl.cohort_of(population, ids)

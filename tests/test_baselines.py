@@ -52,9 +52,19 @@ def refusal(capsys, *args):
     return captured.err
 
 
+def but_for_optimizers(name):
+    chosen = settings_of(BASELINES[name])
+    return {key: chosen[key] for key in chosen if key not in ("client_lr", "server_optimizer")}
+
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_baseline_can_be_run(name):
     settings = settings_of(BASELINES[name])
+    first = next(
+        other for other in BASELINES if but_for_optimizers(other) == but_for_optimizers(name)
+    )
+    if first != name:  # To an optimizer, the params of one model are as good as those of another.
+        settings["model"] = "logistic"
     dataset = parsed("dataset", settings["dataset"]).with_arguments(num_examples=3)
     small = {"dataset": str(dataset)}
     if "cohort_size" in settings:

@@ -51,14 +51,18 @@ def assert_same(in_file, in_memory, *, to_the_bit=True):
         jax.tree.map(compare, entries, getattr(in_memory, name))
 
 
-@pytest.fixture(params=[0, 2**28], ids=["spread", "copied"])
+@pytest.fixture
 def spread(request, monkeypatch):
-    """Whether entries are spread over devices, were they large or not."""
+    """Whether entries are spread over devices, were they large or not: from 0 bytes, or 2 ** 28."""
     monkeypatch.setattr("fedjax_lite.engine.store._LEAST_SPREAD_BYTES_OF_COHORT", request.param)
 
 
 @eight_devices
-@pytest.mark.parametrize(("num_devices", "lanes"), [(1, 1), (2, 3), (3, 1)])
+@pytest.mark.parametrize(
+    ("spread", "num_devices", "lanes"),
+    [(0, 1, 1), (0, 2, 3), (2**28, 2, 3), (0, 3, 1), (2**28, 3, 1)],
+    indirect=["spread"],
+)
 def test_rounds_are_those_of_a_store_in_memory(spread, tmp_path, num_devices, lanes):
     algorithm = apfl(num_devices, lanes=lanes)
     population = regression_dataset().resident(fl.clients_mesh(num_devices))
@@ -80,7 +84,11 @@ def test_rounds_are_those_of_a_store_in_memory(spread, tmp_path, num_devices, la
 
 
 @eight_devices
-@pytest.mark.parametrize(("num_devices", "streamed"), [(1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("spread", "num_devices", "streamed"),
+    [(0, 1, False), (0, 2, True), (2**28, 2, True)],
+    indirect=["spread"],
+)
 def test_runs_are_those_of_a_store_in_memory(spread, tmp_path, num_devices, streamed):
     algorithm, mesh = apfl(num_devices), fl.clients_mesh(num_devices)
     dataset, model = regression_dataset(), regression_model()

@@ -17,7 +17,8 @@ from fedjax_lite.models.convolutional import max_pool
 eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 VOCABULARY = 12
 
-# As published; that of the ResNet, which no source states for two groups, is that of batch norm.
+# As published; that of the ResNet, which no source states for two groups, is that of batch norm,
+# which has as many.
 PARAMETERS = {
     "halfspace_classifier": (fl.models.halfspace_classifier, 3),
     "logistic": (lambda: fl.models.logistic((24, 24, 3), 100), 172_900),
@@ -27,18 +28,17 @@ PARAMETERS = {
     "lenet": (fl.models.lenet, 62_006),
     "lenet, MNIST": (lambda: fl.models.lenet((28, 28, 1)), 44_426),
     "resnet18": (fl.models.resnet18, 11_173_962),
-    "resnet18, batch norm": (lambda: fl.models.resnet18(norm="batch"), 11_173_962),
     "shakespeare_lstm": (fl.models.shakespeare_lstm, 820_522),
     "stackoverflow_lstm": (fl.models.stackoverflow_lstm, 4_050_748),
     "stackoverflow_transformer": (fl.models.stackoverflow_transformer, 1_962_912),
 }
 
 
-def small_transformer(dropout_rate=0.0):
+def small_transformer(dropout_rate=0.0, layers=2):
     return fl.models.stackoverflow_transformer(
         VOCABULARY,
         embedding=8,
-        layers=2,
+        layers=layers,
         num_heads=2,
         feed_forward=16,
         dropout_rate=dropout_rate,
@@ -78,6 +78,16 @@ def test_models_have_the_published_number_of_parameters(name):
     build, published = PARAMETERS[name]
     params, _ = jax.eval_shape(build().init, jax.random.key(0))
     assert sum(p.size for p in jax.tree.leaves(params)) == published
+
+
+def test_a_resnet_has_as_many_parameters_with_either_norm():
+    names = ("resnet18", "resnet18, batch norm")
+    group, batch = (jax.eval_shape(SMALL[name]().init, jax.random.key(0))[0] for name in names)
+    shapes = lambda params: {
+        layer.replace("GroupNorm", "BatchNorm"): jax.tree.map(jnp.shape, leaves)
+        for layer, leaves in params.items()
+    }
+    assert shapes(group) == shapes(batch)
 
 
 def torch_lenet(params, batch):
@@ -169,12 +179,23 @@ TORCH = {
 }
 
 
+def drawn(model):
+    """Params unlike those at the start, where many are zero and logits all alike."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, p):
+        spread = 0.3 if p.ndim == 1 else np.prod(p.shape[:-1]) ** -0.5
+        return ((path[-1].key == "scale") + spread * rng.normal(size=p.shape)).astype(p.dtype)
+
+    params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), model_state)
+    return jax.tree.map_with_path(draw, params), zeros
+
+
 @pytest.mark.parametrize("name", TORCH)
 def test_losses_and_gradients_are_those_of_pytorch(name):
     model, batch = SMALL[name](), small_batch(name)
-    params, model_state = model.init(jax.random.key(0))
-    # Away from the start, where many biases are zero and logits all alike.
-    params = jax.tree.map(lambda p: p + 0.3 * np.sin(np.arange(p.size).reshape(p.shape)), params)
+    params, model_state = drawn(model)
 
     def total(params):
         losses, _ = model.loss(params, model_state, batch, jax.random.key(0))
@@ -203,7 +224,7 @@ def test_losses_and_gradients_are_those_of_pytorch(name):
 
 def test_padding_does_not_enter_the_statistics_of_a_resnet():
     model, batch = SMALL["resnet18, batch norm"](), small_batch("resnet18")
-    params, model_state = model.init(jax.random.key(0))
+    params, model_state = jax.jit(model.init)(jax.random.key(0))
     loss = jax.jit(model.loss)
     losses, after = loss(params, model_state, batch, jax.random.key(0))
     padding = {"x": batch["x"] * np.nan, "y": batch["y"], "mask": jnp.zeros(4, bool)}
@@ -240,23 +261,23 @@ def test_max_pool_has_the_derivatives_of_a_maximum():
 
 def test_dropout_is_for_training_only():
     model = fl.models.emnist_cnn(3, dropout_rates=(0.5, 0.5))
-    params, _ = model.init(jax.random.key(0))
+    params, _ = jax.jit(model.init)(jax.random.key(0))
     batch = {
         "x": jnp.ones((2, 28, 28, 1)),
         "y": jnp.zeros(2, jnp.int32),
         "mask": jnp.ones(2, bool),
     }
-    trained = [model.loss(params, {}, batch, jax.random.key(i))[0] for i in range(2)]
+    loss = jax.jit(model.loss)
+    trained = [loss(params, {}, batch, jax.random.key(i))[0] for i in range(2)]
     assert (trained[0] != trained[1]).all()
-    evaluated = model.metrics(params, {}, batch)["loss"]
-    without = fl.models.emnist_cnn(3, dropout_rates=(0.0, 0.0))
-    np.testing.assert_allclose(evaluated, without.loss(params, {}, batch, jax.random.key(0))[0])
+    evaluated = jax.jit(model.metrics)(params, {}, batch)["loss"]
+    without = jax.jit(fl.models.emnist_cnn(3, dropout_rates=(0.0, 0.0)).loss)
+    np.testing.assert_allclose(evaluated, without(params, {}, batch, jax.random.key(0))[0])
 
 
 def test_lstm_starts_as_in_keras():
-    params, _ = fl.models.shakespeare_lstm(VOCABULARY, embedding=64, hidden=16).init(
-        jax.random.key(0)
-    )
+    model = fl.models.shakespeare_lstm(VOCABULARY, embedding=64, hidden=16)
+    params, _ = jax.jit(model.init)(jax.random.key(0))
     layer = params["_LSTM_0"]
     kernel = layer["recurrent_kernel"]
     np.testing.assert_allclose(kernel @ kernel.T, np.eye(16), atol=1e-5)
@@ -279,13 +300,13 @@ def test_lstm_starts_as_in_keras():
 @pytest.mark.parametrize("name", ["shakespeare_lstm", "stackoverflow_transformer"])
 def test_what_follows_a_symbol_does_not_influence_its_loss(name):
     model, batch = SMALL[name](), small_batch("texts")
-    params, _ = model.init(jax.random.key(0))
+    params, _ = jax.jit(model.init)(jax.random.key(0))
     x, position = batch["x"][1], 3
     # Row t has another symbol at position t, and only the loss of one position counts.
     changed = jnp.where(jnp.eye(7, dtype=bool), (x - 2) % (VOCABULARY - 3) + 3, x)
     only = jnp.where(jnp.arange(7) == position, batch["y"][1], PAD)
     batch = {"x": jnp.vstack([x, changed]), "y": jnp.tile(only, (8, 1)), "mask": jnp.ones(8, bool)}
-    losses, _ = model.loss(params, {}, batch, jax.random.key(0))
+    losses = jax.device_get(jax.jit(model.loss)(params, {}, batch, jax.random.key(0))[0])
     np.testing.assert_allclose(losses[1 + position + 1 :], losses[0], rtol=1e-6)
     assert (abs(losses[1 : 1 + position + 1] - losses[0]) > 1e-5).all()
 
@@ -313,7 +334,7 @@ def test_metrics_of_sequences():
 LEARNING = {
     "shakespeare_lstm": SMALL["shakespeare_lstm"],
     "stackoverflow_lstm": lambda: fl.models.stackoverflow_lstm(VOCABULARY, embedding=8, hidden=16),
-    "stackoverflow_transformer": lambda: small_transformer(0.05),
+    "stackoverflow_transformer": lambda: small_transformer(0.05, layers=1),
 }
 
 

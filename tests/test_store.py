@@ -51,7 +51,7 @@ def run(algorithm, dataset, orders, mesh=None):
     for r, order in enumerate(orders):
         cohort = everyone(population, order, capacity=9)
         state, info = algorithm.round(jax.random.key(r), state, cohort)
-    return jax.device_get(state), jax.device_get(info)
+    return state, jax.device_get(info)
 
 
 def expected_store(dataset, orders):
@@ -73,32 +73,33 @@ def spread(request, monkeypatch):
     return request.param == 0
 
 
+# A number of devices that does not divide 10 has copies in any case.
 @eight_devices
 @pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
-@pytest.mark.parametrize(("lanes", "num_devices"), [(64, 1), (1, 4), (3, 2), (2, 8)])
-def test_entries_are_read_and_written_by_client_id(spread, lanes, num_devices, memory_kind):
+@pytest.mark.parametrize(
+    ("spread", "lanes", "num_devices", "share"),
+    [
+        (0, 64, 1, 10),
+        (0, 3, 2, 5),
+        (2**28, 3, 2, 10),
+        (0, 1, 4, 10),
+        (0, 2, 5, 2),
+        (0, 2, 8, 10),
+    ],
+    indirect=["spread"],
+)
+def test_entries_are_read_and_written_by_client_id(spread, lanes, num_devices, share, memory_kind):
     mesh, dataset = fl.clients_mesh(num_devices), regression_dataset()
     algorithm = diary(lanes=lanes, mesh=mesh, memory_kind=memory_kind)
     start = algorithm.init(jax.random.key(0), num_clients=10)
-    assert {x.sharding.memory_kind for x in start.store.values()} == {memory_kind}
-    state, _ = run(algorithm, dataset, ORDERS, mesh)
-    chex.assert_trees_all_close(state.store, expected_store(dataset, ORDERS), rtol=1e-5)
-
-
-@eight_devices
-@pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
-@pytest.mark.parametrize(("num_devices", "share"), [(5, 2), (4, 10)])
-def test_each_device_has_its_share_of_the_store(spread, num_devices, share, memory_kind):
-    share = share if spread else 10
-    mesh, dataset = fl.clients_mesh(num_devices), regression_dataset()
-    algorithm = diary(lanes=2, mesh=mesh, memory_kind=memory_kind)
-    start = algorithm.init(jax.random.key(0), num_clients=10)
-    cohort = everyone(dataset.resident(mesh), [3, 0, 9, 1], capacity=9)
-    after, _ = algorithm.round(jax.random.key(0), start, cohort)
-    for state in (start, after):  # A number of devices that does not divide 10: copies.
+    after, _ = run(algorithm, dataset, ORDERS, mesh)
+    assert algorithm.round._cache_size() == 1
+    for state in (start, after):
         shards = state.store["seen"].addressable_shards
         assert [shard.data.shape for shard in shards] == [(share, 3)] * num_devices
-        assert state.store["seen"].sharding.memory_kind == memory_kind
+        assert {x.sharding.memory_kind for x in state.store.values()} == {memory_kind}
+    store = jax.device_get(after.store)
+    chex.assert_trees_all_close(store, expected_store(dataset, ORDERS), rtol=1e-5)
 
 
 @eight_devices
@@ -247,15 +248,6 @@ def test_init_asks_for_the_size_of_the_population(build, options, message):
 def test_an_unknown_memory_kind_is_refused():
     with pytest.raises(ValueError, match="memory_kind is 'hbm'; choose one of 'device', 'pinned"):
         diary(memory_kind="hbm")
-
-
-@eight_devices
-@pytest.mark.parametrize("num_devices", [1, 2, 3, 5])
-def test_a_store_compiles_once(spread, num_devices):
-    mesh = fl.clients_mesh(num_devices)
-    algorithm = diary(mesh=mesh)
-    run(algorithm, regression_dataset(), ORDERS[:2], mesh)
-    assert algorithm.round._cache_size() == 1
 
 
 @eight_devices
