@@ -60,7 +60,7 @@ def product_quantization(
             means, _ = clusters
             # Without the squares of the blocks, which are alike for all means.
             distances = jnp.square(means).sum(1) - 2 * blocks @ means.T
-            member = distances.argmin(1)
+            member = jax.lax.argmin(distances, 1, jnp.int32)
             of_cluster = (member == jnp.arange(number)[:, None]).astype(x.dtype)
             # A mean is no longer than the blocks are only if it is exact.
             total = jnp.matmul(of_cluster, blocks, precision="highest")

@@ -12,23 +12,26 @@ from fedjax_lite import _validate
 from fedjax_lite.base import Guarantees, Message, PyTree, UpdateTransform
 from fedjax_lite.updates.pipeline import stateless, unmasked
 from fedjax_lite.xla import random
+from fedjax_lite.xla.precision import widen
 
 
 def unit_of(x: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
-    """A power of two near the largest magnitude in float32, to divide by without any rounding.
+    """A power of two near the largest magnitude, to divide by without any rounding.
 
     NaN where there is NaN or an infinity: whatever is multiplied with it is NaN. Axes stay.
     """
     largest = jnp.abs(x).max(axis, keepdims=True, initial=0)
-    bounded = jnp.clip(largest, jnp.finfo(x.dtype).tiny, 2.0**126)
-    power = jax.lax.reduce_precision(bounded, exponent_bits=8, mantissa_bits=0)
+    info = jnp.finfo(x.dtype)
+    # Up to what has an inverse that is not subnormal.
+    bounded = jnp.clip(largest, info.tiny, 2.0 ** (info.maxexp - 2))
+    power = jax.lax.reduce_precision(bounded, exponent_bits=info.nexp, mantissa_bits=0)
     return jnp.where(jnp.isfinite(largest), power, jnp.nan)
 
 
 def vector_of(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
-    """All entries in float32, and what makes a tree of such a vector again."""
+    """All entries, at least in float32, and what makes a tree of such a vector again."""
     flat, unravel = ravel_pytree(tree)
-    return flat.astype(jnp.float32), lambda vector: unravel(vector.astype(flat.dtype))
+    return widen(flat), lambda vector: unravel(vector.astype(flat.dtype))
 
 
 def compressor(
@@ -42,8 +45,8 @@ def compressor(
 
     Args:
       name: Of the transform.
-      compress: `compress(key, vector) -> (vector, bits)`, for a vector in float32 that is not
-        empty; twice the vector must become twice as large.
+      compress: `compress(key, vector) -> (vector, bits)`, for a vector that is not empty, at least
+        in float32; twice the vector must become twice as large.
       per_array: Whether each array is a vector of its own, and not the whole update one.
       shrinks: Whether no vector becomes longer.
 
