@@ -126,7 +126,7 @@ def test_hashed_bits_pass_for_random_ones():
     keys = jax.random.split(jax.random.key(7), 64)
     bits = jax.vmap(lambda key: fl_random.hashed_bits(key, (4096,)))(keys)
     drawn = np.asarray(bits)
-    # Each byte of a word, by chi-square with 255 degrees of freedom: of mean 255 and deviation 22.6.
+    # Each byte of a word, by chi-square with 255 degrees of freedom, whose deviation is 22.6.
     for shift in (0, 8, 16, 24):
         counts = np.bincount(((drawn >> shift) & 255).ravel(), minlength=256)
         expected = drawn.size / 256
