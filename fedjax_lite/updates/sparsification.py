@@ -1,6 +1,7 @@
 """Updates of which few entries are sent."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ from fedjax_lite.base import PyTree, UpdateTransform
 from fedjax_lite.updates.vector import check_count, count_of, encoder
 from fedjax_lite.xla import random
 from fedjax_lite.xla.precision import widen
+
+_NUM_SLABS = 16
 
 
 def top_k(k: float, *, per_array: bool = False) -> UpdateTransform:
@@ -111,29 +114,40 @@ def _largest(magnitude: jax.Array, number: int) -> jax.Array:
 
     The bits of floats that are not negative are ordered as they are, with NaN last. The bits of the
     smallest one that is kept are found one after the other, by counting: whatever the number is,
-    some 50 passes over a vector, where sorting it would take a CPU as long as training.
+    31 passes over a vector, where sorting it would take a CPU as long as training.
     """
     width = 8 * magnitude.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(magnitude, f"uint{width}")
-
-    def largest_where(enough: Any, num_bits: int, dtype: Any) -> jax.Array:
-        """The largest integer for which there is enough, bit for bit from the highest."""
-
-        def try_bit(i: jax.Array, found: jax.Array) -> jax.Array:
-            tried = found | (jnp.ones((), dtype) << (num_bits - 1 - i).astype(dtype))
-            return jnp.where(enough(tried), tried, found)
-
-        return jax.lax.fori_loop(0, num_bits, try_bit, jnp.zeros((), dtype))
-
-    least = largest_where(lambda x: (bits >= x).sum() >= number, width - 1, bits.dtype)
-    missing = number - (bits > least).sum()
-    place = jnp.arange(magnitude.size, dtype=jnp.uint32)
+    least = _largest_where(lambda x: _count(bits >= x) >= number, width - 1, bits.dtype)
+    missing = number - _count(bits > least)
     equal = bits == least
-    # The last place before which not all of the missing ones are.
-    end = largest_where(
-        lambda x: (equal & (place < x)).sum() < missing, magnitude.size.bit_length(), jnp.uint32
-    )
-    return (bits > least) | (equal & (place <= end))
+    place = jnp.arange(magnitude.size, dtype=jnp.uint32)
+    # Of equal ones, the last that is kept: the last place before which too few are. Where all of
+    # them are kept, there is nothing to look for, and no turn of the loop.
+    num_bits = jnp.where(_count(equal) > missing, magnitude.size.bit_length(), 0)
+    last = _largest_where(lambda x: _count(equal & (place < x)) < missing, num_bits, jnp.uint32)
+    return (bits > least) | (equal & ((place <= last) | (num_bits == 0)))
+
+
+def _largest_where(
+    enough: Callable[[jax.Array], jax.Array], num_bits: Any, dtype: Any
+) -> jax.Array:
+    """The largest integer of so many bits for which there is enough, bit after bit."""
+
+    def try_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        tried = found | (jnp.ones((), dtype) << jnp.asarray(num_bits - 1 - i).astype(dtype))
+        return jnp.where(enough(tried), tried, found)
+
+    return jax.lax.fori_loop(0, num_bits, try_bit, jnp.zeros((), dtype))
+
+
+def _count(x: jax.Array) -> jax.Array:
+    """How many are true."""
+    # In slabs side by side, for a CPU that would add one to the other: an eighth of the time.
+    width = -(-x.size // _NUM_SLABS)
+    slabs = [x[start : start + width] for start in range(0, x.size, width)]
+    *full, rest = (slab.astype(jnp.int32) for slab in slabs)
+    return sum(full, jnp.zeros(width, jnp.int32)).sum() + rest.sum()
 
 
 def choice_bits(size: int, number: int) -> int:
