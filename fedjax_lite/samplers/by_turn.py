@@ -45,7 +45,10 @@ def sequential(num_clients: int, cohort_size: int) -> Sampler:
         _, positions, size = _in_passes(round, num_clients, capacity)
         return Choice(positions, 1.0, size)
 
-    return build(choose, num_clients, capacity)
+    num_groups = -(-num_clients // capacity)
+    return build(
+        choose, num_clients, capacity, scheme="in_turn", rate=1.0, num_groups=num_groups
+    )
 
 
 def round_robin(num_clients: int, cohort_size: int) -> Sampler:
@@ -79,7 +82,10 @@ def round_robin(num_clients: int, cohort_size: int) -> Sampler:
         client_ids = random.permuted(jax.random.fold_in(key, number), positions, num_clients)
         return Choice(client_ids, size / num_clients, size)
 
-    return build(choose, num_clients, capacity)
+    num_groups = -(-num_clients // capacity)
+    return build(
+        choose, num_clients, capacity, scheme="in_turn", rate=1.0, num_groups=num_groups
+    )
 
 
 def minimise_reuse(num_clients: int, cohort_size: int) -> Sampler:
@@ -119,7 +125,10 @@ def minimise_reuse(num_clients: int, cohort_size: int) -> Sampler:
         client_ids = random.permuted(key, positions, num_clients)
         return Choice(client_ids, capacity / num_clients, jnp.int32(capacity))
 
-    return build(choose, num_clients, capacity)
+    num_groups = num_clients // capacity
+    return build(
+        choose, num_clients, capacity, scheme="in_turn", rate=1.0, num_groups=num_groups
+    )
 
 
 def cyclic(
