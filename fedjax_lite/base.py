@@ -283,12 +283,16 @@ class Guarantees(NamedTuple):
       is_private: Whether noise is added to the aggregate, in proportion to what one client can
         change. There must then be a bound of that, clients send nothing else, and no round is
         skipped.
+      released: What transforms release of clients beside the aggregate: the sum of $1 / z^2$ over
+        it, if each has normal noise of $z$ times what one client can change, a number that may be
+        traced. Of the noise multiplier of a whole round, the aggregate gets what this leaves.
     """
 
     sensitivity: Any = None
     max_weight: Any = None
     is_masked: bool = False
     is_private: bool = False
+    released: Any = 0.0
 
 
 class Received(NamedTuple):
@@ -301,6 +305,7 @@ class Received(NamedTuple):
         there or not; a number that may be traced, or `None` if there is none.
       weights: `[clients]`, the weights of the cohort's clients, 0 of those who are left out.
       cohort: The cohort, without examples.
+      released: As in `Guarantees`, of the whole pipeline.
     """
 
     aggregate: PyTree
@@ -308,6 +313,7 @@ class Received(NamedTuple):
     sensitivity: Any = None
     weights: Any = None
     cohort: Any = None
+    released: Any = 0.0
 
 
 def _nothing_known(before: Guarantees, state: PyTree) -> Guarantees:

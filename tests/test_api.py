@@ -87,7 +87,17 @@ NAMES = {
         *(*UPDATE, *STEPS, *SPEED),
     ],
     "chain": ["transforms"],
+    "adaptive_clip": [
+        *("initial_norm", "quantile", "learning_rate", "count_noise", "denominator"),
+    ],
+    "adaptive_zero": [
+        *("initial_norm", "quantile", "learning_rate", "multiplier", "increment", "norm"),
+        *("count_noise", "denominator"),
+    ],
     "clip_by_norm": ["max_norm"],
+    "clip_per_array": ["max_norm"],
+    "gaussian_noise": ["noise_multiplier", "noise_scale"],
+    "zero_by_norm": ["max_norm", "norm"],
     "clients_mesh": ["num_devices"],
     "cohort": ["key", "population", "cohort_size", "capacity"],
     "cohort_of": ["population", "client_ids", "key", "max_steps", "staleness"],

@@ -251,7 +251,9 @@ def federated_algorithm(
         server = dataclasses.replace(
             state, store=(), pipeline_store=(), last_aggregate=(), versions=(), frozen=()
         )
-        key_server = random.fold_in_pair(key, KEY_SERVER, 0)
+        # By the number of the round, too: a caller's key may be that of an earlier one, whose noise
+        # a difference of the two would take off.
+        key_server = random.fold_in_pair(key, KEY_SERVER, state.round)
         without_examples = dataclasses.replace(cohort, examples={})
         received, bits_down = server, None
         if pipeline is not None:
@@ -302,6 +304,7 @@ def federated_algorithm(
                 reducer.sensitivity(bounds),
                 result.clients["weight"],
                 without_examples,
+                bounds.released,
             )
             sent, pipeline_state, told = pipeline.server(key_server, server.pipeline_state, sent)
             _validate.instance("what the server half of the pipeline returned", sent, Received)

@@ -4,8 +4,10 @@ Each transform is a function that returns an `UpdateTransform`, with a half for 
 for the server; `chain` composes them.
 """
 
-from fedjax_lite.updates.clipping import cap_weight, clip_by_norm
+from fedjax_lite.updates.adaptive import adaptive_clip, adaptive_zero
+from fedjax_lite.updates.clipping import cap_weight, clip_by_norm, clip_per_array, zero_by_norm
 from fedjax_lite.updates.feedback import error_feedback
+from fedjax_lite.updates.noise import gaussian_noise
 from fedjax_lite.updates.pipeline import chain, downlink
 from fedjax_lite.updates.quantization import quantize_uniform
 from fedjax_lite.updates.reducers import (
@@ -16,14 +18,19 @@ from fedjax_lite.updates.reducers import (
 )
 
 __all__ = [
+    "adaptive_clip",
+    "adaptive_zero",
     "cap_weight",
     "chain",
     "clip_by_norm",
+    "clip_per_array",
     "coordinate_median",
     "downlink",
     "error_feedback",
     "fixed_point",
+    "gaussian_noise",
     "modular_sum",
     "quantize_uniform",
     "weighted_mean",
+    "zero_by_norm",
 ]
