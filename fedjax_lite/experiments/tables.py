@@ -7,7 +7,7 @@ from typing import Any
 
 import optax
 
-from fedjax_lite import algorithms, data, models, samplers, updates
+from fedjax_lite import algorithms, data, models, privacy, samplers, updates
 from fedjax_lite.algorithms import server_optimizers
 from fedjax_lite.base import FederatedAlgorithm, Reducer, UpdateTransform
 from fedjax_lite.data import partition
@@ -96,6 +96,7 @@ ROLES: Mapping[str, Role] = {
         _role("updates", _returning(UpdateTransform, updates, "chain"), "updates"),
         _role("reducer", _returning(Reducer, updates), "reducers"),
         _role("sampler", _functions(samplers), "samplers", "num_clients", "num_examples"),
+        _role("privacy", {"budget": privacy.budget}, "budgets"),
         _role("metrics", _functions(metrics, "mean"), "metrics", "num_classes"),
     )
 }

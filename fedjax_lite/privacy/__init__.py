@@ -3,9 +3,9 @@
 Needs the extra `privacy`. The noise itself is added by transforms of the update pipeline.
 """
 
-from fedjax_lite.privacy.accounting import Ledger, calibrate, epsilon, ledger
+from fedjax_lite.privacy.accounting import Budget, Ledger, budget, calibrate, epsilon, ledger
 
-__all__ = ["Ledger", "calibrate", "epsilon", "ledger"]
+__all__ = ["Budget", "Ledger", "budget", "calibrate", "epsilon", "ledger"]
 
 
 def __dir__() -> list[str]:

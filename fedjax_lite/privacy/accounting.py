@@ -24,8 +24,10 @@ import numpy as np
 
 from fedjax_lite import _validate
 from fedjax_lite._extras import require
+from fedjax_lite.base import FederatedAlgorithm
 from fedjax_lite.samplers import Sampler
 
+_ACCOUNTANTS = (None, "pld", "rdp")
 _TOLERANCE = 5e-4  # Of a calibrated noise multiplier, relative.
 _REFUSED = {
     None: "its law is not known; choose one of fl.samplers",
@@ -107,8 +109,7 @@ def ledger(
     """
     _validate.instance("sampler", sampler, Sampler, "fl.samplers.poisson(1000, 0.01)")
     noise_multiplier = float(_validate.number("noise_multiplier", noise_multiplier))
-    if not 0 < delta < 1:
-        raise ValueError(f"delta is {delta}; choose a number between 0 and 1, such as 1e-6.")
+    _check_delta(delta)
     accountant, adjacency = _covered(sampler, accountant)
     spent = _spent(noise_multiplier, float(delta), sampler, accountant, adjacency)
     return Ledger(spent, noise_multiplier, float(delta), accountant, adjacency)
@@ -161,8 +162,7 @@ def calibrate(
     >>> 2.99 < ledger(noise_multiplier, 1e-6, sampler).epsilon(100) <= 3
     True
     """
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon is {epsilon}; choose a positive number.")
+    _check_epsilon(epsilon)
     num_rounds = _validate.integer("num_rounds", num_rounds, minimum=1)
 
     @functools.cache
@@ -180,6 +180,82 @@ def calibrate(
     return math.exp(root + _TOLERANCE)
 
 
+class Budget(NamedTuple):
+    """What a run is to be accounted for; see `budget`."""
+
+    delta: float
+    epsilon: float | None = None
+    accountant: str | None = None
+
+
+def budget(delta: float, epsilon: float | None = None, *, accountant: str | None = None) -> Budget:
+    """What a run may spend, as an argument of `fl.train`.
+
+    Its records then have epsilon, by the noise of the algorithm's pipeline and the law of the
+    sampler; a run that these do not cover is refused.
+
+    Args:
+      delta: As for `ledger`.
+      epsilon: The most that all rounds may spend; more is refused. In settings of experiments and
+        on the command line, a `noise_multiplier` that is left out of the updates, as in
+        `gaussian_noise()`, is the least one that keeps to it. By default there is no bound.
+      accountant: As for `ledger`.
+
+    Raises:
+      ValueError: A number is out of range.
+    """
+    _check_delta(delta)
+    if epsilon is not None:
+        _check_epsilon(epsilon)
+    _validate.choice("accountant", accountant, _ACCOUNTANTS)
+    return Budget(delta, epsilon, accountant)
+
+
+def ledger_of(
+    budget: Budget, algorithm: FederatedAlgorithm, sampler: Sampler, num_rounds: int
+) -> Ledger:
+    """The ledger of a run.
+
+    Args:
+      budget: What it may spend.
+      algorithm: Whose pipeline adds the noise.
+      sampler: Who takes part.
+      num_rounds: Rounds of the whole run.
+
+    Raises:
+      ValueError: The algorithm adds no noise, or none that is accounted for; the sampler is not
+        covered; the rounds spend more than they may.
+    """
+    _validate.instance("privacy", budget, Budget, "fl.privacy.budget(delta=1e-6)")
+    known = None if algorithm.guarantees is None else algorithm.guarantees()
+    if known is None or known.noise_multiplier is None:
+        raise ValueError(
+            "privacy is to be accounted of an algorithm whose pipeline adds no noise, or none that"
+            " is drawn anew in each round; end it with fl.gaussian_noise(noise_multiplier)."
+        )
+    spent = ledger(known.noise_multiplier, budget.delta, sampler, accountant=budget.accountant)
+    if budget.epsilon is not None and spent.epsilon(num_rounds) > budget.epsilon:
+        least = calibrate(
+            budget.epsilon, budget.delta, num_rounds, sampler, accountant=budget.accountant
+        )
+        raise ValueError(
+            f"privacy allows an epsilon of {budget.epsilon:g}, and {num_rounds} rounds with a"
+            f" noise_multiplier of {spent.noise_multiplier:g} spend"
+            f" {spent.epsilon(num_rounds):g}; choose {least:.4g}, or fewer rounds."
+        )
+    return spent
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise ValueError(f"delta is {delta}; choose a number between 0 and 1, such as 1e-6.")
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon is {epsilon}; choose a positive number.")
+
+
 def _covered(sampler: Sampler, accountant: str | None) -> tuple[str, str]:
     """The accountant of a sampler, and between which populations it accounts."""
     scheme = sampler.scheme
@@ -189,7 +265,7 @@ def _covered(sampler: Sampler, accountant: str | None) -> tuple[str, str]:
     if reason is not None:
         of = "without a scheme" if scheme is None else f"of the scheme {scheme!r}"
         raise ValueError(f"sampler is one {of}, for which there is no epsilon: {reason}.")
-    _validate.choice("accountant", accountant, (None, "pld", "rdp"))
+    _validate.choice("accountant", accountant, _ACCOUNTANTS)
     if scheme == "without_replacement":
         if accountant == "pld":
             raise ValueError(
@@ -239,7 +315,8 @@ def _loss(
     dp_accounting = require("dp_accounting", "privacy")
     distributions = dp_accounting.pld.privacy_loss_distribution
     relation = dp_accounting.NeighboringRelation[adjacency.upper()]
-    rate = 1.0 if sampler.scheme == "in_turn" else sampler.rate
+    rate = sampler.rate
+    assert rate is not None  # It is covered.
     # The loss where the noise is 8 standard deviations off: what is further out is as good as
     # never seen. A hundred steps up to there make epsilon a thousandth too large at most.
     exponent = 8 / noise_multiplier + 1 / (2 * noise_multiplier**2)
@@ -277,7 +354,8 @@ def _divergences(
     if sampler.scheme == "without_replacement":
         group = sampler.num_clients // sampler.num_groups
         halved = dp_accounting.GaussianDpEvent(noise_multiplier / 2)
-        size = round(sampler.rate * group) if sampler.rate is not None else group
+        assert sampler.rate is not None
+        size = round(sampler.rate * group)
         event = dp_accounting.SampledWithoutReplacementDpEvent(group, size, halved)
     elif sampler.scheme == "poisson":
         event = dp_accounting.PoissonSampledDpEvent(sampler.rate, event)

@@ -46,9 +46,7 @@ def sequential(num_clients: int, cohort_size: int) -> Sampler:
         return Choice(positions, 1.0, size)
 
     num_groups = -(-num_clients // capacity)
-    return build(
-        choose, num_clients, capacity, scheme="in_turn", rate=1.0, num_groups=num_groups
-    )
+    return build(choose, num_clients, capacity, scheme="in_turn", rate=1.0, num_groups=num_groups)
 
 
 def round_robin(num_clients: int, cohort_size: int) -> Sampler:
@@ -83,9 +81,7 @@ def round_robin(num_clients: int, cohort_size: int) -> Sampler:
         return Choice(client_ids, size / num_clients, size)
 
     num_groups = -(-num_clients // capacity)
-    return build(
-        choose, num_clients, capacity, scheme="in_turn", rate=1.0, num_groups=num_groups
-    )
+    return build(choose, num_clients, capacity, scheme="in_turn", rate=1.0, num_groups=num_groups)
 
 
 def minimise_reuse(num_clients: int, cohort_size: int) -> Sampler:
@@ -126,9 +122,7 @@ def minimise_reuse(num_clients: int, cohort_size: int) -> Sampler:
         return Choice(client_ids, capacity / num_clients, jnp.int32(capacity))
 
     num_groups = num_clients // capacity
-    return build(
-        choose, num_clients, capacity, scheme="in_turn", rate=1.0, num_groups=num_groups
-    )
+    return build(choose, num_clients, capacity, scheme="in_turn", rate=1.0, num_groups=num_groups)
 
 
 def cyclic(

@@ -74,7 +74,16 @@ def gaussian_noise(noise_multiplier: ArrayLike, *, noise_scale: ArrayLike = 1.0)
     def draw(key: jax.Array, state: PyTree, like: PyTree) -> tuple[PyTree, PyTree]:
         return normal_like(key, like), state
 
-    return additive_noise("gaussian_noise", noise_multiplier, noise_scale, lambda params: (), draw)
+    added = additive_noise("gaussian_noise", noise_multiplier, noise_scale, lambda params: (), draw)
+
+    def guarantees(before: Guarantees, state: PyTree) -> Guarantees:
+        after = added.guarantees(before, state)
+        # Of the whole round, in which the noise of the aggregate alone is scaled.
+        scaled = (noise_scale * noise_multiplier) ** 2
+        whole = scaled / (1 + before.released * (scaled - noise_multiplier**2))
+        return after._replace(noise_multiplier=whole**0.5)
+
+    return added._replace(guarantees=guarantees)
 
 
 def additive_noise(
