@@ -274,6 +274,25 @@ def test_minimise_reuse_finds_its_place_in_late_rounds_of_large_populations():
     np.testing.assert_array_equal(selection.client_ids, expected)
 
 
+TAKING_TURNS = {
+    "cyclic": samplers.cyclic(11, 3, 2),
+    "everyone": samplers.everyone(4),
+    "minimise_reuse": samplers.minimise_reuse(11, 4),
+    "round_robin": samplers.round_robin(11, 4),
+    "sequential": samplers.sequential(11, 4),
+}
+
+
+@pytest.mark.parametrize("name", TAKING_TURNS)
+def test_a_client_takes_part_in_one_of_as_many_rounds_as_there_are_groups(name):
+    sampler = TAKING_TURNS[name]
+    for key in jax.random.split(jax.random.key(0), 3):
+        for first in range(0, 6 * sampler.num_groups, sampler.num_groups):
+            ids = [sampler.select(key, first + r).client_ids for r in range(sampler.num_groups)]
+            counts = np.bincount(np.concatenate(ids) + 1, minlength=sampler.num_clients + 1)[1:]
+            assert counts.max() == 1
+
+
 @pytest.mark.parametrize(("num_clients", "num_groups"), [(11, 3), (6, 3), (4, 4), (5, 1), (1, 1)])
 def test_cyclic_groups_split_the_population(num_clients, num_groups):
     whole_groups = samplers.cyclic(num_clients, num_groups, rate=1)

@@ -28,7 +28,7 @@ from fedjax_lite.base import FederatedAlgorithm
 from fedjax_lite.samplers import Sampler
 
 _ACCOUNTANTS = (None, "pld", "rdp")
-_TOLERANCE = 5e-4  # Of a calibrated noise multiplier, relative.
+_TOLERANCE = 1e-4  # Of a calibrated noise multiplier, relative.
 _REFUSED = {
     None: "its law is not known; choose one of fl.samplers",
     "with_replacement": (
@@ -151,7 +151,7 @@ def calibrate(
       accountant: As for `ledger`.
 
     Returns:
-      It, or up to a thousandth more.
+      It, or up to a few ten-thousandths more.
 
     Raises:
       ValueError: As for `ledger`.
@@ -321,7 +321,7 @@ def _loss(
     # never seen. A hundred steps up to there make epsilon a thousandth too large at most.
     exponent = 8 / noise_multiplier + 1 / (2 * noise_multiplier**2)
     largest = np.logaddexp(np.log(rate) + exponent, np.log1p(-rate) if rate < 1 else -np.inf)
-    step = float(np.clip(2e-3, largest / 5_000, largest / 100))
+    step = float(np.clip(1e-3, largest / 5_000, largest / 100))
     if rate == 1:
 
         def certain(count: int, delta: float) -> float:
