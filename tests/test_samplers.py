@@ -363,9 +363,10 @@ def test_states_what_an_accountant_needs():
     assert known["poisson"] == ("poisson", 0.3, 1)
     assert known["cyclic"] == ("without_replacement", 2 / 3, 3)
     assert known["cyclic poisson"] == ("poisson", 0.5, 3)
-    assert known["importance on a schedule"] == ("poisson", None, 1)
-    for name in ("sequential", "round robin", "minimise reuse", "everyone"):
-        assert known[name] == (None, None, 1)
+    assert known["importance on a schedule"] == ("importance", None, 1)
+    assert known["everyone"] == ("in_turn", 1.0, 1)
+    for name in ("sequential", "round robin", "minimise reuse"):
+        assert known[name][:2] == ("in_turn", 1.0)
 
 
 @pytest.mark.parametrize(

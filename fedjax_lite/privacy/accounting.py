@@ -125,6 +125,16 @@ def epsilon(
 ) -> float:
     """What a number of rounds spends; see `ledger`.
 
+    Args:
+      noise_multiplier: As for `ledger`.
+      delta: As for `ledger`.
+      num_rounds: How many rounds there are.
+      sampler: As for `ledger`.
+      accountant: As for `ledger`.
+
+    Raises:
+      ValueError: As for `ledger`.
+
     >>> import fedjax_lite as fl
     >>> round(epsilon(0.8, 1e-6, 100, fl.samplers.poisson(10_000, 0.01)), 1)
     2.0
@@ -322,17 +332,16 @@ def _loss(
     exponent = 8 / noise_multiplier + 1 / (2 * noise_multiplier**2)
     largest = np.logaddexp(np.log(rate) + exponent, np.log1p(-rate) if rate < 1 else -np.inf)
     step = float(np.clip(1e-3, largest / 5_000, largest / 100))
-    if rate == 1:
+    if rate == 1 or step > 100:
+        # Of those drawn by chance with hardly any noise, without regard to chance, and as if each
+        # could put another one out of its slot: epsilon is in the hundreds of thousands anyhow.
+        own = noise_multiplier if rate == 1 else noise_multiplier / 2
 
-        def certain(count: int, delta: float) -> float:
-            together = distributions.from_gaussian_mechanism(
-                noise_multiplier / math.sqrt(count),
-                value_discretization_interval=step,
-                neighboring_relation=relation,
-            )
-            return together.get_epsilon_for_delta(delta)
+        @np.errstate(divide="ignore")  # It takes the logarithm of a difference that may be none.
+        def together(count: int, delta: float) -> float:
+            return dp_accounting.get_epsilon_gaussian(own / math.sqrt(count), delta)
 
-        return certain
+        return together
     loss = distributions.from_truncated_subsampled_gaussian_mechanism(
         _largest_group(sampler),
         rate,
