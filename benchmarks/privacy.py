@@ -116,7 +116,7 @@ def _accuracies(
         sampler,
         num_rounds,
         keys=jax.vmap(jax.random.key)(np.tile(np.arange(num_seeds), len(noise))),
-        numbers={"noise_multiplier": np.repeat(np.float32(noise), num_seeds)},
+        numbers={"noise_multiplier": np.repeat(np.array(noise, np.float32), num_seeds)},
         evaluate=lambda state: fl.evaluate(model, state, examples),
         eval_every=num_rounds,
     )
@@ -130,7 +130,7 @@ def audit(small: bool) -> Iterator[Row]:
     claimed, delta, num_rounds, num_runs = 3.0, 1e-2, 2, 2_000 if small else 50_000
     model = fl.function_model(lambda w, batch: jnp.sum(w) * batch["x"], lambda key: jnp.zeros(64))
     mesh = fl.clients_mesh(1)
-    population = fl.FederatedDataset.from_clients([{"x": [0.0]}, {"x": [0.0]}]).resident(mesh)
+    population = fl.FederatedDataset.from_clients([{"x": np.zeros(1)}] * 2).resident(mesh)
     sampler = fl.samplers.everyone(2)
 
     def build(noise_multiplier: jax.Array, canaries: fl.UpdateTransform) -> fl.FederatedAlgorithm:
@@ -254,11 +254,9 @@ def _jsonable(rows: Any) -> Any:
 
 def _table(rows: list[Row]) -> str:
     widths = {name: max(len(name), 8) for name in rows[0]}
-    lines = ["  ".join(f"{name:>{width}}" for name, width in widths.items())]
-    lines += [
-        "  ".join(f"{row[name]:>{width}.4g}" for name, width in widths.items()) for row in rows
-    ]
-    return "\n".join(lines)
+    lines = [[f"{name:>{width}}" for name, width in widths.items()]]
+    lines += [[f"{row[name]:>{width}.4g}" for name, width in widths.items()] for row in rows]
+    return "\n".join(map("  ".join, lines))
 
 
 def _draw(file: str, rows: list[Row]) -> None:
@@ -270,12 +268,13 @@ def _draw(file: str, rows: list[Row]) -> None:
 
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
     noisy = [row for row in rows if np.isfinite(row["epsilon"])]
-    columns = [[row[name] for row in noisy] for name in ("epsilon", "accuracy", "accuracy_std")]
-    axes.errorbar(*columns, fmt="o-", capsize=3, label=f"delta = {rows[0]['delta']:g}")
-    axes.axhline(rows[0]["accuracy"], color="gray", linestyle=":", label="without noise")
-    title = (
-        f"{rows[0]['clients']:,} clients of one digit, {rows[0]['expected_cohort']:g} in a round"
+    epsilons, means, spreads = (
+        [row[name] for row in noisy] for name in ("epsilon", "accuracy", "accuracy_std")
     )
+    told = f"delta = {rows[0]['delta']:g}"
+    axes.errorbar(epsilons, means, spreads, fmt="o-", capsize=3, label=told)
+    axes.axhline(rows[0]["accuracy"], color="gray", linestyle=":", label="without noise")
+    title = f"{rows[0]['clients']:,} clients of one digit each"
     axes.set(xscale="log", xlabel="epsilon", ylabel="accuracy", title=title)
     axes.legend(frameon=False)
     figure.savefig(file)

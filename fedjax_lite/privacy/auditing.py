@@ -1,6 +1,6 @@
 """Canaries among the clients, and what can be told of them from a run: epsilon from below."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +54,11 @@ class Audit(NamedTuple):
 
 
 def canaries(
-    key: jax.Array, client_ids: ArrayLike, norm: ArrayLike, *, planted: ArrayLike = True
+    key: jax.Array,
+    client_ids: ArrayLike | Sequence[int],
+    norm: ArrayLike,
+    *,
+    planted: ArrayLike = True,
 ) -> UpdateTransform:
     r"""Has some clients send a random direction in place of their update: those that audits find.
 
@@ -116,7 +120,7 @@ def canary_scores(
     num_rounds: int,
     *,
     keys: jax.Array,
-    client_ids: ArrayLike,
+    client_ids: ArrayLike | Sequence[int],
     norm: ArrayLike,
     batch_size: int = 64,
 ) -> Scores:
