@@ -38,6 +38,7 @@ from fedjax_lite.evaluation import (
     metrics,
     summarize_clients,
 )
+from fedjax_lite.models.dp_sgd import dp_sgd
 from fedjax_lite.models.frozen import frozen, lora
 from fedjax_lite.models.linen import linen_model
 from fedjax_lite.models.model import Model, function_model
@@ -96,6 +97,7 @@ __all__ = [
     "cohort_of",
     "configure_cpu",
     "data",
+    "dp_sgd",
     "evaluate",
     "evaluate_clients",
     "evaluate_fine_tuned",

@@ -283,6 +283,9 @@ class Guarantees(NamedTuple):
       is_private: Whether noise is added to the aggregate, in proportion to what one client can
         change. There must then be a bound of that, clients send nothing else, and no round is
         skipped.
+      noise_multiplier: Standard deviation of that noise by what one client can change, a number
+        that may be traced, if it is normal and drawn anew in each round, and covers all that is
+        released of clients in a round; `None` otherwise.
       released: What transforms release of clients beside the aggregate: the sum of $1 / z^2$ over
         it, if each has normal noise of $z$ times what one client can change, a number that may be
         traced. Of the noise multiplier of a whole round, the aggregate gets what this leaves.
@@ -292,6 +295,7 @@ class Guarantees(NamedTuple):
     max_weight: Any = None
     is_masked: bool = False
     is_private: bool = False
+    noise_multiplier: Any = None
     released: Any = 0.0
 
 

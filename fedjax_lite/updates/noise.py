@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Guarantees, Message, PyTree, Received, UpdateTransform
+from fedjax_lite.xla import random
 from fedjax_lite.xla.precision import squared_norm, widen
 
 Draw = Callable[[jax.Array, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -72,9 +72,12 @@ def gaussian_noise(noise_multiplier: ArrayLike, *, noise_scale: ArrayLike = 1.0)
     """
 
     def draw(key: jax.Array, state: PyTree, like: PyTree) -> tuple[PyTree, PyTree]:
-        return normal_like(key, like), state
+        return random.normal_like(key, like), state
 
-    return additive_noise("gaussian_noise", noise_multiplier, noise_scale, lambda params: (), draw)
+    return additive_noise(
+        *("gaussian_noise", noise_multiplier, noise_scale, lambda params: (), draw),
+        is_fresh=True,
+    )
 
 
 def additive_noise(
@@ -83,6 +86,8 @@ def additive_noise(
     noise_scale: ArrayLike,
     init: Callable[[PyTree], PyTree],
     draw: Draw,
+    *,
+    is_fresh: bool,
 ) -> UpdateTransform:
     """A transform that adds noise to the aggregate.
 
@@ -93,6 +98,7 @@ def additive_noise(
       init: `init(params) -> state`.
       draw: `draw(key, state, like) -> (noise, state)`, noise in the form of the aggregate such that
         times $z$ it protects an aggregate of sensitivity 1.
+      is_fresh: Whether it is normal, and independent of that of other rounds.
     """
     multiplier = _validate.number("noise_multiplier", noise_multiplier)
     noise_scale = _validate.number("noise_scale", noise_scale)
@@ -136,22 +142,10 @@ def additive_noise(
                 f"noise_multiplier is {multiplier}, and the counts of clients before {name} have no"
                 f" more noise: choose one below {before.released**-0.5:g}, or a larger count_noise."
             )
-        return before._replace(is_private=True)
+        is_stated = is_fresh and _is_known(noise_scale) and noise_scale == 1
+        return before._replace(is_private=True, noise_multiplier=multiplier if is_stated else None)
 
     return UpdateTransform(init, client, server, guarantees=guarantees)
-
-
-def normal_like(key: jax.Array, like: PyTree) -> PyTree:
-    """Standard normal noise in the form of a tree, from a key of its own for each array.
-
-    Both parts of complex numbers have variance 1.
-    """
-
-    def draw(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-        real_std = np.sqrt(2) if jnp.issubdtype(dtype, jnp.complexfloating) else 1
-        return real_std * jax.random.normal(key, shape, dtype)
-
-    return optax.tree.random_like(key, like, draw)
 
 
 def _is_known(*numbers: Any) -> bool:
