@@ -58,6 +58,7 @@ from fedjax_lite.runs import (
     sweep,
     train,
 )
+from fedjax_lite.samplers import durations
 from fedjax_lite.updates import *  # noqa: F403
 from fedjax_lite.xla import UnconfiguredCPUWarning, clients_mesh, configure_cpu, replicate
 
@@ -98,6 +99,7 @@ __all__ = [
     "configure_cpu",
     "data",
     "dp_sgd",
+    "durations",
     "evaluate",
     "evaluate_clients",
     "evaluate_fine_tuned",

@@ -186,7 +186,9 @@ NAMES = {
         *("params", "model_state", "opt_state", "loss", "num_examples", "num_steps"),
     ],
     "Message": ["update", "weight", "entry", "statistics", "metrics"],
-    "Received": ["aggregate", "statistics", "sensitivity", "weights", "cohort", "released"],
+    "Received": [
+        *("aggregate", "statistics", "sensitivity", "weights", "cohort", "drift", "released"),
+    ],
     "Reducer": ["summand", "finish", "stacked", "sensitivity", "keeps_last"],
     "Stack": ["updates", "weights", "client_ids", "is_hostile", "last", "key", "total"],
     "cap_weight": ["max_weight"],

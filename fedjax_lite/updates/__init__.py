@@ -18,6 +18,12 @@ from fedjax_lite.updates.reducers import (
     modular_sum,
     weighted_mean,
 )
+from fedjax_lite.updates.staleness import (
+    hinge_staleness,
+    mix_models,
+    polynomial_staleness,
+    threshold_staleness,
+)
 
 __all__ = [
     "adaptive_clip",
@@ -31,10 +37,14 @@ __all__ = [
     "error_feedback",
     "fixed_point",
     "gaussian_noise",
+    "hinge_staleness",
     "local_gaussian_noise",
     "local_laplace_noise",
+    "mix_models",
     "modular_sum",
+    "polynomial_staleness",
     "quantize_uniform",
+    "threshold_staleness",
     "toeplitz_noise",
     "tree_noise",
     "weighted_mean",

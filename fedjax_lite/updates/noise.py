@@ -101,7 +101,7 @@ def additive_noise(
       is_fresh: Whether it is normal, and independent of that of other rounds.
     """
     multiplier = _validate.number("noise_multiplier", noise_multiplier)
-    noise_scale = _validate.number("noise_scale", noise_scale)
+    scale = _validate.number("noise_scale", noise_scale)
 
     def client(key: jax.Array, state: PyTree, message: Message, client: object) -> Message:
         del key, state, client
@@ -111,7 +111,7 @@ def additive_noise(
         key: jax.Array, state: PyTree, received: Received
     ) -> tuple[Received, PyTree, dict[str, jax.Array]]:
         left = jnp.sqrt(1 - received.released * jnp.square(multiplier))
-        std = noise_scale * multiplier / left * received.sensitivity
+        std = scale * multiplier / left * received.sensitivity
         signal = widen(received.aggregate)
         noise, state = draw(key, state, signal)
         noise_norm = std * np.sqrt(sum(x.size for x in jax.tree.leaves(signal)))
@@ -137,12 +137,14 @@ def additive_noise(
                 " fl.adaptive_clip; give that count_noise=, such as a twentieth of the number of"
                 " clients, or take fl.clip_by_norm(1.0)."
             )
-        if _is_known(before.released, multiplier) and before.released * multiplier**2 >= 1:
-            raise ValueError(
-                f"noise_multiplier is {multiplier}, and the counts of clients before {name} have no"
-                f" more noise: choose one below {before.released**-0.5:g}, or a larger count_noise."
-            )
-        is_stated = is_fresh and _is_known(noise_scale) and noise_scale == 1
+        if _is_known(before.released, multiplier) and float(before.released) > 0:
+            most = float(before.released) ** -0.5
+            if float(multiplier) >= most:
+                raise ValueError(
+                    f"noise_multiplier is {multiplier}, and the counts of clients before {name}"
+                    f" have no more noise: choose one below {most:g}, or a larger count_noise."
+                )
+        is_stated = is_fresh and _is_known(scale) and float(scale) == 1
         return before._replace(is_private=True, noise_multiplier=multiplier if is_stated else None)
 
     return UpdateTransform(init, client, server, guarantees=guarantees)
