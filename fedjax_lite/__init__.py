@@ -38,6 +38,7 @@ from fedjax_lite.evaluation import (
     metrics,
     summarize_clients,
 )
+from fedjax_lite.models.dp_sgd import dp_sgd
 from fedjax_lite.models.frozen import frozen, lora
 from fedjax_lite.models.linen import linen_model
 from fedjax_lite.models.model import Model, function_model
@@ -57,6 +58,7 @@ from fedjax_lite.runs import (
     sweep,
     train,
 )
+from fedjax_lite.samplers import durations
 from fedjax_lite.updates import *  # noqa: F403
 from fedjax_lite.xla import UnconfiguredCPUWarning, clients_mesh, configure_cpu, replicate
 
@@ -96,6 +98,8 @@ __all__ = [
     "cohort_of",
     "configure_cpu",
     "data",
+    "dp_sgd",
+    "durations",
     "evaluate",
     "evaluate_clients",
     "evaluate_fine_tuned",

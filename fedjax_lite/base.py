@@ -189,6 +189,7 @@ class Client(NamedTuple):
       entry: What it kept from the last round that it took part in, or
         `ClientUpdate.entry(server)` before its first; `()` if clients keep nothing.
       key: A typed key of its own for this round.
+      staleness: How many rounds old the params are that it starts from, int32 scalar.
     """
 
     id: jax.Array
@@ -196,6 +197,7 @@ class Client(NamedTuple):
     num_steps: jax.Array
     entry: PyTree
     key: jax.Array
+    staleness: Any = 0
 
 
 class ClientResult(NamedTuple):
@@ -287,8 +289,10 @@ class Guarantees(NamedTuple):
         change. There must then be a bound of that, clients send nothing else, and no round is
         skipped.
       noise_multiplier: Standard deviation of that noise by what one client can change, a number
-        that may be traced, if it is normal and drawn anew in each round, and covers all that is
-        released of clients in a round; `None` otherwise.
+        that may be traced, if it is normal and covers all that is released of clients in a round;
+        `None` otherwise.
+      min_separation: The rounds that a client takes part in have to lie so many apart, for each of
+        them to be covered by the noise as if it were drawn anew.
       released: What transforms release of clients beside the aggregate: the sum of $1 / z^2$ over
         it, if each has normal noise of $z$ times what one client can change, a number that may be
         traced. Of the noise multiplier of a whole round, the aggregate gets what this leaves.
@@ -299,6 +303,7 @@ class Guarantees(NamedTuple):
     is_masked: bool = False
     is_private: bool = False
     noise_multiplier: Any = None
+    min_separation: int = 1
     released: Any = 0.0
 
 
@@ -312,6 +317,8 @@ class Received(NamedTuple):
         there or not; a number that may be traced, or `None` if there is none.
       weights: `[clients]`, the weights of the cohort's clients, 0 of those who are left out.
       cohort: The cohort, without examples.
+      drift: `drift() -> aggregate`, what an additive reducer makes, in place of the updates, of how
+        far the server's params have moved from those that each client started from.
       released: As in `Guarantees`, of the whole pipeline.
     """
 
@@ -320,6 +327,7 @@ class Received(NamedTuple):
     sensitivity: Any = None
     weights: Any = None
     cohort: Any = None
+    drift: Any = None
     released: Any = 0.0
 
 

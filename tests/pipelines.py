@@ -37,6 +37,12 @@ PIPELINES = {
     "gaussian_noise after adaptive_clip": lambda x: private(
         fl.adaptive_clip(0.2, count_noise=1.0, denominator=5.0), fl.gaussian_noise(x)
     ),
+    "toeplitz_noise": lambda x: private(
+        fl.clip_by_norm(0.2), fl.toeplitz_noise(x, 4, 2, coefficients=[0.8, 0.6])
+    ),
+    "tree_noise": lambda x: private(fl.clip_by_norm(0.2), fl.tree_noise(x, 4)),
+    "local_gaussian_noise": lambda x: {"pipeline": fl.local_gaussian_noise(0.2, 0.5 * x)},
+    "local_laplace_noise": lambda x: {"pipeline": fl.local_laplace_noise(0.2 * x, 2.0)},
     # Secure aggregation.
     "fixed_point": lambda x: {
         "pipeline": fl.fixed_point(2.0**10 * x),

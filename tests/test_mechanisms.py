@@ -1,6 +1,7 @@
 """Privacy mechanisms: what one client changes, the noise, and who is refused."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -225,6 +226,252 @@ def test_count_and_aggregate_share_the_noise_multiplier():
     assert np.isnan(loud(4.0)[0].aggregate["c"])
 
 
+def many_rounds(noise, num_rounds, like=WIDE, z=1.0):
+    """What is added in each round to aggregates of sensitivity 1, `[rounds, entries of b]`."""
+
+    def step(state, key):
+        got, state, _ = noise.server(key, state, received(like))
+        return state, got.aggregate["b"]
+
+    keys = jax.random.split(KEY, num_rounds)
+    return np.asarray(jax.jit(lambda: jax.lax.scan(step, noise.init(like), keys))()[1], float)
+
+
+def banded(column, num_rounds):
+    return sum(c * np.eye(num_rounds, k=-j) for j, c in enumerate(column))
+
+
+@pytest.mark.parametrize("num_bands", [1, 2, 3, 5])
+def test_toeplitz_noise_is_the_factorised_one(num_bands):
+    """C^-1 g, with g the independent noise of the same keys; and again after each restart."""
+    num_rounds = 5
+    column = np.array([0.7, 0.5, 0.4, 0.2, 0.1])[:num_bands]
+    noise = fl.toeplitz_noise(1.5, num_rounds, num_bands, coefficients=7 * column)
+    column /= np.linalg.norm(column)
+    independent = many_rounds(fl.gaussian_noise(1.5), 12)
+    if num_bands == 1:
+        np.testing.assert_array_equal(many_rounds(noise, 12), independent)
+        return
+    added = many_rounds(noise, 12)
+    for start in (0, 5, 10):
+        g = independent[start : start + num_rounds]
+        expected = np.linalg.solve(banded(column, len(g)), g)
+        np.testing.assert_allclose(added[start : start + num_rounds], expected, atol=2e-4)
+        # What is left in the sum of rounds is A C^-1 g.
+        np.testing.assert_allclose(
+            np.cumsum(added[start : start + num_rounds], 0),
+            np.tri(len(g)) @ np.linalg.inv(banded(column, len(g))) @ g,
+            atol=1e-3,
+        )
+
+
+def test_the_best_coefficients_and_their_sensitivity_are_those_of_jax_privacy():
+    toeplitz = pytest.importorskip("jax_privacy.matrix_factorization.toeplitz")
+    n, b = 12, 3
+    best = np.asarray(toeplitz.optimize_banded_toeplitz(n, b))
+    noise = fl.toeplitz_noise(1.0, n, b)
+    independent = many_rounds(fl.gaussian_noise(1.0), n)
+    recovered = np.linalg.solve(banded(best, n), independent)
+    np.testing.assert_allclose(many_rounds(noise, n), recovered, atol=1e-3)
+    # In the sums is less noise than of independent noise, for which a client takes part as often.
+    error = lambda column: (np.tri(n) @ np.linalg.inv(banded(column, n)) ** 1).__pow__(2).sum()
+    assert error(best) < 0.7 * error(np.ones(1))
+    for count in (1, 2, 4):
+        stated = toeplitz.minsep_sensitivity_squared(best, b, count, n)
+        np.testing.assert_allclose(stated, count, rtol=1e-4)
+
+
+def nodes(num_rounds):
+    """The matrix of the tree: which rounds each node covers that sums are made of."""
+    levels = int(np.log2(num_rounds)) + 1
+    rows = []
+    for level in range(levels):
+        for start in range(0, num_rounds - 2**level + 1, 2 ** (level + 1)):
+            covered = (np.arange(num_rounds) >= start) & (np.arange(num_rounds) < start + 2**level)
+            rows.append(covered)
+    return np.array(rows, float)
+
+
+@pytest.mark.parametrize("num_rounds", [1, 6, 8])
+def test_tree_noise_is_that_of_the_nodes_of_a_tree(num_rounds):
+    levels = int(np.log2(num_rounds)) + 1
+    # A client changes C x by at most sqrt(h), and one does.
+    np.testing.assert_allclose(np.linalg.norm(nodes(num_rounds), axis=0).max() ** 2, levels)
+    added = many_rounds(fl.tree_noise(1.5, num_rounds), 2 * num_rounds)
+    for start in (0, num_rounds):
+        sums = np.cumsum(added[start : start + num_rounds], 0) / (1.5 * np.sqrt(levels))
+        # As many nodes as there are ones in the number of rounds.
+        for i, x in enumerate(sums):
+            assert_std(x, np.sqrt((i + 1).bit_count()))
+        # Sums of which one has all nodes of the other: of 2 and 3 rounds, of 4 and 5, 6, 7.
+        for few, many in [(2, 3), (4, 5), (4, 6), (4, 7)]:
+            if many <= num_rounds:
+                assert_std(sums[many - 1] - sums[few - 1], np.sqrt((many - few).bit_count()))
+    # Another tree has other noise.
+    sums = added.reshape(2, num_rounds, -1).sum(1)
+    assert abs(np.corrcoef(sums)[0, 1]) < 5 / np.sqrt(2000)
+
+
+LINEAR = fl.function_model(lambda w, batch: batch["x"] @ w)  # The gradient of an example is its x.
+
+
+def gradient_of(model, x, w, mask=None, key=KEY, weights=None):
+    """Of the mean loss of a batch, or of the weighted sum."""
+    mask = jnp.ones(len(x), bool) if mask is None else jnp.asarray(mask)
+    batch = {"x": jnp.asarray(x, jnp.float32), "mask": mask}
+
+    def total(w):
+        losses, _ = model.loss(w, {}, batch, key)
+        if weights is not None:
+            return losses @ weights
+        return jnp.where(mask, losses, 0).sum() / mask.sum()
+
+    return np.asarray(jax.grad(total)(jnp.asarray(w, jnp.float32)))
+
+
+def test_gradients_are_clipped_example_by_example():
+    x = np.random.default_rng(0).normal(size=(6, 3)) * [[0.1], [1], [10], [1e30], [1], [1]]
+    x[4, 1], x[5] = np.nan, np.nan
+    mask = [True] * 5 + [False]
+    norms = np.linalg.norm(x[:3], axis=1, keepdims=True)
+    clipped = x[:3] * np.minimum(1, 0.7 / norms)
+    clipped = np.concatenate([clipped, np.zeros((2, 3))])  # Squares overflow; not a number.
+    model = fl.dp_sgd(LINEAR, 0.7, 0.0)
+    np.testing.assert_allclose(
+        gradient_of(model, x, np.ones(3), mask), clipped.sum(0) / 5, rtol=1e-5
+    )
+    weights = np.float32([1, 2, 3, 4, 5, 0])
+    weighted = gradient_of(model, np.nan_to_num(x), np.ones(3), mask, weights=weights)
+    own = np.nan_to_num(x[4]) * min(1, 0.7 / np.linalg.norm(np.nan_to_num(x[4])))
+    np.testing.assert_allclose(weighted, weights[:4] @ clipped[:4] + 5 * own, rtol=1e-5, atol=1e-6)
+    batch = {"x": jnp.asarray(x, jnp.float32), "mask": jnp.asarray(mask)}
+    told = fl.dp_sgd(LINEAR, 0.7, 0.0, report_clipped=True).metrics(jnp.ones(3), {}, batch)
+    np.testing.assert_array_equal(told["clipped"][:3], norms[:, 0] > 0.7)
+
+
+def test_the_worst_example_reaches_the_sensitivity_of_a_gradient():
+    model, rng = fl.dp_sgd(LINEAR, 0.7, 0.0), np.random.default_rng(0)
+    x = rng.normal(size=(4, 3))
+    zeroed = gradient_of(model, np.concatenate([x, np.zeros((1, 3))]), np.ones(3))
+    changes = [
+        np.linalg.norm(
+            gradient_of(model, np.concatenate([x, s * rng.normal(size=(1, 3))]), np.ones(3))
+            - zeroed
+        )
+        for s in (0.01, 0.1, 1.0, 100.0)
+    ]
+    assert max(changes) <= 0.7 / 5 * (1 + 1e-5)
+    assert max(changes) >= 0.7 / 5 * (1 - 1e-5)
+
+
+def test_gradients_have_noise_of_their_own_for_each_step():
+    w, x = np.ones(3000), np.zeros((4, 3000))
+    model = fl.dp_sgd(LINEAR, 0.7, 2.0)
+    first = gradient_of(model, x, w)
+    assert_std(first, 2.0 * 0.7 / 4)
+    # That of the largest weight, and none without examples.
+    assert_std(gradient_of(model, x, w, weights=jnp.array([1.0, 3.0, 0, 0])), 2.0 * 0.7 * 3)
+    assert not gradient_of(model, x, w, weights=jnp.zeros(4)).any()
+    np.testing.assert_array_equal(gradient_of(model, x, w), first)
+    other = gradient_of(model, x, w, key=jax.random.key(1))
+    assert abs(np.corrcoef(first, other)[0, 1]) < 5 / np.sqrt(3000)
+
+
+def test_two_gradients_of_one_step_do_not_share_noise():
+    """Or their difference, which a client may send, would be in the clear."""
+    model = fl.dp_sgd(LINEAR, 1.0, 2.0)
+
+    def step(server, client, difference, batch, key):
+        loss = lambda w: model.loss(w, {}, batch, key)[0].mean(where=batch["mask"])
+        first, second = (jax.grad(loss)(server.params) for _ in range(2))
+        return first - second
+
+    client_update = fl.ClientUpdate(
+        lambda server, client: jnp.zeros(3000),
+        step,
+        lambda server, client, difference: fl.ClientResult(difference, 1.0),
+    )
+    algorithm = fl.federated_algorithm(model, client_update, optax.sgd(1.0))
+    dataset = fl.FederatedDataset.from_clients([{"x": np.ones((4, 3000))}])
+    cohort = fl.cohort_of(dataset.resident(), [0])
+    state, _ = algorithm.round(KEY, algorithm.init(jnp.zeros(3000)), cohort)
+    assert_std(np.asarray(state.params), np.sqrt(2) * 2.0 / 4)
+
+
+@pytest.mark.parametrize("name", ["fed_prox", "scaffold", "frozen"])
+def test_any_algorithm_trains_on_private_gradients(name):
+    """Without noise and with a bound that nothing reaches, as it does without; on any lanes."""
+    population = regression_dataset().resident(fl.clients_mesh(1))
+
+    def trained(wrap, lanes):
+        model = regression_model()
+        model = wrap(fl.frozen(model, "b") if name == "frozen" else model)
+        factory = {"fed_prox": fl.fed_prox, "scaffold": fl.scaffold}.get(name, fl.fed_avg)
+        others = {"mu": 0.1} if name == "fed_prox" else {}
+        algorithm = factory(
+            *(model, optax.sgd(0.1)), batch_size=4, lanes=lanes, mesh=fl.clients_mesh(1), **others
+        )
+        state = algorithm.init({"w": jnp.ones(3), "b": jnp.float32(1)}, num_clients=10)
+        state, _ = algorithm.round(KEY, state, everyone(population))
+        return np.asarray(state.params["w"])
+
+    plain = trained(lambda model: model, 1)
+    np.testing.assert_allclose(trained(lambda m: fl.dp_sgd(m, 1e6, 0.0), 1), plain, rtol=1e-5)
+    noisy = [trained(lambda m: fl.dp_sgd(m, 1.0, 1.0), lanes) for lanes in (1, 3)]
+    np.testing.assert_allclose(*noisy, rtol=1e-4)
+    assert np.abs(noisy[0] - plain).max() > 1e-2
+
+
+def test_models_with_a_state_have_no_private_gradients():
+    model = regression_model()
+    stateful = model._replace(
+        init=lambda key: (model.init(key)[0], {"mean": jnp.zeros(())}),
+        loss=lambda params, state, batch, key: (model.loss(params, {}, batch, key)[0], state),
+    )
+    algorithm = fl.fed_avg(fl.dp_sgd(stateful, 1.0, 1.0), optax.sgd(0.1))
+    state = algorithm.init(KEY)
+    with pytest.raises(ValueError, match="model has a state, such as the statistics of BatchNorm"):
+        algorithm.round(KEY, state, everyone(regression_dataset().resident()))
+
+
+def test_clients_add_noise_of_their_own():
+    """Ten clients with nothing to say: the mean of independent noises."""
+    model = fl.function_model(lambda w, batch: batch["x"] * w.sum())
+    dataset = fl.FederatedDataset.from_clients([{"x": [0.0]}] * 10)
+    for noise, std in [
+        (fl.local_gaussian_noise(0.5, 1.2), 0.5 * 1.2),
+        (fl.local_laplace_noise(0.5, 2.0), np.sqrt(2) * 2 * 0.5 / 2.0),
+    ]:
+        algorithm = fl.fed_avg(model, optax.sgd(0.1), pipeline=noise)
+        state = algorithm.init(jnp.zeros(3000))
+        state, _ = algorithm.round(KEY, state, fl.cohort_of(dataset.resident(), range(10)))
+        assert_std(np.asarray(state.params), std / np.sqrt(10))
+        assert noise.guarantees(fl.Guarantees(sensitivity=1.0), None).sensitivity is None
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_local_noise_comes_after_a_bound_on_the_update(order):
+    """With so little noise that it does not show."""
+    little = {1: fl.local_laplace_noise(0.7, 1e9), 2: fl.local_gaussian_noise(0.7, 1e-9)}[order]
+    rng = np.random.default_rng(0)
+    for scale in (0.01, 1.0, 1e36):
+        update = {"a": np.float32(scale * rng.normal(size=(3, 2))), "b": np.float32(scale)}
+        flat = np.append(update["b"], update["a"]).astype(float)
+        norm = np.linalg.norm(flat, order)
+        sent = little.client(KEY, (), fl.Message(jax.tree.map(jnp.asarray, update), 1.0), None)
+        expected = update["a"] * min(1, 0.7 / norm)
+        np.testing.assert_allclose(sent.update["a"], expected, rtol=1e-4, atol=1e-7)
+        assert sent.metrics["clipped"] == (norm > 0.7)
+
+
+def test_the_extra_is_named_where_jax_privacy_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax_privacy", None)
+    for name in [name for name in sys.modules if name.startswith("jax_privacy.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"pip install 'fedjax-lite\[privacy\]'"):
+        fl.toeplitz_noise(1.0, 7, 2)
+
+
 REFUSED = {
     "noise before clipping": (
         lambda: fl.chain(fl.gaussian_noise(1.0), fl.clip_by_norm(1.0)),
@@ -255,6 +502,34 @@ REFUSED = {
             reducer=fl.weighted_mean(10.0),
         ),
         "a client may have any weight",
+    ),
+    "more bands than rounds": (
+        lambda: fl.toeplitz_noise(1.0, 4, 5),
+        "num_bands is 5; choose an integer between 1 and 4",
+    ),
+    "coefficients of other bands": (
+        lambda: fl.toeplitz_noise(1.0, 4, 2, coefficients=[1.0]),
+        r"coefficients is \[1.0\]; give 2",
+    ),
+    "correlated noise before clipping": (
+        lambda: fl.chain(fl.tree_noise(1.0, 4), fl.clip_by_norm(1.0)),
+        "tree_noise comes before a bound",
+    ),
+    "a bound of nothing": (
+        lambda: fl.dp_sgd(LINEAR, 0.0, 1.0),
+        "max_norm is 0.0; choose a number above 0",
+    ),
+    "no epsilon": (
+        lambda: fl.local_laplace_noise(1.0, 0.0),
+        "epsilon is 0.0; choose a number above",
+    ),
+    "local noise after a mask": (
+        lambda: fl.local_gaussian_noise(1.0, 1.0).guarantees(fl.Guarantees(is_masked=True), None),
+        "local_gaussian_noise comes after a mask",
+    ),
+    "noise after local noise": (
+        lambda: fl.chain(fl.local_gaussian_noise(1.0, 1.0), fl.gaussian_noise(1.0)),
+        "gaussian_noise comes before a bound",
     ),
     "negative noise": (lambda: fl.gaussian_noise(-1.0), "noise_multiplier is -1.0; choose"),
     "a quantile above 1": (lambda: fl.adaptive_clip(quantile=2.0), "quantile is 2.0; choose"),

@@ -19,6 +19,7 @@ from fedjax_lite.engine.batches import (
     read_batch,
     steps_per_epoch,
 )
+from fedjax_lite.engine.counting import counting_calls
 from fedjax_lite.engine.execution import Rewrite
 from fedjax_lite.engine.frozen import frozen_given
 from fedjax_lite.engine.store import check_entry
@@ -61,6 +62,7 @@ class Trainee(NamedTuple):
       keys: Its keys of this round `[3]`, by purpose.
       entry: What it kept.
       received: Fields of what the server broadcasts that it starts from in place of the newest.
+      staleness: How many rounds old these are, int32.
     """
 
     slot: Slot
@@ -68,13 +70,15 @@ class Trainee(NamedTuple):
     keys: jax.Array
     entry: PyTree
     received: dict[str, PyTree]
+    staleness: jax.Array
 
     @property
     def client(self) -> Client:
         """What a client update sees of it."""
         slot = self.slot
         return Client(
-            slot.id, slot.num_examples, self.num_steps, self.entry, self.keys[..., KEY_INIT]
+            *(slot.id, slot.num_examples, self.num_steps, self.entry),
+            *(self.keys[..., KEY_INIT], self.staleness),
         )
 
 
@@ -122,7 +126,7 @@ def client_work(
     def step(step: jax.Array, trainee: Trainee, client_state: PyTree) -> PyTree:
         batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.slot, step, batching)
         key_step = random.fold_in_pair(trainee.keys[KEY_STEP], 0, step)
-        with frozen_given(frozen):
+        with frozen_given(frozen), counting_calls():
             after = client_update.step(
                 broadcast(trainee), trainee.client, client_state, batch, key_step
             )

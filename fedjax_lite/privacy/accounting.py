@@ -30,7 +30,7 @@ from fedjax_lite.samplers import Sampler
 _ACCOUNTANTS = (None, "pld", "rdp")
 _TOLERANCE = 1e-4  # Of a calibrated noise multiplier, relative.
 _REFUSED = {
-    None: "its law is not known; choose one of fl.samplers",
+    None: "nothing is known of its draws; choose fl.samplers.poisson",
     "with_replacement": (
         "a client that is drawn twice counts twice, which no accountant covers; choose"
         " fl.samplers.poisson, or uniform without replacement"
@@ -240,8 +240,15 @@ def ledger_of(
     known = None if algorithm.guarantees is None else algorithm.guarantees()
     if known is None or known.noise_multiplier is None:
         raise ValueError(
-            "privacy is to be accounted of an algorithm whose pipeline adds no noise, or none that"
-            " is drawn anew in each round; end it with fl.gaussian_noise(noise_multiplier)."
+            "privacy is to be accounted of an algorithm whose pipeline adds no noise of a known"
+            " multiplier, or that of a simulated cohort; end it with"
+            " fl.gaussian_noise(noise_multiplier)."
+        )
+    if sampler.min_separation < known.min_separation:
+        raise ValueError(
+            f"sampler has clients whose rounds lie {sampler.min_separation} apart, and the noise of"
+            f" the pipeline covers those that lie {known.min_separation} apart; choose"
+            f" fl.samplers.cyclic(num_clients, num_groups={known.min_separation}, ...)."
         )
     spent = ledger(known.noise_multiplier, budget.delta, sampler, accountant=budget.accountant)
     if budget.epsilon is not None and spent.epsilon(num_rounds) > budget.epsilon:

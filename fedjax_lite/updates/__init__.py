@@ -7,6 +7,8 @@ for the server; `chain` composes them.
 from fedjax_lite.updates.adaptive import adaptive_clip, adaptive_zero
 from fedjax_lite.updates.clipping import cap_weight, clip_by_norm, clip_per_array, zero_by_norm
 from fedjax_lite.updates.feedback import error_feedback
+from fedjax_lite.updates.local_privacy import local_gaussian_noise, local_laplace_noise
+from fedjax_lite.updates.matrix_factorization import toeplitz_noise, tree_noise
 from fedjax_lite.updates.noise import gaussian_noise
 from fedjax_lite.updates.pipeline import chain, downlink
 from fedjax_lite.updates.quantization import quantize_uniform
@@ -15,6 +17,12 @@ from fedjax_lite.updates.reducers import (
     fixed_point,
     modular_sum,
     weighted_mean,
+)
+from fedjax_lite.updates.staleness import (
+    hinge_staleness,
+    mix_models,
+    polynomial_staleness,
+    threshold_staleness,
 )
 
 __all__ = [
@@ -29,8 +37,16 @@ __all__ = [
     "error_feedback",
     "fixed_point",
     "gaussian_noise",
+    "hinge_staleness",
+    "local_gaussian_noise",
+    "local_laplace_noise",
+    "mix_models",
     "modular_sum",
+    "polynomial_staleness",
     "quantize_uniform",
+    "threshold_staleness",
+    "toeplitz_noise",
+    "tree_noise",
     "weighted_mean",
     "zero_by_norm",
 ]

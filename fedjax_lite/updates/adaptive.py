@@ -187,8 +187,8 @@ def _at_quantile(
     initial_norm = _validate.number("initial_norm", initial_norm, positive=True)
     quantile = _validate.number("quantile", quantile, maximum=1)
     rate = _validate.number("learning_rate", learning_rate)
-    count_noise = _validate.number("count_noise", count_noise)
-    in_the_clear = not isinstance(count_noise, jax.core.Tracer) and count_noise == 0
+    std = _validate.number("count_noise", count_noise)
+    in_the_clear = not isinstance(std, jax.core.Tracer) and float(std) == 0
     if denominator is not None:
         denominator = _validate.number("denominator", denominator, positive=True)
     elif not in_the_clear:
@@ -214,7 +214,7 @@ def _at_quantile(
     ) -> tuple[Received, jax.Array, dict[str, jax.Array]]:
         below, number = received.statistics["below"], received.statistics["number"]
         number = jnp.maximum(number, 1) if denominator is None else denominator
-        share = 0.5 + (below + count_noise * jax.random.normal(key)) / number
+        share = 0.5 + (below + std * jax.random.normal(key)) / number
         moved = estimate * jnp.exp(-rate * (share - quantile))
         # From zero or infinity, no factor would lead back.
         limits = jnp.finfo(estimate.dtype)
@@ -224,7 +224,7 @@ def _at_quantile(
     def released(before: Guarantees, estimate: Any) -> Guarantees:
         after = guarantees(before, initial_norm if estimate is None else estimate)
         # One client changes the count by a half.
-        count = math.inf if in_the_clear else (2 * count_noise) ** -2
+        count = math.inf if in_the_clear else (2 * std) ** -2
         return after._replace(released=before.released + count)
 
     return UpdateTransform(init, client, server, guarantees=released)

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Guarantees, Message, PyTree, Received, UpdateTransform
+from fedjax_lite.xla import random
 from fedjax_lite.xla.precision import squared_norm, widen
 
 Draw = Callable[[jax.Array, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -72,18 +72,12 @@ def gaussian_noise(noise_multiplier: ArrayLike, *, noise_scale: ArrayLike = 1.0)
     """
 
     def draw(key: jax.Array, state: PyTree, like: PyTree) -> tuple[PyTree, PyTree]:
-        return normal_like(key, like), state
+        return random.normal_like(key, like), state
 
-    added = additive_noise("gaussian_noise", noise_multiplier, noise_scale, lambda params: (), draw)
-
-    def guarantees(before: Guarantees, state: PyTree) -> Guarantees:
-        after = added.guarantees(before, state)
-        # Of the whole round, in which the noise of the aggregate alone is scaled.
-        scaled = (noise_scale * noise_multiplier) ** 2
-        whole = scaled / (1 + before.released * (scaled - noise_multiplier**2))
-        return after._replace(noise_multiplier=whole**0.5)
-
-    return added._replace(guarantees=guarantees)
+    return additive_noise(
+        *("gaussian_noise", noise_multiplier, noise_scale, lambda params: (), draw),
+        min_separation=1,
+    )
 
 
 def additive_noise(
@@ -92,6 +86,8 @@ def additive_noise(
     noise_scale: ArrayLike,
     init: Callable[[PyTree], PyTree],
     draw: Draw,
+    *,
+    min_separation: int,
 ) -> UpdateTransform:
     """A transform that adds noise to the aggregate.
 
@@ -102,9 +98,10 @@ def additive_noise(
       init: `init(params) -> state`.
       draw: `draw(key, state, like) -> (noise, state)`, noise in the form of the aggregate such that
         times $z$ it protects an aggregate of sensitivity 1.
+      min_separation: Of rounds so far apart, each is covered as if its noise were independent.
     """
     multiplier = _validate.number("noise_multiplier", noise_multiplier)
-    noise_scale = _validate.number("noise_scale", noise_scale)
+    scale = _validate.number("noise_scale", noise_scale)
 
     def client(key: jax.Array, state: PyTree, message: Message, client: object) -> Message:
         del key, state, client
@@ -114,7 +111,7 @@ def additive_noise(
         key: jax.Array, state: PyTree, received: Received
     ) -> tuple[Received, PyTree, dict[str, jax.Array]]:
         left = jnp.sqrt(1 - received.released * jnp.square(multiplier))
-        std = noise_scale * multiplier / left * received.sensitivity
+        std = scale * multiplier / left * received.sensitivity
         signal = widen(received.aggregate)
         noise, state = draw(key, state, signal)
         noise_norm = std * np.sqrt(sum(x.size for x in jax.tree.leaves(signal)))
@@ -140,27 +137,21 @@ def additive_noise(
                 " fl.adaptive_clip; give that count_noise=, such as a twentieth of the number of"
                 " clients, or take fl.clip_by_norm(1.0)."
             )
-        if _is_known(before.released, multiplier) and before.released * multiplier**2 >= 1:
-            raise ValueError(
-                f"noise_multiplier is {multiplier}, and the counts of clients before {name} have no"
-                f" more noise: choose one below {before.released**-0.5:g}, or a larger count_noise."
-            )
-        return before._replace(is_private=True)
+        if _is_known(before.released, multiplier) and float(before.released) > 0:
+            most = float(before.released) ** -0.5
+            if float(multiplier) >= most:
+                raise ValueError(
+                    f"noise_multiplier is {multiplier}, and the counts of clients before {name}"
+                    f" have no more noise: choose one below {most:g}, or a larger count_noise."
+                )
+        is_stated = _is_known(scale) and float(scale) == 1
+        return before._replace(
+            is_private=True,
+            noise_multiplier=multiplier if is_stated else None,
+            min_separation=min_separation,
+        )
 
     return UpdateTransform(init, client, server, guarantees=guarantees)
-
-
-def normal_like(key: jax.Array, like: PyTree) -> PyTree:
-    """Standard normal noise in the form of a tree, from a key of its own for each array.
-
-    Both parts of complex numbers have variance 1.
-    """
-
-    def draw(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-        real_std = np.sqrt(2) if jnp.issubdtype(dtype, jnp.complexfloating) else 1
-        return real_std * jax.random.normal(key, shape, dtype)
-
-    return optax.tree.random_like(key, like, draw)
 
 
 def _is_known(*numbers: Any) -> bool:
