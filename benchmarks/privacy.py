@@ -8,7 +8,7 @@ divergences.
 
 `accuracy` is that of logistic regression on digits by epsilon, at a delta of 1e-4, the mean over
 seeds. Noise that hides a client drowns a few dozens of them, whatever the mechanism. So each digit
-is a client here, 1,437 of them to train and 360 to evaluate on, drawn on coins of 1/10: what is
+is a client here, 1,438 of them to train and 359 to evaluate on, drawn on coins of 1/10: what is
 hidden is who took part, for real, and of no larger population than there is; no cohort is simulated
 that is not there. Without noise, at an epsilon of infinity, updates are clipped all the same.
 

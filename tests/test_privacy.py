@@ -12,6 +12,7 @@ import pytest
 
 import fedjax_lite as fl
 from fedjax_lite.cli import main
+from fedjax_lite.privacy.accounting import ledger_of
 
 dp_accounting = pytest.importorskip(
     "dp_accounting", reason="dp-accounting comes with the extra `privacy`"
@@ -178,13 +179,35 @@ def test_the_noise_is_known_of_an_algorithm():
     assert fl.fed_sgd(model, optax.sgd(1.0)).guarantees is None
     assert multiplier(fl.gaussian_noise(0.7)) == pytest.approx(0.7)
     # That of a simulated cohort does not protect the clients of this one.
-    assert multiplier(fl.gaussian_noise(0.7, noise_scale=0.1)) == pytest.approx(0.07)
+    assert multiplier(fl.gaussian_noise(0.7, noise_scale=0.1)) is None
     # Counts with noise of multiplier 2 are released beside: together they are as good as 0.7.
     clip = fl.adaptive_clip(1.0, count_noise=1.0, denominator=10.0)
     assert multiplier(clip, fl.gaussian_noise(0.7)) == pytest.approx(0.7)
-    scaled = multiplier(clip, fl.gaussian_noise(0.7, noise_scale=0.1))
-    aggregate = 0.1 * (0.7**-2 - 2**-2) ** -0.5
-    assert scaled == pytest.approx((aggregate**-2 + 2**-2) ** -0.5)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "count"),
+    [
+        (fl.samplers.minimise_reuse(100, 25), {}, 3),
+        (fl.samplers.cyclic(100, 5, rate=0.2, capacity=20), {"accountant": "rdp"}, None),
+        (fl.samplers.round_robin(100, 25), {}, "whose rounds lie 1 apart.* covers those .* 4"),
+        (fl.samplers.everyone(100), {}, "whose rounds lie 1 apart"),
+    ],
+)
+def test_noise_of_four_bands_asks_for_rounds_so_far_apart(sampler, options, count):
+    noise = fl.toeplitz_noise(0.7, 12, num_bands=4, coefficients=[1.0, 0.5, 0.4, 0.3])
+    banded = fl.fed_sgd(fl.models.halfspace_classifier(), optax.sgd(1.0), **pipeline(noise))
+    budget = fl.privacy.budget(1e-5, **options)
+    if isinstance(count, str):
+        with pytest.raises(ValueError, match=count):
+            ledger_of(budget, banded, sampler, 12)
+        return
+    spent = ledger_of(budget, banded, sampler, 12).epsilon(12)
+    if count is not None:  # A client takes part so often, each time as without bands.
+        expected = dp_accounting.get_epsilon_gaussian(0.7 / math.sqrt(count), 1e-5)
+    else:  # By chance, in three rounds.
+        expected = theirs("rdp", RELATION.REPLACE_SPECIAL, poisson(0.2, 0.7), 3, 1e-5)
+    assert spent == pytest.approx(expected, rel=1e-3)
 
 
 @functools.cache

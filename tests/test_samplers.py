@@ -293,6 +293,17 @@ def test_a_client_takes_part_in_one_of_as_many_rounds_as_there_are_groups(name):
             assert counts.max() == 1
 
 
+@pytest.mark.parametrize("name", TAKING_TURNS)
+def test_rounds_of_a_client_lie_so_far_apart(name):
+    sampler = TAKING_TURNS[name]
+    closest = np.inf
+    for key in jax.random.split(jax.random.key(0), 5):
+        ids = np.array([sampler.select(key, r).client_ids for r in range(40)])
+        for client in range(sampler.num_clients):
+            closest = min(closest, np.diff(np.flatnonzero((ids == client).any(1))).min(initial=40))
+    assert closest == sampler.min_separation
+
+
 @pytest.mark.parametrize(("num_clients", "num_groups"), [(11, 3), (6, 3), (4, 4), (5, 1), (1, 1)])
 def test_cyclic_groups_split_the_population(num_clients, num_groups):
     whole_groups = samplers.cyclic(num_clients, num_groups, rate=1)
@@ -356,7 +367,7 @@ def test_the_largest_population_costs_nothing(sampler):
 
 
 def test_states_what_an_accountant_needs():
-    known = {name: SAMPLERS[name]()[3:] for name in SAMPLERS}
+    known = {name: SAMPLERS[name]()[3:6] for name in SAMPLERS}
     assert known["uniform"] == ("without_replacement", 0.3, 1)
     assert known["uniform with replacement"] == ("with_replacement", 0.3, 1)
     assert known["uniform on a schedule"] == ("without_replacement", None, 1)

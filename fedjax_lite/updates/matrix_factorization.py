@@ -34,9 +34,9 @@ def toeplitz_noise(
     (C^{-1} g)_t = \frac{1}{c_0} \Big( g_t - \sum_{j=1}^{b-1} c_j (C^{-1} g)_{t-j} \Big).$$
 
     $z$ is the noise multiplier of taking part once. The rounds of a client must be at least $b$
-    apart (`fl.samplers.cyclic`, `minimise_reuse`): they are then columns of $C$ without a common row,
-    $k$ of them change $C x$ by at most $\sqrt k \Delta$, and are accounted as $k$ times a Gaussian
-    mechanism of multiplier $z$. With $b = 1$ this is `fl.gaussian_noise`, for any sampler.
+    apart (`fl.samplers.cyclic`, `minimise_reuse`): they are then columns of $C$ without a common
+    row, $k$ of them change $C x$ by at most $\sqrt k \Delta$, and are accounted as $k$ times a
+    Gaussian mechanism of multiplier $z$. With $b = 1$ this is `fl.gaussian_noise`, for any sampler.
 
     The noise of a sum of rounds matters where the server optimizer adds them up: `optax.sgd` along
     the noisy aggregates, with momentum or without, is DP-FTRL, since
