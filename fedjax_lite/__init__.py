@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fedjax_lite import algorithms, data, models, samplers, updates
+from fedjax_lite import algorithms, data, models, privacy, samplers, updates
 from fedjax_lite.algorithms import *  # noqa: F403
 from fedjax_lite.algorithms import server_optimizers
 from fedjax_lite.base import (
@@ -38,6 +38,7 @@ from fedjax_lite.evaluation import (
     metrics,
     summarize_clients,
 )
+from fedjax_lite.models.dp_sgd import dp_sgd
 from fedjax_lite.models.frozen import frozen, lora
 from fedjax_lite.models.linen import linen_model
 from fedjax_lite.models.model import Model, function_model
@@ -97,6 +98,7 @@ __all__ = [
     "cohort_of",
     "configure_cpu",
     "data",
+    "dp_sgd",
     "durations",
     "evaluate",
     "evaluate_clients",
@@ -113,6 +115,7 @@ __all__ = [
     "partition",
     "plot",
     "prefetch",
+    "privacy",
     "read_runs",
     "replicate",
     "samplers",

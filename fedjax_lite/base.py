@@ -169,11 +169,14 @@ class FederatedAlgorithm(NamedTuple):
         compiles once per shape of the cohort: cohort size, client sizes and keys are data.
       client_model: `client_model(state, entry) -> (params, model_state)`, what a client uses for
         itself, from its entry in `state.store`; `None` if clients use what the server has.
+      guarantees: `guarantees() -> Guarantees`, what the update pipeline guarantees of each client's
+        message, and of the noise; `None` without one.
     """
 
     init: Callable[..., Any]
     round: Callable[..., tuple[Any, RoundInfo]]
     client_model: Callable[[ServerState, PyTree], tuple[PyTree, PyTree]] | None = None
+    guarantees: "Callable[[], Guarantees] | None" = None
 
 
 class Client(NamedTuple):
@@ -285,12 +288,23 @@ class Guarantees(NamedTuple):
       is_private: Whether noise is added to the aggregate, in proportion to what one client can
         change. There must then be a bound of that, clients send nothing else, and no round is
         skipped.
+      noise_multiplier: Standard deviation of that noise by what one client can change, a number
+        that may be traced, if it is normal and covers all that is released of clients in a round;
+        `None` otherwise.
+      min_separation: The rounds that a client takes part in have to lie so many apart, for each of
+        them to be covered by the noise as if it were drawn anew.
+      released: What transforms release of clients beside the aggregate: the sum of $1 / z^2$ over
+        it, if each has normal noise of $z$ times what one client can change, a number that may be
+        traced. Of the noise multiplier of a whole round, the aggregate gets what this leaves.
     """
 
     sensitivity: Any = None
     max_weight: Any = None
     is_masked: bool = False
     is_private: bool = False
+    noise_multiplier: Any = None
+    min_separation: int = 1
+    released: Any = 0.0
 
 
 class Received(NamedTuple):
@@ -305,6 +319,7 @@ class Received(NamedTuple):
       cohort: The cohort, without examples.
       drift: `drift() -> aggregate`, what an additive reducer makes, in place of the updates, of how
         far the server's params have moved from those that each client started from.
+      released: As in `Guarantees`, of the whole pipeline.
     """
 
     aggregate: PyTree
@@ -313,6 +328,7 @@ class Received(NamedTuple):
     weights: Any = None
     cohort: Any = None
     drift: Any = None
+    released: Any = 0.0
 
 
 def _nothing_known(before: Guarantees, state: PyTree) -> Guarantees:

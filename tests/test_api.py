@@ -102,7 +102,21 @@ NAMES = {
     "terngrad": ["clip_factor"],
     "top_k": ["k", "per_array"],
     "chain": ["transforms"],
+    "adaptive_clip": [
+        *("initial_norm", "quantile", "learning_rate", "count_noise", "denominator"),
+    ],
+    "adaptive_zero": [
+        *("initial_norm", "quantile", "learning_rate", "multiplier", "increment", "norm"),
+        *("count_noise", "denominator"),
+    ],
     "clip_by_norm": ["max_norm"],
+    "clip_per_array": ["max_norm"],
+    "gaussian_noise": ["noise_multiplier", "noise_scale"],
+    "toeplitz_noise": [
+        *("noise_multiplier", "num_rounds", "num_bands", "coefficients", "noise_scale"),
+    ],
+    "tree_noise": ["noise_multiplier", "num_rounds", "noise_scale"],
+    "zero_by_norm": ["max_norm", "norm"],
     "clients_mesh": ["num_devices"],
     "cohort": ["key", "population", "cohort_size", "capacity"],
     "cohort_of": ["population", "client_ids", "key", "max_steps", "staleness"],
@@ -123,7 +137,7 @@ NAMES = {
         *("dataset", "test", "held_out", "partition", "num_clients", "data_seed", "model"),
         *("algorithm", "num_epochs", "num_steps", "batch_size", "client_optimizer", "client_lr"),
         *("server_optimizer", "server_lr", "updates", "reducer", "sampler", "cohort_size"),
-        "metrics",
+        *("privacy", "metrics"),
         *("fine_tune_epochs", "rounds", "seed", "eval_every", "lanes"),
     ],
     "fed_avg": [
@@ -170,22 +184,30 @@ NAMES = {
     "replicate": ["tree", "mesh"],
     "sweep": [
         *("build", "population", "sampler", "num_rounds", "keys", "numbers", "evaluate"),
-        *("eval_every", "lanes"),
+        *("eval_every", "privacy", "lanes"),
     ],
     "train": [
         *("algorithm", "population", "sampler", "num_rounds", "key", "state", "evaluate"),
         *("eval_every", "on_round", "on_eval", "on_resume", "stop", "ema_decay", "best"),
-        *("best_mode", "checkpoints", "progress"),
+        *("best_mode", "checkpoints", "privacy", "progress"),
     ],
     "tune_lanes": ["build", "key", "state", "cohort", "candidates", "repeats"],
     "Checkpoints": ["folder", "every", "keep", "settings"],
     "Client": ["id", "num_examples", "num_steps", "entry", "key", "staleness"],
     "Guarantees": ["sensitivity", "max_weight", "is_masked", "is_private"],
+    "Client": ["id", "num_examples", "num_steps", "entry", "key"],
+    "Guarantees": [
+        *("sensitivity", "max_weight", "is_masked", "is_private", "noise_multiplier"),
+        *("min_separation", "released"),
+    ],
     "LocalState": [
         *("params", "model_state", "opt_state", "loss", "num_examples", "num_steps"),
     ],
     "Message": ["update", "weight", "entry", "statistics", "metrics"],
     "Received": ["aggregate", "statistics", "sensitivity", "weights", "cohort", "drift"],
+    "Received": [
+        *("aggregate", "statistics", "sensitivity", "weights", "cohort", "drift", "released"),
+    ],
     "Reducer": ["summand", "finish", "stacked", "sensitivity", "keeps_last"],
     "Stack": ["updates", "weights", "client_ids", "is_hostile", "last", "key", "total"],
     "cap_weight": ["max_weight"],
@@ -196,7 +218,11 @@ NAMES = {
     "coordinate_median": [],
     "downlink": ["transform"],
     "error_feedback": ["transform", "decay", "max_age"],
+    "error_feedback": ["transform"],
+    "dp_sgd": ["model", "max_norm", "noise_multiplier", "report_clipped"],
     "fixed_point": ["scale"],
+    "local_gaussian_noise": ["max_norm", "noise_multiplier"],
+    "local_laplace_noise": ["max_norm", "epsilon"],
     "modular_sum": [],
     "weighted_mean": ["denominator"],
     "ClientEvaluation": ["clients", "num_examples", "pooled"],
@@ -209,10 +235,10 @@ NAMES = {
         *("max_steps", "staleness", "has_entries", "sample"),
     ],
     "Experiment": [
-        *("settings", "calls", "model", "algorithm", "population", "sampler", "evaluate"),
-        *("held_out", "personal", "server_has_all"),
+        *("settings", "calls", "model", "algorithm", "population", "sampler", "privacy"),
+        *("evaluate", "held_out", "personal", "server_has_all"),
     ],
-    "FederatedAlgorithm": ["init", "round", "client_model"],
+    "FederatedAlgorithm": ["init", "round", "client_model", "guarantees"],
     "FederatedDataset": ["examples", "offsets", "client_ids"],
     "History": ["rounds", "evaluations"],
     "InterruptedTraining": ["message", "signal", "result"],
@@ -230,7 +256,7 @@ NAMES = {
     "SweepResult": ["states", "histories"],
     "TrainResult": [
         *("state", "averaged", "best", "history", "stopped", "compile_s", "run_s"),
-        *("client_updates_per_s", "examples_per_s"),
+        *("client_updates_per_s", "examples_per_s", "privacy"),
     ],
     "UpdateTransform": [
         *("init", "client", "server", "entry", "broadcast", "guarantees", "announce"),
@@ -261,6 +287,22 @@ PLOT = {
     "partition": ["dataset", "label", "axes"],
     "runs": ["folders", "metric", "labels", "axes"],
     "timeline": ["sampler", "num_rounds", "axes"],
+}
+PRIVACY = {
+    "Audit": ["epsilon", "auc"],
+    "Budget": ["delta", "epsilon", "accountant"],
+    "Ledger": ["epsilon", "noise_multiplier", "delta", "accountant", "adjacency"],
+    "Scores": ["final", "iterates", "planted"],
+    "audit": ["scores", "planted", "delta", "confidence"],
+    "budget": ["delta", "epsilon", "accountant"],
+    "calibrate": ["epsilon", "delta", "num_rounds", "sampler", "accountant"],
+    "canaries": ["key", "client_ids", "norm", "planted"],
+    "canary_scores": [
+        *("build", "population", "sampler", "num_rounds", "keys", "client_ids", "norm"),
+        "batch_size",
+    ],
+    "epsilon": ["noise_multiplier", "delta", "num_rounds", "sampler", "accountant"],
+    "ledger": ["noise_multiplier", "delta", "sampler", "accountant"],
 }
 SAMPLERS = {
     "cyclic": ["num_clients", "num_groups", "cohort_size", "rate", "capacity"],
@@ -340,6 +382,7 @@ METRICS = {
 }
 MODULES = {
     *("data", "durations", "metrics", "models", "partition", "plot", "samplers"),
+    *("data", "metrics", "models", "partition", "plot", "privacy", "samplers"),
     *("server_optimizers", "stopping"),
 }
 # `Row` is a `dict`, `StopRule` a `Callable`, `Population` a union.
@@ -451,6 +494,7 @@ def functions(module):
         (fl.metrics, METRICS),
         (fl.models, MODELS),
         (fl.partition, PARTITION),
+        (fl.privacy, PRIVACY),
         (fl.plot, PLOT),
         (fl.samplers, SAMPLERS),
         (fl.server_optimizers, SERVER_OPTIMIZERS),

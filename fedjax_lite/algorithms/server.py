@@ -259,7 +259,9 @@ def federated_algorithm(
         server = dataclasses.replace(
             state, store=(), pipeline_store=(), last_aggregate=(), versions=(), frozen=()
         )
-        key_server = random.fold_in_pair(key, KEY_SERVER, 0)
+        # By the number of the round, too: a caller's key may be that of an earlier one, whose noise
+        # a difference of the two would take off.
+        key_server = random.fold_in_pair(key, KEY_SERVER, state.round)
         without_examples = dataclasses.replace(cohort, examples={})
         received, bits_down = server, None
         if pipeline is not None:
@@ -312,6 +314,7 @@ def federated_algorithm(
                 result.clients["weight"],
                 without_examples,
                 functools.partial(_drift, server, versions, reducer, result, weight),
+                bounds.released,
             )
             sent, pipeline_state, told = pipeline.server(key_server, server.pipeline_state, sent)
             _validate.instance("what the server half of the pipeline returned", sent, Received)
@@ -340,7 +343,8 @@ def federated_algorithm(
         info = round_info(cohort, result, aggregate, server, down_bits, skip, left_out, metrics)
         return after, info
 
-    return FederatedAlgorithm(init, Paced(round, check, around_files), own.client_model)
+    guarantees = None if pipeline is None else lambda: known
+    return FederatedAlgorithm(init, Paced(round, check, around_files), own.client_model, guarantees)
 
 
 def _mean_state(

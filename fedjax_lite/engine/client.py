@@ -19,6 +19,7 @@ from fedjax_lite.engine.batches import (
     read_batch,
     steps_per_epoch,
 )
+from fedjax_lite.engine.counting import counting_calls
 from fedjax_lite.engine.execution import Rewrite
 from fedjax_lite.engine.frozen import frozen_given
 from fedjax_lite.engine.store import check_entry
@@ -125,7 +126,7 @@ def client_work(
     def step(step: jax.Array, trainee: Trainee, client_state: PyTree) -> PyTree:
         batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.slot, step, batching)
         key_step = random.fold_in_pair(trainee.keys[KEY_STEP], 0, step)
-        with frozen_given(frozen):
+        with frozen_given(frozen), counting_calls():
             after = client_update.step(
                 broadcast(trainee), trainee.client, client_state, batch, key_step
             )

@@ -4,17 +4,34 @@ Each transform is a function that returns an `UpdateTransform`, with a half for 
 for the server; `chain` composes them.
 """
 
+from fedjax_lite.updates.adaptive import (
+    adaptive_clip,
+    adaptive_zero,
+)
 from fedjax_lite.updates.clipping import (
     cap_weight,
     clip_by_norm,
+    clip_per_array,
+    zero_by_norm,
 )
 from fedjax_lite.updates.feedback import (
     ef21,
     error_feedback,
 )
+from fedjax_lite.updates.local_privacy import (
+    local_gaussian_noise,
+    local_laplace_noise,
+)
 from fedjax_lite.updates.low_rank import (
     low_rank,
     power_sgd,
+)
+from fedjax_lite.updates.matrix_factorization import (
+    toeplitz_noise,
+    tree_noise,
+)
+from fedjax_lite.updates.noise import (
+    gaussian_noise,
 )
 from fedjax_lite.updates.pipeline import (
     chain,
@@ -59,9 +76,12 @@ from fedjax_lite.updates.staleness import (
 )
 
 __all__ = [
+    "adaptive_clip",
+    "adaptive_zero",
     "cap_weight",
     "chain",
     "clip_by_norm",
+    "clip_per_array",
     "coordinate_median",
     "downlink",
     "drive",
@@ -69,8 +89,11 @@ __all__ = [
     "ef21",
     "error_feedback",
     "fixed_point",
+    "gaussian_noise",
     "half_precision",
     "hinge_staleness",
+    "local_gaussian_noise",
+    "local_laplace_noise",
     "low_rank",
     "mix_models",
     "modular_sum",
@@ -86,6 +109,9 @@ __all__ = [
     "sign_sgd",
     "terngrad",
     "threshold_staleness",
+    "toeplitz_noise",
     "top_k",
+    "tree_noise",
     "weighted_mean",
+    "zero_by_norm",
 ]

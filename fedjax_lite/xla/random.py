@@ -13,8 +13,10 @@ import math
 import jax
 import jax.extend.random as jex_random
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+import optax
+from jax.typing import ArrayLike, DTypeLike
 
+from fedjax_lite.base import PyTree
 from fedjax_lite.xla.fusion import apart
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -76,6 +78,19 @@ def fold_in_pair(key: jax.Array, first: ArrayLike, second: ArrayLike) -> jax.Arr
 def is_key(x: object) -> bool:
     """Whether `x` is a typed key array."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def normal_like(key: jax.Array, like: PyTree) -> PyTree:
+    """Standard normal noise in the form of a tree of arrays, each from a key of its own.
+
+    Both parts of complex numbers have variance 1.
+    """
+
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+        std = 2**0.5 if jnp.issubdtype(dtype, jnp.complexfloating) else 1
+        return std * jax.random.normal(key, shape, dtype)
+
+    return optax.tree.random_like(key, like, draw)
 
 
 def permuted(
