@@ -1,6 +1,7 @@
 """What sets a run apart from others: what a checkpoint is compared by, before it is read."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedjax_lite.data.population import (
     ResidentPopulation,
     StreamedPopulation,
 )
+from fedjax_lite.runs import hosts
 from fedjax_lite.samplers import Sampler
 
 _SAMPLED_ROWS = 100
@@ -81,6 +83,27 @@ def identify(
     identity["program devices"] = jax.device_count()
     identity["program jax"] = jax.__version__
     return identity
+
+
+def check_same(identity: Identity) -> None:
+    """Refuses to go on with processes that would run something else each.
+
+    Raises:
+      ValueError: One of them has another identity than the first; in all of them.
+    """
+    if jax.process_count() == 1:
+        return
+    identity = json.loads(json.dumps(identity))
+    first = hosts.of_first(identity)
+    differing = sorted(
+        name for name in {*identity, *first} if identity.get(name) != first.get(name)
+    )
+    if others := hosts.anywhere(bool(differing)):
+        told = f" in {', '.join(differing)}" if differing else ""
+        raise ValueError(
+            f"processes {others} run something else than process 0{told}; give all of them the same"
+            " key, data, algorithm and settings."
+        )
 
 
 def forms(state: PyTree) -> Identity:

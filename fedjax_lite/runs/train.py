@@ -21,7 +21,7 @@ from fedjax_lite.engine.file_store import with_stores
 from fedjax_lite.engine.streaming import prefetch
 from fedjax_lite.runs.checkpoint import CheckpointFolder, Checkpoints
 from fedjax_lite.runs.entries import Courier
-from fedjax_lite.runs.identity import identify
+from fedjax_lite.runs.identity import check_same, identify
 from fedjax_lite.runs.interrupts import first_signal
 from fedjax_lite.runs.ledger import Ledger, trained, without_extras
 from fedjax_lite.runs.result import InterruptedTraining, TrainResult
@@ -29,7 +29,7 @@ from fedjax_lite.runs.step import Carry, Keys, build_step, draw
 from fedjax_lite.runs.stopping import History, Row, StopRule
 from fedjax_lite.samplers import Sampler
 from fedjax_lite.xla.memory import memory_errors
-from fedjax_lite.xla.mesh import copied, put
+from fedjax_lite.xla.mesh import copied, put, replicate
 
 
 def train(
@@ -155,14 +155,19 @@ def train(
         _validate.choice("best_mode", best_mode, ("max", "min"))
 
     def name_clients(round: int) -> list[Any]:
-        ids = np.asarray(sampler.select(run.keys[0], round - 1).client_ids).tolist()
+        ids = np.asarray(sampler.select(keys[0], round - 1).client_ids).tolist()
         return ids if names is None else [names[i] if i >= 0 else i for i in ids]
 
+    if not key.is_fully_addressable:
+        data = np.asarray(jax.random.key_data(key))
+        key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
     key_init, *keys = jax.random.split(key, 3)
     is_given = state is not None
     if state is None:
         with memory_errors(lambda: {"the data": getattr(population, "examples", {})}):
             state = algorithm.init(key_init, num_clients=population.num_clients)
+    elif jax.process_count() > 1 and state.round.is_fully_addressable:
+        state = replicate(state)
     courier = Courier(state)
     run = _Run(
         # A round reuses the memory of the state before it, and the caller may hold this one.
@@ -177,21 +182,25 @@ def train(
         ledger=Ledger(on_round, on_eval, on_resume, best, best_mode or "", name_clients),
         done=int(state.round),
     )
-    draw_ahead = functools.partial(draw, sampler, population, run.keys)
+    # In a thread, and so with keys of this process alone: no other one has to be there.
+    draw_ahead = functools.partial(draw, sampler, population, tuple(keys))
     is_ahead = isinstance(population, StreamedPopulation) or bool(courier)
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_errors(lambda: _needs(state, population)))
-        if checkpoints is not None:
+        if checkpoints is not None or jax.process_count() > 1:
             source = run.equipped(draw_ahead(run.done)) if is_ahead else population
             traced = run.step.trace(run.carry, run.keys, source)
-            settings = {**checkpoints.settings, "ema_decay": ema_decay, "best": best}
+            settings = {} if checkpoints is None else checkpoints.settings
+            settings = {**settings, "ema_decay": ema_decay, "best": best}
             identity = identify(state, population, sampler, key, traced.jaxpr, settings)
+            check_same(identity)
+        if checkpoints is not None:
             run.folder = stack.enter_context(CheckpointFolder(checkpoints, identity))
             run.restore()
         sources: Iterator[Any] = itertools.repeat(population)
         if is_ahead:
             sources = prefetch(draw_ahead, range(run.done, num_rounds))
-        signal_came = stack.enter_context(first_signal())
+        run.ledger.signal_came = stack.enter_context(first_signal())
         if progress:
             require("rich", "run")
             from fedjax_lite.runs.progress import shown
@@ -210,7 +219,7 @@ def train(
                 run.evaluate()
                 run.save()
                 break
-            if came := signal_came():
+            if came := run.ledger.interrupted_by():
                 run.save()
                 message = run.interrupted_message(came)
                 raise InterruptedTraining(message, came, run.result(message.partition(";")[0]))

@@ -1,0 +1,67 @@
+"""What several processes that run one program have to agree on."""
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fedjax_lite.xla.mesh import AXIS, clients_mesh, from_host
+
+_MICROSECONDS = 10**6
+
+
+def is_first() -> bool:
+    """Whether this is the process that records and prints: the only one, or number 0."""
+    return jax.process_index() == 0
+
+
+def tell(seconds: float, signal: int) -> jax.Array:
+    """The clock of the first process and the signals that came to any, to be read by `told`.
+
+    It is on its way when this returns, as a round is: nothing waits for it.
+
+    Args:
+      seconds: What the clock of this process shows.
+      signal: The number of the signal that came to it, or 0.
+    """
+    whole, part = divmod(round(seconds * _MICROSECONDS), _MICROSECONDS)
+    mine = np.array([[whole, part, 0] if is_first() else [0, 0, 0]], np.int32)
+    mine[0, 2] = signal
+    mesh = clients_mesh()
+    everyone = NamedSharding(mesh, PartitionSpec(AXIS))
+    shape = (mesh.size, mine.shape[1])
+    return _most(mesh)(jax.make_array_from_callback(shape, everyone, lambda index: mine))
+
+
+@functools.cache
+def _most(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda x: x.max(0), out_shardings=replicated)
+
+
+def told(message: jax.Array) -> tuple[float, int]:
+    """The seconds and the signal of `tell`, the same in all processes."""
+    whole, part, signal = np.asarray(message).tolist()
+    return whole + part / _MICROSECONDS, signal
+
+
+def of_first(value: Any) -> Any:
+    """A value in types that JSON has, as the first process has it; all of them wait for it."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    text = text if is_first() else np.zeros(size, np.uint8)
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(text)))
+
+
+def anywhere(value: bool) -> list[int]:
+    """The processes in which something is so; all of them wait for each other."""
+    if jax.process_count() == 1:
+        return [0] if value else []
+    return np.flatnonzero(multihost_utils.process_allgather(np.array(value))).tolist()
