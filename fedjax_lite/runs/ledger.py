@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lite.base import PyTree, RoundInfo, ServerState
-from fedjax_lite.runs import hosts
 from fedjax_lite.runs.stopping import History, Row, best_row
+from fedjax_lite.xla import hosts
 from fedjax_lite.xla.mesh import copied
 
 # Rounds that the device may have before it while the host reads the numbers of earlier ones; more

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lite import _validate
@@ -159,7 +160,7 @@ def train(
         return ids if names is None else [names[i] if i >= 0 else i for i in ids]
 
     if not key.is_fully_addressable:
-        data = np.asarray(jax.random.key_data(key))
+        data = jnp.array(np.asarray(jax.random.key_data(key)))
         key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
     key_init, *keys = jax.random.split(key, 3)
     is_given = state is not None

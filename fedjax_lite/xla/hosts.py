@@ -3,16 +3,17 @@
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fedjax_lite.xla.mesh import AXIS, clients_mesh, from_host
+from fedjax_lite.xla.mesh import AXIS, clients_mesh
 
 _MICROSECONDS = 10**6
+T = TypeVar("T")
 
 
 def is_first() -> bool:
@@ -65,3 +66,26 @@ def anywhere(value: bool) -> list[int]:
     if jax.process_count() == 1:
         return [0] if value else []
     return np.flatnonzero(multihost_utils.process_allgather(np.array(value))).tolist()
+
+
+class OtherProcessError(RuntimeError):
+    """What another process raised ends this one as well."""
+
+
+def all_or_none(function: Callable[[], T]) -> T:
+    """Calls a function in all processes, of which each raises if it does in one of them.
+
+    Raises:
+      OtherProcessError: In the processes in which it has not raised itself.
+    """
+    error, result = None, None
+    try:
+        result = function()
+    except Exception as raised:
+        error = raised
+    failed = anywhere(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise OtherProcessError(f"process {failed[0]} could not go on, and tells why")
+    return cast(T, result)
