@@ -108,7 +108,8 @@ def _main(args: Sequence[str] | None) -> None:
         # XLA may be compiling: to tear it down now would crash.
         os._exit(exit_code(interrupt))
     except InterruptedRunError as error:
-        print(f"fedjax-lite: {error}", file=sys.stderr)
+        if not _is_other():
+            print(f"fedjax-lite: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except LostProcessError as error:
         from fedjax_lite.cli.hosts import end_lost
@@ -118,10 +119,14 @@ def _main(args: Sequence[str] | None) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """One line, where Python would add that of the code; of several processes, by the first."""
-    if jax.distributed.is_initialized() and not is_first():
-        return
-    print(f"fedjax-lite: {message}", file=sys.stderr)
+    """One line, where Python would add that of the code."""
+    if not _is_other():
+        print(f"fedjax-lite: {message}", file=sys.stderr)
+
+
+def _is_other() -> bool:
+    """Whether another process tells the same."""
+    return jax.distributed.is_initialized() and not is_first()
 
 
 def _parse(

@@ -102,10 +102,10 @@ def check_same(identity: Identity) -> None:
         name for name in {*identity, *first} if identity.get(name) != first.get(name)
     )
     if others := hosts.anywhere(bool(differing)):
-        told = f" in {', '.join(differing)}" if differing else ""
+        told = ", ".join(hosts.of_first(differing, first=others[0]))
         raise ValueError(
-            f"processes {others} run something else than process 0{told}; give all of them the same"
-            " key, data, algorithm and settings."
+            f"processes {others} run something else than process 0, by {told}; give all of them the"
+            " same key, data, algorithm and settings."
         )
 
 

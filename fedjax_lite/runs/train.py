@@ -68,6 +68,10 @@ def train(
     with one compiled step for all that is inside. The host reads the numbers of a round while the
     device works on the next ones.
 
+    Several processes (`jax.distributed`) that make the same call make one run: each has the same
+    result and the same history, with the seconds of the first one's clock, and calls the callbacks;
+    a signal that comes to one of them ends all of them after the same round.
+
     Args:
       algorithm: The algorithm.
       population: A `FederatedDataset`, which is made resident, or `dataset.resident(...)`,
@@ -108,7 +112,8 @@ def train(
 
     Raises:
       ValueError: An argument is out of range, or the sampler is for another population; a metric
-        is unknown; the checkpoints are of another run, or none of them can be read.
+        is unknown; the checkpoints are of another run, or none of them can be read; of several
+        processes, one is given something else than the others.
       MemoryError: There is too little for a round; with what needs how much.
       fl.InterruptedTraining: Ctrl-C was pressed, or SIGTERM or SIGHUP came, in the main thread; a
         `KeyboardInterrupt` with what the run had come to as its `result`. The round in progress
@@ -194,7 +199,7 @@ def train(
             settings = {} if checkpoints is None else checkpoints.settings
             settings = {**settings, "ema_decay": ema_decay, "best": best}
             identity = identify(state, population, sampler, key, traced.jaxpr, settings)
-            check_same(identity)
+            check_same({**identity, "num_rounds": num_rounds, "eval_every": eval_every})
         if checkpoints is not None:
             run.folder = stack.enter_context(CheckpointFolder(checkpoints, identity))
             run.restore()

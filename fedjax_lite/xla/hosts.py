@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -31,18 +31,20 @@ def tell(seconds: float, signal: int) -> jax.Array:
       signal: The number of the signal that came to it, or 0.
     """
     whole, part = divmod(round(seconds * _MICROSECONDS), _MICROSECONDS)
-    mine = np.array([[whole, part, 0] if is_first() else [0, 0, 0]], np.int32)
-    mine[0, 2] = signal
-    mesh = clients_mesh()
-    everyone = NamedSharding(mesh, PartitionSpec(AXIS))
-    shape = (mesh.size, mine.shape[1])
-    return _most(mesh)(jax.make_array_from_callback(shape, everyone, lambda index: mine))
+    return _largest([whole, part, signal] if is_first() else [0, 0, signal])
+
+
+def _largest(numbers: Sequence[int]) -> jax.Array:
+    """The largest over all processes of each of some numbers, int32, on its way."""
+    mesh, mine = clients_mesh(), np.array([numbers], np.int32)
+    of_all = NamedSharding(mesh, PartitionSpec(AXIS))
+    shape = (mesh.size, len(numbers))
+    return _max_over(mesh)(jax.make_array_from_callback(shape, of_all, lambda index: mine))
 
 
 @functools.cache
-def _most(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(lambda x: x.max(0), out_shardings=replicated)
+def _max_over(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x.max(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def told(message: jax.Array) -> tuple[float, int]:
@@ -51,14 +53,15 @@ def told(message: jax.Array) -> tuple[float, int]:
     return whole + part / _MICROSECONDS, signal
 
 
-def of_first(value: Any) -> Any:
+def of_first(value: Any, *, first: int = 0) -> Any:
     """A value in types that JSON has, as the first process has it; all of them wait for it."""
     if jax.process_count() == 1:
         return value
+    is_source = jax.process_index() == first
+    broadcast = functools.partial(multihost_utils.broadcast_one_to_all, is_source=is_source)
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
-    text = text if is_first() else np.zeros(size, np.uint8)
-    return json.loads(bytes(multihost_utils.broadcast_one_to_all(text)))
+    size = int(broadcast(np.int32(text.size)))
+    return json.loads(bytes(broadcast(text if is_source else np.zeros(size, np.uint8))))
 
 
 def anywhere(value: bool) -> list[int]:
@@ -66,6 +69,15 @@ def anywhere(value: bool) -> list[int]:
     if jax.process_count() == 1:
         return [0] if value else []
     return np.flatnonzero(multihost_utils.process_allgather(np.array(value))).tolist()
+
+
+@functools.cache
+def least(value: int) -> int:
+    """The least of a number below 2**31 over all processes, also while a program is traced."""
+    if jax.process_count() == 1:
+        return value
+    with jax.ensure_compile_time_eval():
+        return -np.asarray(_largest([-value])).item()
 
 
 class OtherProcessError(RuntimeError):
