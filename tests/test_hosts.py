@@ -41,26 +41,32 @@ def free_address():
         return f"localhost:{free.getsockname()[1]}"
 
 
-def start(*args, **options):
+def start(*args, env=None, **options):
     return subprocess.Popen(
         [sys.executable, *map(str, args)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
         text=True,
         **options,
     )
 
 
-def start_two(*args):
+def start_two(*args, by_slurm=False):
     """Two processes of the command line."""
-    address = free_address()
-    return [
-        start(
-            *("-c", _PROGRAM, *args, "--coordinator", address, "--num-hosts=2", f"--host={i}"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for i in range(2)
-    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if by_slurm:
+        slurm = {"SLURM_JOB_ID": os.getpid(), "SLURM_STEP_NODELIST": "localhost"}
+        slurm |= {"SLURM_NTASKS": 2, "SLURM_LOCALID": 0}
+        env = {name: str(value) for name, value in slurm.items()}
+        return [
+            start(
+                *("-c", _PROGRAM, *args, "--distributed"),
+                env={**env, "SLURM_PROCID": str(i)},
+                **pipes,
+            )
+            for i in range(2)
+        ]
+    hosts = ("--coordinator", free_address(), "--num-hosts=2")
+    return [start("-c", _PROGRAM, *args, *hosts, f"--host={i}", **pipes) for i in range(2)]
 
 
 def ended(processes, timeout=300):
@@ -142,7 +148,8 @@ def test_a_process_that_is_killed_ends_the_other_one_and_the_run_goes_on(tmp_pat
 
     rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     more = str(max(row["round"] for row in rows) + 10)
-    codes, printed, told = ended(start_two("train", "--resume", out, "--rounds", more, "--json"))
+    again = ("train", "--resume", out, "--rounds", more, "--json")
+    codes, printed, told = ended(start_two(*again, by_slurm=True))
     assert codes == [0, 0], told
     report = json.loads(printed[0])
     assert report["rounds"] == [0, int(more)]

@@ -25,11 +25,11 @@ class Hosts:
     """Options of commands that several hosts can run together.
 
     Attributes:
-      distributed: This is one of several processes, started by SLURM or Open MPI, that make one run
-        over the devices of all of them. The folder must be one that they share.
-      coordinator: The same where neither has started them: HOST:PORT of process 0, for all.
-      num_hosts: How many processes there are, beside --coordinator.
-      host: Which of them this is, from 0, beside --coordinator.
+      distributed: Run together with the other processes that SLURM or Open MPI has started, over
+        the devices of all hosts. They must share the folder.
+      coordinator: Where neither has started them, HOST:PORT of process 0, the same for all.
+      num_hosts: How many processes there are, with --coordinator.
+      host: Which of them this is, from 0, with --coordinator.
     """
 
     distributed: bool = False
@@ -50,11 +50,15 @@ def join(options: Hosts) -> None:
     if None in given and given != (None, None, None):
         raise UsageError("--coordinator, --num-hosts and --host go together; give all three")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would take SIGTERM for itself, which ends a run by the end of a round.
+    # It would take SIGTERM for itself, which ends a run after a round.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            *given, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=_SHUTDOWN_S
+            *given,
+            # Where SLURM is found as well, it would choose devices.
+            cluster_detection_method=None if options.distributed else "deactivate",
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=_SHUTDOWN_S,
         )
     except (ValueError, TypeError, RuntimeError) as error:
         told = str(error).partition("\n")[0].rstrip(".")

@@ -38,7 +38,8 @@ def resolve(mesh: Mesh | None) -> Mesh | None:
     Inside a `shard_map`, where each device goes its own way, the default is that one device.
 
     Raises:
-      ValueError: The mesh has not the one axis `"clients"`, of type Auto.
+      ValueError: The mesh has not the one axis `"clients"`, of type Auto, or no device of this
+        process.
     """
     if mesh is None:
         alone = jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes
@@ -48,6 +49,11 @@ def resolve(mesh: Mesh | None) -> Mesh | None:
         raise ValueError(
             f"mesh has the axes {mesh.axis_names} of types {mesh.axis_types}; pass one with the"
             f' single axis "{AXIS}" of type Auto, such as fl.clients_mesh().'
+        )
+    if jax.process_count() > 1 and not mesh.local_devices:
+        raise ValueError(
+            f"mesh has no device of process {jax.process_index()}; choose some of each process, or"
+            " leave mesh out."
         )
     return mesh
 
