@@ -264,7 +264,7 @@ def _is_traced(run: _Run, name: str) -> bool:
 
 def _run(runs: Sequence[Settings]) -> list[fl.History]:
     """The histories of runs that one program can run."""
-    built = build(runs[0])
+    built = hosts.all_or_none(lambda: build(runs[0]))
     of_runs = [numbers_of(calls_of(run)) for run in runs]
     varying = [at for at in of_runs[0] if len({numbers[at] for numbers in of_runs}) > 1]
 

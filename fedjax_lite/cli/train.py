@@ -23,6 +23,7 @@ from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.settings import Settings
 from fedjax_lite.runs.records import jsonable, machine
 from fedjax_lite.runs.stopping import StopRule
+from fedjax_lite.xla.hosts import all_or_none
 from fedjax_lite.xla.mesh import resolve as resolve_mesh
 
 # What a run that goes on may change.
@@ -85,7 +86,8 @@ def train(options: Train) -> None:
     join(options)
     names = [field.name for field in dataclasses.fields(Settings)]
     try:
-        built = build(Settings(**{name: getattr(options, name) for name in names}))
+        settings_of_run = Settings(**{name: getattr(options, name) for name in names})
+        built = all_or_none(lambda: build(settings_of_run))
         _check(options)
     except ValueError as error:
         raise UsageError(as_option(str(error))) from None
