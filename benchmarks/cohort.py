@@ -6,8 +6,8 @@ For each case: `round_s`, one round on all devices; `bare_s`, one compiled loop 
 steps of the same size on one device, without clients, deltas or weights; `price`, one round on
 one device over `bare_s`; `torch_s`, a plain PyTorch loop over clients and batches, at its best;
 `torch_vmap_s`, `torch.func.vmap` over clients with `torch.compile`; `fedjax_s`, FedJAX's FedAvg.
-All in one run, in turn, compilation apart. The cases `layout`, `lora` and `store` are of another
-kind: see the modules of these names.
+All in one run, in turn, compilation apart. The cases `hosts`, `layout`, `lora` and `store` are of
+another kind: see the modules of these names.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import jax
 import fedjax_lite as fl
 from benchmarks import ours, peers
 from benchmarks.cases import CASES, Case, Contestant, dataset, initial_params, torch_dense
+from benchmarks.hosts import measure_hosts
 from benchmarks.layout import measure_layout
 from benchmarks.lora import measure_lora
 from benchmarks.store import measure_store
@@ -30,6 +31,7 @@ from benchmarks.timing import interleaved, machine, usable_cores
 from fedjax_lite.engine.execution import Execution, choose_lanes
 
 _OTHERS = {
+    "hosts": measure_hosts,
     "layout": measure_layout,
     "lora": lambda repeats: measure_lora(),
     "store": lambda repeats: measure_store(),

@@ -1,14 +1,20 @@
-"""One of two processes that train together: `one_of_two.py PROCESS ADDRESS FOLDER RESULT`."""
+"""One of two processes that run together: `one_of_two.py PROCESS ADDRESS FOLDER RESULT`."""
 
 import dataclasses
+import os
+import signal
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import optax
-from problems import regression_model
+import pytest
+from problems import SIZES, regression_dataset, regression_model
 
 import fedjax_lite as fl
+from fedjax_lite.engine import store
+from fedjax_lite.xla.hosts import least, of_first
 
 COHORT_SIZE = 5
 
@@ -24,6 +30,17 @@ class Recorder:
         return self.array[rows]
 
 
+def numbers(result):
+    """Params and store as they are in a process, and what is recorded but for the seconds."""
+    state = result.state
+    rows = [row for rows in result.history for row in rows]
+    told = [x for row in rows for name, x in sorted(row.items()) if name != "seconds"]
+    leaves = jax.tree.leaves(state.store)
+    parts = [np.concatenate([shard.data for shard in x.addressable_shards]) for x in leaves]
+    kept = np.concatenate([x.reshape(len(x), -1) for x in parts], 1) if parts else np.empty(0)
+    return {**jax.device_get(state.params), "kept": kept, "rows_of": np.array(told)}
+
+
 def train(population):
     """Two rounds in which each client takes part once, on four devices of one process or two."""
     mesh = population.mesh
@@ -34,17 +51,86 @@ def train(population):
         2,
         key=fl.replicate(jax.random.key(1), mesh),
     )
-    losses = [row["loss"] for row in result.history.rounds]
-    return {**jax.device_get(result.state.params), "losses": np.array(losses)}
+    return numbers(result)
+
+
+def train_resident(mesh, folder=None, *, num_rounds=8, seed=2, on_round=None):
+    """A run with all that processes have to agree on, on four devices."""
+    sizes, model = SIZES[:8], regression_model()
+    examples = regression_dataset(sizes).examples
+    with fl.Recorder(folder, {}) if folder else pytest.MonkeyPatch.context() as recorder:
+
+        def told(row, info):
+            if folder:
+                recorder.on_round(row, info)
+            if on_round:
+                on_round(row)
+
+        return fl.train(
+            fl.scaffold(model, optax.sgd(0.05), optax.adam(0.1), batch_size=3, mesh=mesh),
+            regression_dataset(sizes).resident(mesh),
+            fl.samplers.poisson(len(sizes), 0.6),
+            num_rounds,
+            key=jax.random.key(seed),
+            evaluate=lambda state: fl.evaluate(model, state, examples, mesh=mesh),
+            eval_every=3,
+            ema_decay=0.5,
+            best="loss",
+            best_mode="min",
+            stop=[fl.stopping.wall_clock(1e6)],
+            on_round=told,
+            checkpoints=folder and fl.Checkpoints(folder / "checkpoints", every=2),
+        )
+
+
+def sweep():
+    """Three runs, on as many devices as there are."""
+    model = regression_model()
+    return fl.sweep(
+        lambda rate: fl.fed_avg(model, optax.sgd(rate), num_steps=1),
+        regression_dataset().resident(),
+        fl.samplers.uniform(len(SIZES), COHORT_SIZE),
+        2,
+        keys=jax.random.split(jax.random.key(0), 3),
+        numbers={"rate": [0.1, 0.2, 0.3]},
+    ).histories
 
 
 def main(process, address, folder, result):
+    process, folder = int(process), Path(folder)
     jax.config.update("jax_num_cpu_devices", 2)
-    jax.distributed.initialize(address, num_processes=2, process_id=int(process))
-    population = fl.FederatedDataset.open(folder).streamed(COHORT_SIZE)
+    jax.distributed.initialize(address, num_processes=2, process_id=process)
+    assert of_first([process]) == [0]
+    assert jax.jit(lambda x: x + least(3 + process))(0) == 3  # While it is traced.
+
+    population = fl.FederatedDataset.open(folder / "data").streamed(COHORT_SIZE)
     examples = {name: Recorder(feature) for name, feature in population.examples.items()}
-    trained = train(dataclasses.replace(population, examples=examples))
-    np.savez(result, **trained, rows=examples["x"].rows)
+    for ids in np.split(np.arange(population.num_clients), 2):
+        fl.cohort_of(dataclasses.replace(population, examples=examples), ids)
+    streamed = {**train(population), "read": examples["x"].rows}
+
+    store._LEAST_SPREAD_BYTES = 1
+    # A signal comes to one of them, and both end after the same round.
+    with pytest.raises(fl.InterruptedTraining) as interrupt:
+        train_resident(
+            None,
+            folder / "run",
+            on_round=lambda row: row["round"] == process and os.kill(os.getpid(), signal.SIGTERM),
+        )
+    interrupted = len(interrupt.value.result.history.rounds)
+    resident = train_resident(None, folder / "run", num_rounds=6)
+    seconds = [row["seconds"] for rows in resident.history for row in rows]
+    with pytest.raises(ValueError, match=r"processes \[1\] run something else .* by key; "):
+        train_resident(None, seed=process)
+    with pytest.raises(ValueError, match=r"stores in files are for one process; keep "):
+        fl.store_in_file(dataclasses.replace(resident.state, store=np.zeros((1, 1))), folder, 1)
+    swept = [row["loss"] for history in sweep() for row in history.rounds]
+    all_ = {
+        **{f"streamed {name}": value for name, value in streamed.items()},
+        **{f"resident {name}": value for name, value in numbers(resident).items()},
+        **{"interrupted": interrupted, "seconds": seconds, "swept": swept},
+    }
+    np.savez(result, **all_)
 
 
 if __name__ == "__main__":

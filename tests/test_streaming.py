@@ -4,9 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
-import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +13,6 @@ import time
 import chex
 import jax
 import numpy as np
-import one_of_two
 import optax
 import pytest
 from problems import SIZES, everyone, regression_dataset, regression_model
@@ -171,37 +168,6 @@ def test_evaluation_reads_the_rows_of_each_device():
         )
         results.append((evaluation, fine_tuned))
     chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
-
-
-@eight_devices
-def test_of_two_processes_each_reads_the_rows_of_its_own_clients(tmp_path):
-    dataset = regression_dataset()
-    dataset.save(tmp_path / "data")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    root = pathlib.Path(__file__).parents[1]
-    results = [tmp_path / f"{i}.npz" for i in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, one_of_two.__file__, str(i), address, tmp_path / "data", result],
-            env={**os.environ, "PYTHONPATH": str(root)},
-        )
-        for i, result in enumerate(results)
-    ]
-    try:
-        assert [process.wait(300) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    first, second = (dict(np.load(result)) for result in results)
-    expected = one_of_two.train(dataset.streamed(one_of_two.COHORT_SIZE, mesh=on_mesh(4)))
-    rows = [first.pop("rows"), second.pop("rows")]
-    chex.assert_trees_all_equal(first, second)
-    chex.assert_trees_all_close(first, expected, rtol=1e-5, atol=1e-6)
-    # Between them they read each row once, and about half of them each.
-    np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(sum(SIZES)))
-    assert min(map(len, rows)) > sum(SIZES) / 4
 
 
 def test_cohorts_made_ahead_keep_their_rows():

@@ -15,8 +15,14 @@ import jax
 import fedjax_lite
 from fedjax_lite._extras import require
 from fedjax_lite.cli.cache import SWITCH, keep_programs
-from fedjax_lite.cli.errors import InterruptedRunError, UsageError, exit_code
+from fedjax_lite.cli.errors import (
+    InterruptedRunError,
+    LostProcessError,
+    UsageError,
+    exit_code,
+)
 from fedjax_lite.runs.interrupts import signals_raised
+from fedjax_lite.xla.hosts import OtherProcessError, is_first
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -89,7 +95,7 @@ def _main(args: Sequence[str] | None) -> None:
                 train(options)
             case Quickstart():
                 quickstart(options)
-    except (UsageError, ImportError, MemoryError) as error:
+    except (UsageError, ImportError, MemoryError, OtherProcessError) as error:
         print(f"fedjax-lite: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
@@ -102,13 +108,25 @@ def _main(args: Sequence[str] | None) -> None:
         # XLA may be compiling: to tear it down now would crash.
         os._exit(exit_code(interrupt))
     except InterruptedRunError as error:
-        print(f"fedjax-lite: {error}", file=sys.stderr)
+        if not _is_other():
+            print(f"fedjax-lite: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except LostProcessError as error:
+        from fedjax_lite.cli.hosts import end_lost
+
+        print(f"fedjax-lite: {error}", file=sys.stderr, flush=True)
+        end_lost()
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """One line, where Python would add that of the code."""
-    print(f"fedjax-lite: {message}", file=sys.stderr)
+    if not _is_other():
+        print(f"fedjax-lite: {message}", file=sys.stderr)
+
+
+def _is_other() -> bool:
+    """Whether another process tells the same."""
+    return jax.distributed.is_initialized() and not is_first()
 
 
 def _parse(

@@ -9,6 +9,10 @@ class UsageError(Exception):
     """The user can mend it: told in one line, exit code 2."""
 
 
+class LostProcessError(Exception):
+    """Another process of the run has ended, or cannot be reached."""
+
+
 class InterruptedRunError(Exception):
     """A signal came after something was recorded: Ctrl-C, SIGTERM or SIGHUP.
 

@@ -14,6 +14,7 @@ import rich.table
 import fedjax_lite as fl
 from fedjax_lite._files import write_text
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
+from fedjax_lite.cli.hosts import lost
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import read_run
 from fedjax_lite.experiments.build import Experiment
@@ -22,6 +23,7 @@ from fedjax_lite.runs.plot.of_runs import panels, title
 from fedjax_lite.runs.progress import progress
 from fedjax_lite.runs.records import Recorder, jsonable
 from fedjax_lite.runs.stopping import StopRule
+from fedjax_lite.xla.hosts import all_or_none, is_first
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -71,13 +73,14 @@ def run_recorded(
     Raises:
       UsageError: The folder cannot be written, or is full, or another process writes it.
       InterruptedRunError: Ctrl-C was pressed.
+      LostProcessError: Another one of several processes has ended.
       ValueError: The checkpoints are of another run.
     """
     key = jax.random.key(built.settings.seed)
     try:
         # As fl.train would draw it.
         state = state_in_file(built, jax.random.split(key, 3)[0], out) if store_in_file else None
-        recorder = Recorder(out, settings, tensorboard=tensorboard)
+        recorder = all_or_none(lambda: Recorder(out, settings, tensorboard=tensorboard))
     except OSError as error:
         raise cannot_write(out, error) from None
     goes_on = f"fedjax-lite {resumed_by} {out} goes on"
@@ -120,12 +123,13 @@ def run_recorded(
             personal = None
             if built.personal is not None:
                 personal = built.personal(result.averaged or result.state, key)
-            _write_clients(built, result, personal, out)
-            groups = [[read_run(out)]]
-            draw(out, panels(groups, [out.name]), title(groups))
+            clients = _clients(built, result, personal)
+            all_or_none(lambda: _finish(out, clients) if is_first() else None)
     except KeyboardInterrupt as interrupt:
         told = str(interrupt).partition(";")[0] or "interrupted"
         raise InterruptedRunError(f"{told}; {goes_on}", interrupt) from None
+    except jax.errors.JaxRuntimeError as error:
+        raise lost(error, goes_on) from None
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
@@ -169,12 +173,12 @@ def state_in_file(built: Experiment, key: jax.Array, out: Path) -> fl.ServerStat
         raise ValueError(f"store_in_file is True: {error}") from None
 
 
-def _write_clients(
-    built: Experiment, result: fl.TrainResult, personal: fl.ClientEvaluation | None, out: Path
-) -> None:
-    """Writes how the model, and that of its own, does on the held-out examples of each client."""
+def _clients(
+    built: Experiment, result: fl.TrainResult, personal: fl.ClientEvaluation | None
+) -> dict[str, Any] | None:
+    """How the model, and that of its own, does on the held-out examples of each client."""
     if built.held_out is None:
-        return
+        return None
     everyone = fl.cohort_of(built.held_out.resident(), np.arange(built.held_out.num_clients))
     state = result.averaged or result.state
     found = personal if personal and not built.server_has_all else None
@@ -182,8 +186,15 @@ def _write_clients(
     report = {name: np.asarray(values).tolist() for name, values in found.clients.items()}
     if personal is not None:
         report["personal_accuracy"] = np.asarray(personal.clients["accuracy"]).tolist()
-    report["num_examples"] = built.held_out.num_examples.tolist()
-    write_text(out / "clients.json", json.dumps(jsonable(report)) + "\n")
+    return {**report, "num_examples": built.held_out.num_examples.tolist()}
+
+
+def _finish(out: Path, clients: dict[str, Any] | None) -> None:
+    """Writes what is known of clients, and draws."""
+    if clients is not None:
+        write_text(out / "clients.json", json.dumps(jsonable(clients)) + "\n")
+    groups = [[read_run(out)]]
+    draw(out, panels(groups, [out.name]), title(groups))
 
 
 def print_report(report: dict[str, Any], heading: str = "on held-out examples") -> None:

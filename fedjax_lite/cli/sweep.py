@@ -23,6 +23,7 @@ import fedjax_lite as fl
 from fedjax_lite._files import locked, write_text
 from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
+from fedjax_lite.cli.hosts import Hosts, join, lost, new_console, of_first
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import read_run
 from fedjax_lite.cli.train import as_option
@@ -41,13 +42,14 @@ from fedjax_lite.runs.plot.lines import MAX_CURVES, draw
 from fedjax_lite.runs.plot.of_runs import panels, title
 from fedjax_lite.runs.reading import group_seeds, name_groups, number, read_object
 from fedjax_lite.runs.records import Recorder, jsonable, machine
+from fedjax_lite.xla import hosts
 
 _VARY = tyro.conf.arg(metavar="NAME=VALUES", help_behavior_hint="")
 
 
 @told_briefly
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sweep(Settings):
+class Sweep(Hosts, Settings):
     """Run all combinations of some settings, and record, compare and draw them.
 
     Settings are those of train. Seeds, and numbers of the algorithm, of optimizers and of updates,
@@ -87,6 +89,7 @@ def sweep(options: Sweep) -> None:
       UsageError: A setting is wrong, or the folder cannot be written.
     """
     fl.configure_cpu()
+    join(options)
     varied = dict(map(_values, options.vary))
     if not varied or len(varied) < len(options.vary):
         raise UsageError("--vary is given twice for a setting, or not at all; name each once")
@@ -106,15 +109,19 @@ def sweep(options: Sweep) -> None:
         raise UsageError(as_option(str(error))) from None
     programs = group_by_program([run.settings for run in runs])
     about = jsonable({"config": dataclasses.asdict(base), "vary": varied})
-    out = options.out or new_folder("sweep")
     with contextlib.ExitStack() as stack:
-        try:
-            _check_folder(out, about)
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(out / ".lock"))
-        except OSError as error:
-            raise cannot_write(out, error) from None
-        _run_all(options, out, about, runs, programs)
+
+        def opened() -> Path:
+            out = options.out or new_folder("sweep")
+            try:
+                _check_folder(out, about)
+                out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(out / ".lock"))
+            except OSError as error:
+                raise cannot_write(out, error) from None
+            return out
+
+        _run_all(options, of_first(opened), about, runs, programs)
 
 
 def _check_folder(out: Path, about: dict[str, Any]) -> None:
@@ -143,12 +150,15 @@ def _run_all(
     varied = about["vary"]
     structural = sorted(name for name in varied if not _is_traced(runs[0], name))
     told = f", since {', '.join(structural)} cannot vary within one" if len(programs) > 1 else ""
-    console = rich.console.Console(stderr=options.json)
+    console = new_console(stderr=options.json)
     console.print(f"{len(runs)} runs in {_count(len(programs), 'program')}{told}")
     began = time.perf_counter()
     folders = [_folder(out, i, run) for i, run in enumerate(runs)]
+    # As the first process sees the files, which writes them.
+    is_complete = [_is_complete(*of) for of in zip(folders, runs, strict=True)]
+    is_complete = hosts.of_first(is_complete)
     for places in programs:
-        if all(_is_complete(folders[place], runs[place].settings) for place in places):
+        if all(is_complete[place] for place in places):
             continue
         try:
             histories = _run([runs[place].settings for place in places])
@@ -156,13 +166,32 @@ def _run_all(
             raise InterruptedRunError(
                 f"interrupted; the same command with --out {out} goes on", interrupt
             ) from None
+        except jax.errors.JaxRuntimeError as error:
+            raise lost(error, f"the same command with --out {out} goes on") from None
         except ValueError as error:
             raise UsageError(as_option(str(error))) from None
+        if not hosts.is_first():
+            continue
         write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
         for place, history in zip(places, histories, strict=True):
             _record(folders[place], runs[place].settings, history)
     run_s = time.perf_counter() - began
 
+    if hosts.is_first():
+        _report(options, out, varied, runs, folders, len(programs), run_s)
+    hosts.anywhere(False)  # Until then, all stay.
+
+
+def _report(
+    options: Sweep,
+    out: Path,
+    varied: dict[str, Any],
+    runs: Sequence[_Run],
+    folders: Sequence[Path],
+    num_programs: int,
+    run_s: float,
+) -> None:
+    """Draws and reports what is recorded."""
     recorded = [read_run(folder) for folder in folders]
     groups = group_seeds(recorded)
     if len(groups) <= MAX_CURVES:
@@ -171,7 +200,7 @@ def _run_all(
         "out": str(out),
         **machine(),
         "vary": varied,
-        "programs": len(programs),
+        "programs": num_programs,
         "run_s": run_s,
         "runs": [
             {
@@ -189,7 +218,7 @@ def _run_all(
     if options.json:
         print(text)
     else:
-        _print_report(report, console)
+        _print_report(report, new_console(stderr=False))
 
 
 def _values(text: str) -> tuple[str, tuple[Any, ...]]:
@@ -235,7 +264,7 @@ def _is_traced(run: _Run, name: str) -> bool:
 
 def _run(runs: Sequence[Settings]) -> list[fl.History]:
     """The histories of runs that one program can run."""
-    built = build(runs[0])
+    built = hosts.all_or_none(lambda: build(runs[0]))
     of_runs = [numbers_of(calls_of(run)) for run in runs]
     varying = [at for at in of_runs[0] if len({numbers[at] for numbers in of_runs}) > 1]
 
@@ -284,10 +313,10 @@ def _folder(out: Path, place: int, run: _Run) -> Path:
     return out / "-".join([f"{place:03}", *named])
 
 
-def _is_complete(folder: Path, run: Settings) -> bool:
+def _is_complete(folder: Path, run: _Run) -> bool:
     """Whether a run is recorded up to its last evaluation, which is written last."""
     try:
-        return run.rounds in read_run(folder).evaluations
+        return run.settings.rounds in read_run(folder).evaluations
     except UsageError:
         return False
 

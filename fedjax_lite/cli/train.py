@@ -15,6 +15,7 @@ import rich.table
 import fedjax_lite as fl
 from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.errors import UsageError
+from fedjax_lite.cli.hosts import Hosts, join, of_first
 from fedjax_lite.cli.running import print_report, run_recorded, unused_folder
 from fedjax_lite.cli.runs import RULES, read_settings
 from fedjax_lite.engine.execution import Execution, choose_lanes
@@ -22,6 +23,7 @@ from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.settings import Settings
 from fedjax_lite.runs.records import jsonable, machine
 from fedjax_lite.runs.stopping import StopRule
+from fedjax_lite.xla.hosts import all_or_none
 from fedjax_lite.xla.mesh import resolve as resolve_mesh
 
 # What a run that goes on may change.
@@ -30,7 +32,7 @@ _FREE = {"rounds", "eval_every", "lanes", "target", "patience", "max_seconds"}
 
 @told_briefly
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train(Settings):
+class Train(Hosts, Settings):
     """Train a federated model with any settings, and record and draw what happens.
 
     A setting that chooses something is a name, such as scaffold, or a call as in Python, such as
@@ -81,9 +83,11 @@ def train(options: Train) -> None:
       InterruptedRunError: Ctrl-C was pressed; the run can be resumed.
     """
     fl.configure_cpu()
+    join(options)
     names = [field.name for field in dataclasses.fields(Settings)]
     try:
-        built = build(Settings(**{name: getattr(options, name) for name in names}))
+        settings_of_run = Settings(**{name: getattr(options, name) for name in names})
+        built = all_or_none(lambda: build(settings_of_run))
         _check(options)
     except ValueError as error:
         raise UsageError(as_option(str(error))) from None
@@ -97,7 +101,7 @@ def train(options: Train) -> None:
     try:
         report = run_recorded(
             built,
-            _folder(options, settings),
+            of_first(lambda: _folder(options, settings)),
             settings,
             resumed_by="train --resume",
             stop=_stop_rules(options),

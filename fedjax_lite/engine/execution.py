@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from fedjax_lite import _validate
 from fedjax_lite.base import PyTree
 from fedjax_lite.engine.store import MEMORY_KINDS
+from fedjax_lite.xla.hosts import least
 from fedjax_lite.xla.mesh import resolve
 from fedjax_lite.xla.rewrite import rewritten
 
@@ -95,7 +96,9 @@ def _fitting_lanes(shared: PyTree, execution: Execution) -> int:
     if not stats or "bytes_limit" not in stats:
         return _MOST_LANES
     lane_bytes = max(1, 4 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shared)))
-    return min(_MOST_LANES, max(1, stats["bytes_limit"] // 2 // lane_bytes))
+    # The same on all hosts, or each would wait in another program than the others.
+    bytes_limit = least(stats["bytes_limit"] // 2**20) * 2**20
+    return min(_MOST_LANES, max(1, bytes_limit // 2 // lane_bytes))
 
 
 def choose_rewrite(execution: Execution) -> Rewrite:

@@ -10,6 +10,7 @@ import jax
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Cohort, FederatedAlgorithm, PyTree
+from fedjax_lite.xla.hosts import of_first
 
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -91,4 +92,6 @@ def tune_lanes(
         lanes: statistics.median(run[lanes] for run in times) if lanes in fitting else math.inf
         for lanes in rounds
     }
+    # Of several processes, all take what the first one has measured.
+    medians = dict(zip(medians, of_first([*medians.values()]), strict=True))
     return TunedLanes(min(medians, key=medians.__getitem__), medians)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from fedjax_lite import _validate
 from fedjax_lite.base import PyTree
-from fedjax_lite.xla.mesh import AXIS, resolve
+from fedjax_lite.xla.mesh import AXIS, from_host, resolve
 
 STORES = ("store", "pipeline_store")
 """The fields of a `ServerState` that have an entry for each client."""
@@ -82,10 +82,8 @@ def create_store(
             stacked = jnp.broadcast_to(x, shape)
             on_host = memory_kind == "pinned_host"
             return jax.device_put(stacked, jax.memory.Space.Host) if on_host else stacked
-        # By way of the host: it may have room where the device has not. Unlike device_put, it
-        # sends nothing around to compare what several processes have.
-        everyone = np.broadcast_to(np.asarray(x), shape)
-        return jax.make_array_from_callback(shape, sharding, lambda index: everyone[index])
+        # By way of the host: it may have room where the device has not.
+        return from_host(np.broadcast_to(np.asarray(x), shape), sharding)
 
     return jax.tree.map(entries, entry)
 

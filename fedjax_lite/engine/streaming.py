@@ -15,7 +15,7 @@ from fedjax_lite import _validate
 from fedjax_lite.base import Cohort
 from fedjax_lite.data import checks
 from fedjax_lite.data.population import StreamedPopulation
-from fedjax_lite.xla.mesh import AXIS, deal, local_positions
+from fedjax_lite.xla.mesh import deal, from_parts, local_positions, put
 
 T = TypeVar("T")
 
@@ -117,12 +117,9 @@ def _put(arrays: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
     """Arrays that all processes have, and `examples`, of which each has those of its devices."""
     if mesh is None:
         return jax.device_put(arrays)
-    spread = NamedSharding(mesh, PartitionSpec(AXIS))
-    replicated = NamedSharding(mesh, PartitionSpec())
     # Nothing that processes would have to wait for each other for: they make cohorts ahead.
-    return jax.make_array_from_process_local_data(
-        {name: spread if name == "examples" else replicated for name in arrays}, arrays
-    )
+    examples = {name: from_parts(x, mesh) for name, x in arrays.pop("examples").items()}
+    return {**put(arrays, NamedSharding(mesh, PartitionSpec())), "examples": examples}
 
 
 def prefetch(make: Callable[[int], T], rounds: Iterable[int], *, depth: int = 2) -> Iterator[T]:

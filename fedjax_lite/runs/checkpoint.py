@@ -20,6 +20,7 @@ from fedjax_lite._files import locked
 from fedjax_lite.base import PyTree, ServerState
 from fedjax_lite.runs.identity import DifferentRunError, Identity, compare, digest, forms
 from fedjax_lite.runs.ledger import trained, without_extras
+from fedjax_lite.xla import hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,19 +83,33 @@ class CheckpointFolder:
             preservation_policy=managers.LatestN(checkpoints.keep), cleanup_tmp_directories=True
         )
         with contextlib.ExitStack() as stack:
-            if jax.process_index() == 0:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(self._folder / ".lock"))
+            hosts.all_or_none(lambda: self._lock(stack))
+            hosts.all_or_none(self._check_shared)
             stack.enter_context(_quiet_about_what_is_left())
             stack.enter_context(_errors_of_orbax(self._folder))
             self._manager = self._ocp.CheckpointManager(self._folder, options=options)
             stack.callback(self._manager.close)
             self._opened = stack.pop_all()
 
+    def _lock(self, stack: contextlib.ExitStack) -> None:
+        if hosts.is_first():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(self._folder / ".lock"))
+
+    def _check_shared(self) -> None:
+        if not self._folder.is_dir():
+            raise ValueError(
+                f"{self._folder} is made by process 0, and missing in process"
+                f" {jax.process_index()}; choose a folder that all hosts share."
+            )
+
     def __enter__(self) -> "CheckpointFolder":
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        if jax.process_count() > 1 and isinstance(exception[1], jax.errors.JaxRuntimeError):
+            self._opened.pop_all()  # It would wait for a process that is lost.
+            return
         self._opened.__exit__(*exception)
 
     def save(self, round: int, arrays: PyTree, record: Mapping[str, Any]) -> None:
@@ -139,6 +154,8 @@ class CheckpointFolder:
             return like
 
         def put_aside(round: int, reason: str) -> None:
+            if not hosts.is_first():
+                return
             aside = self._folder / f"damaged-{round}-{len(list(self._folder.glob('damaged-*')))}"
             warnings.warn(
                 f"the checkpoint of round {round} in {self._folder} is damaged and now called"
@@ -147,7 +164,9 @@ class CheckpointFolder:
             )
             (self._folder / str(round)).rename(aside)
 
-        restored = _read_newest(self._manager, self._folder, arrays_like, put_aside)
+        restored = hosts.all_or_none(
+            lambda: _read_newest(self._manager, self._folder, arrays_like, put_aside)
+        )
         self._manager.reload()
         return restored
 
@@ -292,19 +311,42 @@ def _read(
     manager: Any, folder: Path, round: int, arrays_like: Callable[[Identity], PyTree]
 ) -> Restored:
     args = require("orbax.checkpoint", "run").args
-    record: Any = {}
-    if (folder / str(round) / "record").is_dir():
-        record = manager.restore(round, args=args.Composite(record=args.JsonRestore()))["record"]
-    if not {"identity", "digest"} <= record.keys():
-        raise DifferentRunError(
-            f"{folder / str(round)} was not written by fl.train; choose another folder."
-        )
-    like = {"arrays": arrays_like(record["identity"])}
-    restored = manager.restore(round, args=args.Composite(arrays=args.StandardRestore(like)))
-    arrays = restored["arrays"]["arrays"]
-    if digest(arrays) != record["digest"]:
+
+    def read() -> Restored:
+        record: Any = {}
+        if (folder / str(round) / "record").is_dir():
+            record = manager.restore(round, args=args.Composite(record=args.JsonRestore()))[
+                "record"
+            ]
+        if not {"identity", "digest"} <= record.keys():
+            raise DifferentRunError(
+                f"{folder / str(round)} was not written by fl.train; choose another folder."
+            )
+        like = {"arrays": arrays_like(record["identity"])}
+        restored = manager.restore(round, args=args.Composite(arrays=args.StandardRestore(like)))
+        return Restored(round, restored["arrays"]["arrays"], record)
+
+    restored = _agreed(read)
+    if hosts.anywhere(digest(restored.arrays) != restored.record["digest"]):
         raise ValueError("its arrays do not have the SHA-256 that they were saved with")
-    return Restored(round, arrays, record)
+    return restored
+
+
+def _agreed(read: Callable[[], Restored]) -> Restored:
+    """What all processes have read; a damage that one of them finds is one for all."""
+    restored, error = None, None
+    try:
+        restored = read()
+    except Exception as raised:  # Of many kinds, depending on what is damaged.
+        error = raised
+    damaged = hosts.anywhere(error is not None and _is_damage(error))
+    if hosts.anywhere(error is not None and not _is_damage(error)) and error is None:
+        raise hosts.OtherProcessError("another process could not read the checkpoint")
+    if error is not None:
+        raise error
+    if restored is None or damaged:
+        raise ValueError(f"processes {damaged} cannot read it")
+    return restored
 
 
 # Of the messages of orbax and TensorStore, which know errors of the system by these words.
@@ -314,7 +356,7 @@ _NO_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Too many open files")
 
 def _is_damage(error: Exception) -> bool:
     """Whether a checkpoint that could not be read would not be read another time either."""
-    known = isinstance(error, (MemoryError, PermissionError))
+    known = isinstance(error, (MemoryError, PermissionError, hosts.OtherProcessError))
     return not known and not any(words in str(error) for words in _NO_DAMAGE)
 
 

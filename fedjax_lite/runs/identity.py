@@ -1,13 +1,16 @@
 """What sets a run apart from others: what a checkpoint is compared by, before it is read."""
 
+import functools
 import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from fedjax_lite.base import PyTree
@@ -17,8 +20,10 @@ from fedjax_lite.data.population import (
     StreamedPopulation,
 )
 from fedjax_lite.samplers import Sampler
+from fedjax_lite.xla import hosts
 
 _SAMPLED_ROWS = 100
+_MOST_BYTES = 2**24  # Of what lies with other processes, that is read at once.
 Identity = dict[str, Any]
 
 
@@ -85,6 +90,27 @@ def identify(
     return identity
 
 
+def check_same(identity: Identity) -> None:
+    """Refuses to go on with processes that would run something else each.
+
+    Raises:
+      ValueError: One of them has another identity than the first; in all of them.
+    """
+    if jax.process_count() == 1:
+        return
+    identity = json.loads(json.dumps(identity))
+    first = hosts.of_first(identity)
+    differing = sorted(
+        name for name in {*identity, *first} if identity.get(name) != first.get(name)
+    )
+    if others := hosts.anywhere(bool(differing)):
+        told = ", ".join(hosts.of_first(differing, first=others[0]))
+        raise ValueError(
+            f"processes {others} run something else than process 0, by {told}; give all of them the"
+            " same key, data, algorithm and settings."
+        )
+
+
 def forms(state: PyTree) -> Identity:
     """Dtype and shape of each array of a state, by name."""
     return {
@@ -98,5 +124,26 @@ def digest(arrays: PyTree | ArrayLike) -> str:
     sha = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(arrays):
         sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        sha.update(np.atleast_1d(np.ascontiguousarray(leaf)).view(np.uint8).data)
+        for part in _parts(leaf):
+            sha.update(np.atleast_1d(np.ascontiguousarray(part)).view(np.uint8).data)
     return sha.hexdigest()
+
+
+def _parts(x: Any) -> Iterator[Any]:
+    """The array as it is; if a part of it lies with other processes, some rows at a time."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        yield x
+        return
+    assert isinstance(x.sharding, NamedSharding)  # As all that is spread is.
+    size = max(1, _MOST_BYTES * len(x) // x.nbytes)
+    for start in range(0, len(x), size):
+        yield _rows(x, start, min(size, len(x) - start), x.sharding.mesh)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _rows(x: jax.Array, start: ArrayLike, size: int, mesh: Any) -> jax.Array:
+    """Some rows of a spread array, for all processes."""
+    rows = jax.lax.dynamic_slice_in_dim(x, start, size)
+    if jax.typeof(x).memory_space == jax.memory.Space.Host:
+        rows = jax.device_put(rows, jax.memory.Space.Device)
+    return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec()))

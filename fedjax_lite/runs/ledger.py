@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import math
+import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from fedjax_lite import privacy
 from fedjax_lite.base import PyTree, RoundInfo, ServerState
 from fedjax_lite.runs.stopping import History, Row, best_row
+from fedjax_lite.xla import hosts
 from fedjax_lite.xla.mesh import copied
 
 # Rounds that the device may have before it while the host reads the numbers of earlier ones; more
@@ -49,6 +51,9 @@ class Ledger:
         self._on_round, self._on_eval, self._on_resume = on_round, on_eval, on_resume
         self.show: Callable[[Row, bool], None] | None = None
         """Is given each row, and whether it is of an evaluation, to show how far the run is."""
+        self.signal_came: Callable[[], signal.Signals | None] = lambda: None
+        """Which signal has come to this process, if any."""
+        self._signal_anywhere = 0
         self._pending: collections.deque[Callable[[], None]] = collections.deque()
         self._began = time.perf_counter()
 
@@ -80,12 +85,28 @@ class Ledger:
         while len(self._pending) > ahead:
             self._pending.popleft()()
 
+    def interrupted_by(self) -> signal.Signals | None:
+        """The signal that ends the run before its next round, if any.
+
+        Of several processes, all are told with the numbers of the same round which signal came to
+        one of them.
+        """
+        if jax.process_count() == 1:
+            return self.signal_came()
+        return signal.Signals(self._signal_anywhere) if self._signal_anywhere else None
+
     def _add(self, metrics: dict[str, Any], record: Callable[[Row], None]) -> None:
         jax.tree.map(lambda x: x.copy_to_host_async(), metrics)
+        message: jax.Array | None = None
+        if jax.process_count() > 1:
+            message = hosts.tell(time.perf_counter() - self._began, self.signal_came() or 0)
 
         def arrive() -> None:
             numbers = {name: x.tolist() for name, x in jax.device_get(metrics).items()}
-            record({"seconds": time.perf_counter() - self._began, **numbers})
+            seconds = time.perf_counter() - self._began
+            if message is not None:
+                seconds, self._signal_anywhere = hosts.told(message)
+            record({"seconds": seconds, **numbers})
 
         self._pending.append(arrive)
 

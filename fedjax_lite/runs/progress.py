@@ -7,6 +7,8 @@ from typing import Any
 import rich.console
 import rich.progress
 
+from fedjax_lite.xla import hosts
+
 _MOST_SHOWN = 3  # Metrics of an evaluation, so that a line stays one.
 Show = Callable[[int, str, bool], None]
 
@@ -15,10 +17,15 @@ Show = Callable[[int, str, bool], None]
 def progress(num_rounds: int, *, stderr: bool) -> Iterator[Show]:
     """`show(done, text, loud)`: in a bar on a terminal, else in lines of the rounds that are loud.
 
+    Of several processes, the first one shows it.
+
     Args:
       num_rounds: Number of rounds.
       stderr: Whether stdout is kept for something else.
     """
+    if not hosts.is_first():
+        yield lambda done, text, loud: None
+        return
     console = rich.console.Console(stderr=stderr)
     if not (console.is_terminal or console.is_jupyter):
 

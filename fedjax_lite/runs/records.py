@@ -18,6 +18,7 @@ from fedjax_lite._extras import require
 from fedjax_lite._files import locked, replacing, write_text
 from fedjax_lite.base import RoundInfo
 from fedjax_lite.runs.stopping import History, Row
+from fedjax_lite.xla import hosts
 
 _PACKAGES = ("fedjax_lite", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -34,6 +35,8 @@ class Recorder:
     What JSON has no number for, such as NaN, is null there. A folder of a run that goes on keeps
     its rows; a round that was run twice has two, of which the last one counts. A row is in the file
     when the method that it was given to returns, and the other files are replaced all or nothing.
+
+    Of several processes (`jax.distributed`), the first one writes.
 
     A context, whose methods `on_round`, `on_eval` and `on_resume` are callbacks of `fl.train`.
     Until its end, no other process can record in the folder.
@@ -59,11 +62,16 @@ class Recorder:
         self, folder: str | Path, config: Mapping[str, Any], *, tensorboard: bool = False
     ) -> None:
         self._folder = Path(folder)
+        self._rows: list[Row] = []
+        self._events: Any = None
+        self._about: str | None = None
+        self._is_first = hosts.is_first()
+        if not self._is_first:
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
         about = {"config": jsonable(dict(config)), **machine(), "git": git_revision()}
-        self._about: str | None = json.dumps(about, indent=2) + "\n"
+        self._about = json.dumps(about, indent=2) + "\n"
         path = self._folder / "metrics.jsonl"
-        self._events: Any = None
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self._folder / ".lock"))
             if not (self._folder / "config.json").exists():
@@ -102,6 +110,8 @@ class Recorder:
             self._about = None
 
     def _write(self, kind: str, row: Row) -> None:
+        if not self._is_first:
+            return
         self._write_config()
         row = jsonable({"kind": kind, **row})
         self._rows.append(row)
@@ -115,6 +125,8 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not self._is_first:
+            return
         if not any(exception):
             self._write_config()
         last = {(row["round"], row["kind"] == "evaluation"): row for row in self._rows}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
@@ -25,7 +25,8 @@ class SweepResult(NamedTuple):
     """What the runs of a sweep end with.
 
     Attributes:
-      states: The final states; each array has a leading axis of runs.
+      states: The final states; each array has a leading axis of runs. Of several processes, each
+        has those of its devices.
       histories: Of each run, rows as `fl.train` records them, without seconds.
     """
 
@@ -209,7 +210,11 @@ def _program(
                 out_specs=PartitionSpec(AXIS),
                 check_vma=False,
             )
-        return jax.tree.map(lambda x: x[:num_runs], own_runs(population, runs))
+        states, recorded = jax.tree.map(lambda x: x[:num_runs], own_runs(population, runs))
+        if num_devices > 1:  # For each of several processes.
+            everywhere = NamedSharding(clients_mesh(), PartitionSpec())
+            recorded = jax.lax.with_sharding_constraint(recorded, everywhere)
+        return states, recorded
 
     return all_runs
 

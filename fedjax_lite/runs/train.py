@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lite import _validate
@@ -23,7 +24,7 @@ from fedjax_lite.privacy.accounting import Budget, ledger_of
 from fedjax_lite.privacy.accounting import Ledger as PrivacyLedger
 from fedjax_lite.runs.checkpoint import CheckpointFolder, Checkpoints
 from fedjax_lite.runs.entries import Courier
-from fedjax_lite.runs.identity import identify
+from fedjax_lite.runs.identity import check_same, identify
 from fedjax_lite.runs.interrupts import first_signal
 from fedjax_lite.runs.ledger import Ledger, epsilon_of_rows, trained, without_extras
 from fedjax_lite.runs.result import InterruptedTraining, TrainResult
@@ -31,7 +32,7 @@ from fedjax_lite.runs.step import Carry, Keys, build_step, check_length, draw
 from fedjax_lite.runs.stopping import History, Row, StopRule
 from fedjax_lite.samplers import Sampler
 from fedjax_lite.xla.memory import memory_errors
-from fedjax_lite.xla.mesh import copied, put
+from fedjax_lite.xla.mesh import copied, put, replicate
 
 
 def train(
@@ -69,6 +70,10 @@ def train(
 
     with one compiled step for all that is inside. The host reads the numbers of a round while the
     device works on the next ones.
+
+    Several processes (`jax.distributed`) that make the same call make one run: each has the same
+    result and the same history, with the seconds of the first one's clock, and calls the callbacks;
+    a signal that comes to one of them ends all of them after the same round.
 
     Args:
       algorithm: The algorithm.
@@ -115,8 +120,10 @@ def train(
 
     Raises:
       ValueError: An argument is out of range, or the sampler is for another population; a metric
-        is unknown; the checkpoints are of another run, or none of them can be read; there is no
-        epsilon for the algorithm and the sampler, or more is spent than `privacy` allows.
+            settings = {} if checkpoints is None else checkpoints.settings
+            settings = {**settings, "ema_decay": ema_decay, "best": best}
+            if spent is not None:  # What they were spent with, and told for.
+                settings |= {"noise_multiplier": spent.noise_multiplier, "delta": spent.delta}
       MemoryError: There is too little for a round; with what needs how much.
       fl.InterruptedTraining: Ctrl-C was pressed, or SIGTERM or SIGHUP came, in the main thread; a
         `KeyboardInterrupt` with what the run had come to as its `result`. The round in progress
@@ -170,14 +177,19 @@ def train(
         epsilon = epsilon_of_rows(spent, num_rounds, eval_every)
 
     def name_clients(round: int) -> list[Any]:
-        ids = np.asarray(sampler.select(run.keys[0], round - 1).client_ids).tolist()
+        ids = np.asarray(sampler.select(keys[0], round - 1).client_ids).tolist()
         return ids if names is None else [names[i] if i >= 0 else i for i in ids]
 
+    if not key.is_fully_addressable:
+        data = jnp.array(np.asarray(jax.random.key_data(key)))
+        key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
     key_init, *keys = jax.random.split(key, 3)
     is_given = state is not None
     if state is None:
         with memory_errors(lambda: {"the data": getattr(population, "examples", {})}):
             state = algorithm.init(key_init, num_clients=population.num_clients)
+    elif jax.process_count() > 1 and state.round.is_fully_addressable:
+        state = replicate(state)
     courier = Courier(state)
     run = _Run(
         # A round reuses the memory of the state before it, and the caller may hold this one.
@@ -201,23 +213,27 @@ def train(
         done=int(state.round),
         spent=spent,
     )
-    draw_ahead = functools.partial(draw, sampler, population, run.keys)
+    # In a thread, and so with keys of this process alone: no other one has to be there.
+    draw_ahead = functools.partial(draw, sampler, population, tuple(keys))
     is_ahead = isinstance(population, StreamedPopulation) or bool(courier)
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_errors(lambda: _needs(state, population)))
-        if checkpoints is not None:
+        if checkpoints is not None or jax.process_count() > 1:
             source = run.equipped(draw_ahead(run.done)) if is_ahead else population
             traced = run.step.trace(run.carry, run.keys, source)
-            settings = {**checkpoints.settings, "ema_decay": ema_decay, "best": best}
+            settings = {} if checkpoints is None else checkpoints.settings
+            settings = {**settings, "ema_decay": ema_decay, "best": best}
             if spent is not None:  # What they were spent with, and told for.
                 settings |= {"noise_multiplier": spent.noise_multiplier, "delta": spent.delta}
             identity = identify(state, population, sampler, key, traced.jaxpr, settings)
+            check_same({**identity, "num_rounds": num_rounds, "eval_every": eval_every})
+        if checkpoints is not None:
             run.folder = stack.enter_context(CheckpointFolder(checkpoints, identity))
             run.restore()
         sources: Iterator[Any] = itertools.repeat(population)
         if is_ahead:
             sources = prefetch(draw_ahead, range(run.done, num_rounds))
-        signal_came = stack.enter_context(first_signal())
+        run.ledger.signal_came = stack.enter_context(first_signal())
         if progress:
             require("rich", "run")
             from fedjax_lite.runs.progress import shown
@@ -236,7 +252,7 @@ def train(
                 run.evaluate()
                 run.save()
                 break
-            if came := signal_came():
+            if came := run.ledger.interrupted_by():
                 run.save()
                 message = run.interrupted_message(came)
                 raise InterruptedTraining(message, came, run.result(message.partition(";")[0]))

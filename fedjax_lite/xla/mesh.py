@@ -38,7 +38,8 @@ def resolve(mesh: Mesh | None) -> Mesh | None:
     Inside a `shard_map`, where each device goes its own way, the default is that one device.
 
     Raises:
-      ValueError: The mesh has not the one axis `"clients"`, of type Auto.
+      ValueError: The mesh has not the one axis `"clients"`, of type Auto, or no device of this
+        process.
     """
     if mesh is None:
         alone = jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes
@@ -48,6 +49,11 @@ def resolve(mesh: Mesh | None) -> Mesh | None:
         raise ValueError(
             f"mesh has the axes {mesh.axis_names} of types {mesh.axis_types}; pass one with the"
             f' single axis "{AXIS}" of type Auto, such as fl.clients_mesh().'
+        )
+    if jax.process_count() > 1 and not mesh.local_devices:
+        raise ValueError(
+            f"mesh has no device of process {jax.process_index()}; choose some of each process, or"
+            " leave mesh out."
         )
     return mesh
 
@@ -70,7 +76,7 @@ def sum_over_devices(tree: T) -> T:
 def replicate(tree: T, mesh: Mesh | None = None) -> T:
     """Copies arrays to every device that rounds run on: all of them, or those of a mesh.
 
-    Of several processes, each passes the same values; JAX compares them.
+    Of several processes, each passes the same values.
     """
     mesh = resolve(mesh)
     if mesh is None:
@@ -79,14 +85,34 @@ def replicate(tree: T, mesh: Mesh | None = None) -> T:
 
 
 def put(tree: T, sharding: Sharding) -> T:
-    """`device_put` that puts typed keys onto the devices of other processes too."""
+    """`device_put` that takes what each of several processes has whole, and sends nothing around.
 
-    def put_key(key: jax.Array) -> jax.Array:
-        data = jax.device_put(jax.random.key_data(key), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+    What lies on the devices of all processes already is copied by these.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
 
-    tree = jax.tree.map(lambda x: put_key(x) if random.is_key(x) else x, tree)
-    return jax.device_put(tree, sharding)
+    def one(x: Any) -> jax.Array:
+        if random.is_key(x):
+            return jax.random.wrap_key_data(
+                one(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+            )
+        if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return from_host(x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False), sharding)
+
+    return jax.tree.map(one, tree)
+
+
+def from_host(x: np.ndarray, sharding: Sharding) -> jax.Array:
+    """An array of which each process has all, and each device is given its part."""
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def from_parts(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array spread over a mesh, of which each process has the part of its devices alone."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(AXIS)), x)
 
 
 def copied(tree: T, *, may_alias: bool = False) -> T:
