@@ -49,6 +49,8 @@ def test_asynchrony_is_measured():
     assert step["cost"] > 0
     assert step["ring_versions"] == 2
     assert asynchrony.measure_schedule(400)["schedule_s"] > 0
+
+
 def test_privacy_is_measured_and_drawn(tmp_path):
     pytest.importorskip("dp_accounting", reason="dp-accounting comes with the extra `privacy`")
     from benchmarks import privacy
