@@ -379,3 +379,112 @@ def test_what_is_known_of_updates_goes_along_a_chain():
     for lossy in (fl.quantize_uniform(4), fl.error_feedback(fl.clip_by_norm(1.0)), MASK):
         after = fl.chain(fl.clip_by_norm(2.0), lossy).guarantees(fl.Guarantees(), None)
         assert after.sensitivity is None or lossy is MASK or after.sensitivity == 1.0
+
+
+NOISE = fl.UpdateTransform(
+    lambda params: (),
+    lambda key, state, message, client: message,
+    lambda key, state, received: (received, state, {}),
+    guarantees=lambda before, state: before._replace(is_private=True),
+)
+BOUNDED = (fl.cap_weight(1.0), fl.clip_by_norm(1.0))
+FIXED = fl.weighted_mean(10.0)
+
+
+@pytest.mark.parametrize(
+    ("transforms", "options", "message"),
+    [
+        ([NOISE], {}, "a client's update may be of any norm; end .* with fl.clip_by_norm"),
+        ([*BOUNDED, fl.quantize_uniform(4), NOISE], {}, "a client's update may be of any norm"),
+        ([fl.clip_by_norm(1.0), NOISE], {}, "may have any weight; add fl.cap_weight"),
+        ([*BOUNDED, NOISE], {"reducer": None}, "divides by the weights of those who take part"),
+        ([*BOUNDED, NOISE], {"reducer": fl.coordinate_median()}, "reducer has no bound of its own"),
+        ([*BOUNDED, NOISE], {"on_nonfinite": "keep"}, 'leave on_nonfinite at "drop"'),
+    ],
+)
+def test_noise_for_privacy_asks_for_bounds(transforms, options, message):
+    options = {"reducer": FIXED, "pipeline": fl.chain(*transforms), **options}
+    with pytest.raises(ValueError, match=f"pipeline adds noise for privacy, and .*{message}"):
+        fl.fed_avg(regression_model(), optax.sgd(0.1), **options)
+
+
+def test_nothing_is_sent_in_the_clear_beside_what_is_private():
+    pipeline = fl.chain(*BOUNDED, NOISE)
+    algorithm = fl.scaffold(regression_model(), optax.sgd(0.1), pipeline=pipeline, reducer=FIXED)
+    state = algorithm.init(start(), num_clients=10)
+    with pytest.raises(ValueError, match="clients send model state or statistics beside them"):
+        algorithm.round(KEY, state, everyone(regression_dataset().resident()))
+
+
+@devices
+def test_clients_share_what_is_announced_and_the_server_knows_who_arrived(num_devices):
+    """A random sign that all clients of a round have in common, taken back by the server."""
+
+    def announce(key, state, cohort):
+        return {"sign": jax.random.rademacher(key, ()), "ids": cohort.client_ids}
+
+    def client(key, state, message, client):
+        slot = jnp.argmax(state["ids"] == client.id)
+        flipped = optax.tree.scale(state["sign"], message.update)
+        return message._replace(update=flipped, metrics={"slot": slot.astype(float)})
+
+    def server(key, state, received):
+        sign = announce(key, state, received.cohort)["sign"]
+        restored = optax.tree.scale(sign, received.aggregate)
+        report = {"sign": sign, "arrived": (received.weights > 0).sum()}
+        return received._replace(aggregate=restored), state, report
+
+    signs = fl.UpdateTransform(
+        lambda params: {"sign": jnp.int32(0), "ids": ()}, client, server, announce=announce
+    )
+    mesh = fl.clients_mesh(num_devices)
+    dataset = regression_dataset()
+    algorithm = fl.fed_avg(
+        *(regression_model(), optax.sgd(0.1)),
+        batch_size=4,
+        pipeline=fl.chain(signs, fl.clip_by_norm(100.0)),
+        mesh=mesh,
+    )
+    state = algorithm.init(start())
+    cohort = fl.cohort_of(dataset.resident(mesh), [3, 1, 7, 2])
+    found = set()
+    for key in jax.random.split(KEY, 6):
+        after, info = algorithm.round(key, state, cohort)
+        plain, _ = averaging(num_devices).round(key, state, cohort)
+        np.testing.assert_allclose(flat(after.params), flat(plain.params), rtol=1e-9)
+        np.testing.assert_array_equal(info.clients["slot"], [0, 0, 2, 3])  # One has no examples.
+        assert info.metrics["arrived"] == 3
+        found.add(int(info.metrics["sign"]))
+    assert found == {-1, 1}
+
+
+@devices
+def test_a_stacked_reducer_may_begin_from_the_last_aggregate(num_devices):
+    """Momentum of the mean, and a report."""
+
+    def momentum(stack):
+        counts = stack.weights > 0
+        means = [x.mean(0, where=counts[:, None]) for x in stack.updates]
+        own = sum((x**2).sum() for x in stack.last)
+        return [x + last / 2 for x, last in zip(means, stack.last, strict=True)], {
+            "from": jnp.sqrt(stack.total(own))
+        }
+
+    mesh = fl.clients_mesh(num_devices)
+    dataset = regression_dataset()
+    reducer = fl.Reducer(stacked=momentum, keeps_last=True)
+    algorithm = averaging(num_devices, reducer=reducer)
+    state = algorithm.init(start())
+    last = np.zeros(4)
+    for ids in ([0, 3, 4], [1], [8, 2]):
+        present = [i for i in ids if SIZES[i] > 0]
+        before = flat(state.params)
+        norm = np.linalg.norm(last)
+        if present:
+            last = deltas(dataset, state.params)[present].mean(0) + last / 2
+        cohort = fl.cohort_of(dataset.resident(mesh), [*ids, *[-1] * (3 - len(ids))])
+        state, info = algorithm.round(KEY, state, cohort)
+        np.testing.assert_allclose(info.metrics["from"], norm, rtol=1e-9)
+        np.testing.assert_allclose(flat(state.last_aggregate), last, rtol=1e-9)
+        if present:  # A round that is skipped leaves it as it is.
+            np.testing.assert_allclose(flat(state.params), before - last, rtol=1e-9)

@@ -1,0 +1,27 @@
+"""Pipelines and reducers that the shared battery runs through: one row for each that there is."""
+
+import fedjax_lite as fl
+
+# By name, the options of an algorithm, with a number that may be traced in place of 1; called `_`
+# where a row has none.
+PIPELINES = {
+    # What all need.
+    "weighted_mean": lambda x: {"reducer": fl.weighted_mean(20.0 * x)},
+    "chain": lambda x: {
+        "pipeline": fl.chain(fl.cap_weight(4.0 * x), fl.clip_by_norm(0.2), fl.quantize_uniform(4))
+    },
+    "error_feedback": lambda _: {"pipeline": fl.error_feedback(fl.quantize_uniform(4))},
+    "downlink": lambda x: {
+        "pipeline": fl.chain(fl.downlink(fl.quantize_uniform(4)), fl.clip_by_norm(0.2 * x))
+    },
+    # Robustness: reducers, what goes before them, attacks.
+    "coordinate_median": lambda _: {"reducer": fl.coordinate_median()},
+    # Compression.
+    "quantize_uniform": lambda _: {"pipeline": fl.quantize_uniform(4)},
+    # Privacy.
+    # Secure aggregation.
+    "fixed_point": lambda x: {
+        "pipeline": fl.fixed_point(2.0**10 * x),
+        "reducer": fl.modular_sum(),
+    },
+}

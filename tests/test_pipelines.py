@@ -1,0 +1,112 @@
+"""One battery for all update transforms and reducers: what the package promises of every one."""
+
+import dataclasses
+import functools
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from pipelines import PIPELINES
+from problems import SIZES, everyone, regression_dataset, regression_model
+
+import fedjax_lite as fl
+from benchmarks.ahead_of_time import traced
+
+BROKEN = 6  # The labels of this client are not numbers.
+CAPACITY = 12
+COHORTS = [[0, 2, 3, 4, 1, 6, 7, 8], [9, 4, 1, 0, 3]]
+KEYS = jax.random.split(jax.random.key(5), len(COHORTS))
+START = {"w": np.array([0.5, -1.0, 2.0]), "b": np.array(0.25)}
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def build(name, number=1.0, num_devices=1, lanes=1):
+    return fl.fed_avg(
+        regression_model(),
+        optax.sgd(0.1),
+        batch_size=4,
+        mesh=fl.clients_mesh(num_devices),
+        lanes=lanes,
+        **PIPELINES[name](number),
+    )
+
+
+@functools.cache
+def population(num_devices):
+    def broken(features):
+        owners = np.repeat(np.arange(len(SIZES)), SIZES)
+        return {**features, "y": np.where(owners == BROKEN, np.nan, features["y"])}
+
+    return regression_dataset().map(broken).resident(fl.clients_mesh(num_devices))
+
+
+def cohort(ids, num_devices=1):
+    return everyone(population(num_devices), ids, capacity=CAPACITY)
+
+
+def slots_mixed(cohort):
+    """The same clients, with empty slots between them."""
+    order = np.random.default_rng(0).permutation(CAPACITY)
+    rows = ("client_ids", "num_examples", "offsets")
+    return dataclasses.replace(cohort, **{name: getattr(cohort, name)[order] for name in rows})
+
+
+def run(algorithm, cohorts):
+    """States after each round, and what was reported."""
+    state = algorithm.init(START, num_clients=len(SIZES))
+    for key, one in zip(KEYS, cohorts, strict=True):
+        state, info = algorithm.round(key, state, one)
+        yield state, info
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_battery(name):
+    algorithm = build(name)
+    first = algorithm.init(START, num_clients=len(SIZES))
+    (one, info), (two, _) = run(algorithm, [cohort(ids) for ids in COHORTS])
+    moved = optax.tree.norm(optax.tree.sub(two.params, START))
+    assert np.isfinite(moved)
+    assert moved > 1e-6
+    assert info.num_nonfinite == 1
+    # What is kept has one form, and is made of what checkpoints hold.
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, two)
+    assert all(isinstance(x.dtype, np.dtype) for x in jax.tree.leaves(two))
+    # Clients without examples, and those that are left out, might as well not be there.
+    without = [i for i in COHORTS[0] if i != BROKEN and SIZES[i] > 0]
+    alone, _ = algorithm.round(KEYS[0], first, cohort(without))
+    assert_close(alone.params, one.params)
+    # One program, however many clients there are.
+    assert algorithm.round._cache_size() == 1
+    # Nor does it matter which device and lane has a client.
+    num_devices = min(8, jax.device_count())
+    spread = build(name, num_devices=num_devices, lanes=3)
+    mixed = [slots_mixed(cohort(ids, num_devices)) for ids in COHORTS]
+    for (state, _), expected in zip(run(spread, mixed), (one, two), strict=True):
+        assert_close(state, expected)
+    # Its numbers may be swept.
+    if "_" not in inspect.signature(PIPELINES[name]).parameters:
+        numbers = jnp.array([0.7, 1.0])
+        sweep = jax.jit(
+            jax.vmap(lambda x: build(name, x).round(KEYS[0], first, cohort(COHORTS[0])))
+        )
+        states, _ = sweep(numbers)
+        assert_close(jax.tree.map(lambda x: x[1], states.params), one.params)
+        assert not np.allclose(states.params["w"][0], states.params["w"][1], atol=1e-9)
+    # It can be lowered for accelerators.
+    round = traced(algorithm.round, KEYS[0], first, cohort(COHORTS[0]))
+    round.lower(lowering_platforms=("cuda", "tpu"))
+
+
+def assert_close(actual, desired):
+    chex.assert_trees_all_close(
+        jax.device_get(actual), jax.device_get(desired), rtol=1e-9, atol=1e-9
+    )
