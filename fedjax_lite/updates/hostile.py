@@ -102,8 +102,8 @@ def membership(hostile: Any, seed: int = 0) -> Callable[[jax.Array], jax.Array]:
 
 def numbers_of(key: jax.Array, ids: jax.Array) -> jax.Array:
     """A random number of 32 bits for each client, by its id."""
-    words = jax.random.key_data(random.fold_in_pair(key, 0, ids))
-    return words[..., 0] ^ words[..., 1]
+    mixed = random.fold_in_pair(key, 0, 0)  # That of a seed is the seed itself.
+    return jax.random.key_data(random.fold_in_pair(mixed, 0, ids))[..., 1]
 
 
 def hostile_clients(hostile: ArrayLike, num_clients: int, *, seed: int = 0) -> np.ndarray:
