@@ -44,7 +44,7 @@ DEFENCES: dict[str, Callable[[], fl.Reducer]] = {
     "multi_krum": lambda: fl.multi_krum(SHARE),
     "bulyan": lambda: fl.bulyan(SHARE),
     "geometric_median": fl.geometric_median,
-    "centered_clipping": lambda: fl.centered_clipping(0.3),
+    "centered_clipping": lambda: fl.centered_clipping(0.5),
     "bucketing_median": lambda: fl.bucketing(2, fl.coordinate_median()),
     "bucketing_krum": lambda: fl.bucketing(2, fl.krum(2 * SHARE)),
     "bucketing_geometric_median": lambda: fl.bucketing(2, fl.geometric_median()),
@@ -112,7 +112,7 @@ def build(defence: str, attack: jax.Array, decay: jax.Array) -> fl.FederatedAlgo
     alone = [only_if(attack == ATTACKS.index(name), one) for name, one in ALONE.items()]
     return fl.fed_avg(
         model._replace(loss=loss),
-        optax.sgd(0.1),
+        optax.sgd(0.3),
         batch_size=16,
         pipeline=fl.chain(fl.client_momentum(decay), *alone),
         reducer=attacked(DEFENCES[defence](), attack),

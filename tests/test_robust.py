@@ -13,6 +13,7 @@ import pytest
 from reference import robust as reference
 
 import fedjax_lite as fl
+from fedjax_lite.updates.hostile import Counted, num_tolerated
 
 KEY = jax.random.key(3)
 ROWS = np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]])
@@ -39,7 +40,7 @@ def stack_of(x, weights=None, ids=None, last=0.0, dtype=None):
     )
 
 
-@functools.cache  # Compiled once for each shape and dtype.
+@functools.cache  # Compiled once for each shape and dtype of updates.
 def compiled(reducer):
     return jax.jit(lambda stack: reducer.stacked(stack._replace(total=lambda x: x)))
 
@@ -119,22 +120,31 @@ def test_attacks_give_the_vectors_of_byzfl(make, expected):
     assert info["num_hostile"] == 1
 
 
+def of(hostile, x, per=2, beyond=1):
+    """The number of hostile rows that a rule reckons with."""
+    wanted = hostile if isinstance(hostile, int) else int(hostile * len(x) + 1e-9)
+    return max(min(wanted, (len(x) - beyond) // per), 0)
+
+
 RULES = {
     "median": (fl.coordinate_median(), reference.median),
-    "trimmed mean": (fl.trimmed_mean(0.2), lambda x: reference.trimmed_mean(x, 2)),
+    "trimmed mean": (fl.trimmed_mean(0.2), lambda x: reference.trimmed_mean(x, of(0.2, x))),
     "mean around median": (
         fl.mean_around_median(0.28),
-        lambda x: reference.mean_around_median(x, 3),
+        lambda x: reference.mean_around_median(x, of(0.28, x)),
     ),
-    "Krum": (fl.krum(3), lambda x: reference.krum(x, 3)),
+    "Krum": (fl.krum(4), lambda x: reference.krum(x, of(4, x))),
     "Krum of ByzFL": (fl.krum(3, margin=1), lambda x: reference.krum(x, 3, 1)),
-    "multi-Krum": (fl.multi_krum(0.2), lambda x: reference.multi_krum(x, 2)),
+    "multi-Krum": (fl.multi_krum(0.2), lambda x: reference.multi_krum(x, of(0.2, x))),
     "multi-Krum of 5": (
         fl.multi_krum(2, 5, margin=1),
         lambda x: reference.multi_krum(x, 2, 5, 1),
     ),
-    "Bulyan": (fl.bulyan(0.2), lambda x: reference.bulyan(x, 2)),
-    "Bulyan of 1": (fl.bulyan(1, margin=1), lambda x: reference.bulyan(x, 1, 1)),
+    "Bulyan": (fl.bulyan(2), lambda x: reference.bulyan(x, of(2, x, 4, 3))),
+    "Bulyan of a share": (
+        fl.bulyan(0.1, margin=1),
+        lambda x: reference.bulyan(x, of(0.1, x, 4, 3), 1),
+    ),
     "geometric median": (
         fl.geometric_median(),
         lambda x: reference.geometric_median(x, 8, 1e-6),
@@ -149,7 +159,9 @@ RULES = {
     ),
     "after mixing": (
         fl.nearest_neighbor_mixing(0.2, fl.trimmed_mean(0.2)),
-        lambda x: reference.trimmed_mean(reference.nearest_neighbor_mixing(x, 2), 2),
+        lambda x: reference.trimmed_mean(
+            reference.nearest_neighbor_mixing(x, of(0.2, x)), of(0.2, x)
+        ),
     ),
     "after clipping": (
         fl.norm_clipping(6.0, fl.krum(2)),
@@ -157,7 +169,7 @@ RULES = {
     ),
     "after adaptive clipping": (
         fl.adaptive_robust_clipping(0.3, fl.coordinate_median()),
-        lambda x: reference.median(reference.adaptive_robust_clipping(x, 3)),
+        lambda x: reference.median(reference.adaptive_robust_clipping(x, of(0.3, x))),
     ),
 }
 rules = pytest.mark.parametrize("name", RULES)
@@ -165,20 +177,20 @@ rules = pytest.mark.parametrize("name", RULES)
 
 @rules
 def test_rules_agree_with_numpy_whatever_else_is_in_the_stack(name):
-    """Among rows that do not count, in any order."""
     reducer, expected = RULES[name]
     x = random_rows()
     x[3] *= 30  # One that is far out.
-    plain, info = reduce(reducer, x)
-    np.testing.assert_allclose(plain, expected(x), rtol=1e-9, atol=1e-12)
+    aggregate, info = reduce(reducer, x)
+    np.testing.assert_allclose(aggregate, expected(x), rtol=1e-9, atol=1e-12)
     assert info["num_counted"] == N
-    order = np.random.default_rng(1).permutation(N + 4)
-    rows = np.vstack([x, np.zeros((2, D)), np.full((2, D), np.nan)])[order]
-    weights = np.array([*np.arange(1.0, N + 1), 0, 0, 0, 1])[order]  # One of NaN has a weight.
-    ids = np.array([*range(N), 50, -1, -1, 51])[order]
-    mixed, info = reduce(reducer, rows, weights=weights, ids=ids)
-    np.testing.assert_allclose(mixed, plain, rtol=1e-9, atol=1e-12)
-    assert info["num_counted"] == N
+    # Seven rows among others that do not count, in any order.
+    order = np.random.default_rng(1).permutation(N)
+    rows = np.vstack([x[:7], np.zeros((2, D)), np.full((2, D), np.nan)])[order]
+    weights = np.array([*np.arange(1.0, 8), 0, 0, 0, 1])[order]  # One of NaN has a weight.
+    ids = np.array([*range(7), 50, -1, -1, 51])[order]
+    aggregate, info = reduce(reducer, rows, weights=weights, ids=ids)
+    np.testing.assert_allclose(aggregate, expected(x[:7]), rtol=1e-9, atol=1e-12)
+    assert info["num_counted"] == 7
 
 
 @rules
@@ -207,9 +219,16 @@ def test_equal_updates_stay_as_they_are_and_extremes_have_one_outcome(name):
     # So large that its squares barely fit.
     x[0], x[1] = 1e18, -1e18
     assert np.isfinite(reduce(reducer, x)[0]).all()
-    half, _ = reduce(reducer, random_rows(), dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["trimmed mean", "Krum", "centered clipping", "after mixing"])
+def test_updates_of_half_precision_are_reduced_in_single_precision(name):
+    reducer, expected = RULES[name]
+    x = np.asarray(jnp.asarray(random_rows(), jnp.bfloat16), np.float64)
+    half, _ = reduce(reducer, x, dtype=jnp.bfloat16)
     assert half.dtype == jnp.bfloat16
-    assert np.isfinite(half.astype(float)).all()
+    # Once, at the end; or twice, of mixtures.
+    np.testing.assert_allclose(np.asarray(half, float), expected(x), rtol=2**-7, atol=2**-8)
 
 
 # Others begin at zero, or clip from there.
@@ -309,8 +328,8 @@ def test_other_clients_than_all_have_a_documented_number_of_hostile_ones():
     # A tenth of 30 is 3, and 0.29 of 100 is 29, also in single precision.
     with jax.enable_x64(False):
         for share, number, f in [(0.1, 30, 3), (0.29, 100, 29), (0.45, 20, 9), (1 / 3, 3, 1)]:
-            _, info = reduce(fl.trimmed_mean(share), np.zeros((number, 2)))
-            assert info["num_tolerated"] == f
+            counted = Counted(jnp.ones(number, bool), jnp.int32(number), jnp.ones(number))
+            assert num_tolerated(share, counted) == f
 
 
 @pytest.mark.parametrize(
@@ -384,14 +403,24 @@ def test_buckets_are_means_of_the_same_clients_in_any_order():
 
 def test_little_is_enough_by_default_is_as_much_as_a_majority_allows():
     """Values of z for (n, f), from tables of the normal distribution."""
-    for n, f, z in [
+    x = random_rows(100, 5)
+
+    @jax.jit
+    def send(weights, hostile):
+        attack = fl.little_is_enough(hostile, UPDATES)
+        stack = stack_of(x, weights)._replace(total=lambda x: x)
+        (_, updates), info = attack.stacked(stack)
+        return updates, info["z"]
+
+    for n, f, expected in [
         *[(20, 4, 0.1573), (25, 5, 0.2533), (50, 10, 0.2533), (50, 12, 0.3360)],
         *[(100, 20, 0.2858), (10, 2, 0), (11, 1, 0), (4, 1, 0)],
     ]:
-        x = random_rows(n, 5, seed=n)
-        sent, info = rows_before(lambda inner, f=f: fl.little_is_enough(f, inner), x)
-        assert info["z"] == pytest.approx(z, abs=5e-5)
-        np.testing.assert_allclose(sent[f - 1], reference.little_is_enough(x[f:], f), rtol=1e-6)
+        ids = np.arange(100)
+        sent, z = send((ids < n).astype(float), np.where(ids < f, ids, -1))
+        assert z == pytest.approx(expected, abs=5e-5)
+        honest = reference.little_is_enough(x[f:n], f)
+        np.testing.assert_allclose(sent[f - 1], honest[1:], rtol=1e-6)
 
 
 def test_min_max_goes_as_far_as_honest_updates_are_apart():
@@ -407,38 +436,41 @@ def test_min_max_goes_as_far_as_honest_updates_are_apart():
 
 
 ATTACKS = {
-    "sign flip": fl.sign_flip,
-    "inner products": fl.inner_product_manipulation,
-    "little is enough": fl.little_is_enough,
-    "mimic": fl.mimic,
-    "min-max": fl.min_max,
+    "sign flip": (fl.sign_flip, lambda h, f: -h.mean(0)),
+    "inner products": (fl.inner_product_manipulation, lambda h, f: -2 * h.mean(0)),
+    "little is enough": (fl.little_is_enough, reference.little_is_enough),
+    "mimic": (fl.mimic, lambda h, f: h[0]),
+    "min-max": (fl.min_max, lambda h, f: reference.min_max(h)),
 }
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attackers_know_the_honest_updates_that_count_and_no_others(name):
-    make = lambda inner: ATTACKS[name]([2, 5], inner)
-    x = random_rows()
-    weights = np.ones(N)
+    attack, expected = ATTACKS[name]
+    make = functools.cache(lambda inner: attack([2, 5, 8], inner))
+    x, weights = random_rows(), np.ones(N)
     weights[[5, 7]] = 0
     x[5], x[7], x[9] = 0, 0, np.nan
     sent, info = rows_before(make, x, weights=weights)
-    assert info["num_hostile"] == 1
-    kept = [0, 1, 2, 3, 4, 6, 8, 10]
-    expected, _ = rows_before(make, x[kept], ids=kept)
-    np.testing.assert_allclose(sent[2], expected[2], rtol=1e-9)
-    np.testing.assert_array_equal(np.delete(sent, 2, axis=0), np.delete(x, 2, axis=0))
-    nobody, info = rows_before(make, x[:2], ids=[2, 5])
-    np.testing.assert_array_equal(nobody, 0)
-    # Before a rule, and in its report.
-    _, info = reduce(make(fl.multi_krum(0, N)), x, weights=weights)
-    assert (info["num_selected"], info["num_hostile_selected"]) == (8, 1)
-    # One attack after the other: the second one's honest clients are those of the first one, too.
-    both = lambda inner: fl.mimic([0], make(inner))
-    twice, info = rows_before(both, x[kept], ids=kept)
     assert info["num_hostile"] == 2
-    alone, _ = rows_before(make, x[kept[1:]], ids=kept[1:])
-    np.testing.assert_allclose(twice[2], alone[1], rtol=1e-9)
+    honest = x[[0, 1, 3, 4, 6, 10]]
+    np.testing.assert_allclose(sent[[2, 8]], [expected(honest, 2)] * 2, rtol=1e-7)
+    others = [i for i in range(N) if i not in (2, 8)]
+    np.testing.assert_array_equal(sent[others], x[others])
+    # The smallest ids are those of the last rows.
+    sent, _ = rows_before(make, x[::-1], weights=weights[::-1], ids=np.arange(N)[::-1])
+    np.testing.assert_allclose(sent[[2, 8]], [expected(honest, 2)] * 2, rtol=1e-7)
+    # Without anyone to know of, zero.
+    nobody, _ = rows_before(make, x, weights=np.eye(N)[2])
+    np.testing.assert_array_equal(nobody[2], 0)
+
+
+def test_of_several_attacks_each_leaves_the_others_out():
+    x = random_rows()
+    twice, info = rows_before(lambda inner: fl.mimic([0], fl.sign_flip([3], inner)), x)
+    assert info["num_hostile"] == 2
+    np.testing.assert_array_equal(twice[0], x[1])  # It does not know of the second attack.
+    np.testing.assert_allclose(twice[3], -np.delete(x, [0, 3], axis=0).mean(0), rtol=1e-9)
 
 
 def test_the_distance_to_the_honest_mean_is_reported():
@@ -536,3 +568,34 @@ def test_a_reducer_goes_after_what_goes_before():
     ):
         with pytest.raises(TypeError, match=r"reducer is of type .*; pass a Reducer"):
             build()
+
+
+def test_momentum_is_a_running_mean():
+    momentum, x = fl.client_momentum(0.75), random_rows(4, 3)
+    entry, expected = momentum.entry(jnp.zeros(3)), np.zeros(3)
+    for update in x:
+        sent = momentum.client(KEY, (), fl.Message(jnp.asarray(update), 1.0, entry), None)
+        entry, expected = sent.entry, 0.75 * expected + 0.25 * update
+        np.testing.assert_allclose(sent.update, expected, rtol=1e-12)
+    # It may be of updates that were not yet bounded, or otherwise.
+    known = fl.chain(fl.clip_by_norm(1.0), momentum).guarantees(fl.Guarantees(), None)
+    assert known.sensitivity is None
+
+
+def test_labels_of_some_clients_are_flipped():
+    clients = [{"x": np.ones((2, 3)), "y": np.array([0, 3])}, {"x": np.ones((1, 3)), "y": [1]}]
+    dataset = fl.FederatedDataset.from_clients([*clients, clients[0]])
+    flipped = fl.data.flip_labels(dataset, [0, 1], 4)
+    assert flipped.examples["y"].tolist() == [3, 0, 2, 0, 3]
+    assert flipped.examples["y"].dtype == dataset.examples["y"].dtype
+    np.testing.assert_array_equal(flipped.examples["x"], dataset.examples["x"])
+    assert fl.data.flip_labels(dataset, [], 4).examples["y"].tolist() == [0, 3, 1, 0, 3]
+    for options, message in [
+        (([3], 4), r"clients is \[3\]; pass a list of positions from 0 to 2"),
+        (([0.5], 4), r"clients is \[0.5\]; pass a list"),
+        (([0], 3), "num_classes is 3, and 'y' holds labels that are no integers from 0 to 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fl.data.flip_labels(dataset, *options)
+    with pytest.raises(ValueError, match="label is 'z', and the examples have 'x', 'y'"):
+        fl.data.flip_labels(dataset, [0], 4, label="z")

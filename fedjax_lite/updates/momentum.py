@@ -26,7 +26,7 @@ def client_momentum(decay: ArrayLike = 0.9) -> UpdateTransform:
 
     Returns:
       The `UpdateTransform`, which keeps an array for each of the params with each client. A bound
-      of the updates' norms holds on.
+      of norms does not pass it, since it may have been another one in earlier rounds.
 
     Raises:
       ValueError: `decay` is out of range.
@@ -55,7 +55,7 @@ def client_momentum(decay: ArrayLike = 0.9) -> UpdateTransform:
 
     def guarantees(before: Guarantees, state: PyTree) -> Guarantees:
         del state
-        return unmasked("client_momentum", before)
+        return unmasked("client_momentum", before)._replace(sensitivity=None)
 
     return UpdateTransform(
         lambda params: (), client, server, entry=optax.tree.zeros_like, guarantees=guarantees
