@@ -29,6 +29,12 @@ from fedjax_lite.updates.pipeline import chain, downlink
 from fedjax_lite.updates.quantization import quantize_uniform
 from fedjax_lite.updates.reducers import fixed_point, modular_sum, weighted_mean
 from fedjax_lite.updates.robust import coordinate_median, mean_around_median, trimmed_mean
+from fedjax_lite.updates.staleness import (
+    hinge_staleness,
+    mix_models,
+    polynomial_staleness,
+    threshold_staleness,
+)
 
 __all__ = [
     "adaptive_robust_clipping",
@@ -45,6 +51,7 @@ __all__ = [
     "fixed_point",
     "gaussian_update",
     "geometric_median",
+    "hinge_staleness",
     "hostile_clients",
     "inner_product_manipulation",
     "krum",
@@ -52,13 +59,16 @@ __all__ = [
     "mean_around_median",
     "mimic",
     "min_max",
+    "mix_models",
     "modular_sum",
     "multi_krum",
     "nearest_neighbor_mixing",
     "norm_clipping",
+    "polynomial_staleness",
     "quantize_uniform",
     "scaled_update",
     "sign_flip",
+    "threshold_staleness",
     "trimmed_mean",
     "weighted_mean",
 ]
