@@ -48,3 +48,14 @@ def test_asynchrony_is_measured():
     assert step["cost"] > 0
     assert step["ring_versions"] == 2
     assert asynchrony.measure_schedule(400)["schedule_s"] > 0
+
+
+def test_defences_are_measured_under_every_attack():
+    from benchmarks import robustness
+
+    (row,) = robustness.measure("iid", "mean", [0.0], num_rounds=8)
+    accuracy = {name: row[name] for name in robustness.ATTACKS}
+    assert row["worst"] == min(x for name, x in accuracy.items() if name != "none")
+    assert len(set(accuracy.values())) > len(accuracy) / 2  # They are different ones.
+    assert accuracy["none"] > accuracy["inner_product_10"] + 0.2
+    assert accuracy["none"] > accuracy["scaled"] + 0.2

@@ -14,6 +14,7 @@ from reference import robust as reference
 
 import fedjax_lite as fl
 from fedjax_lite.updates.hostile import Counted, num_tolerated
+from fedjax_lite.updates.robust import in_order
 
 KEY = jax.random.key(3)
 ROWS = np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]])
@@ -352,6 +353,15 @@ def test_other_clients_than_all_have_a_documented_number_of_hostile_ones():
 def test_limits(reducer, expected):
     x = random_rows()
     np.testing.assert_allclose(reduce(reducer, x)[0], getattr(np, expected)(x, 0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 6, 8, 11])
+def test_rows_are_put_in_order(n):
+    """What orders all columns of zeros and ones orders all columns (Knuth)."""
+    bits = (np.arange(2**n) >> np.arange(n)[:, None]) % 2
+    ordered = in_order(jnp.asarray(bits, jnp.float32), jnp.arange(n) != 2)
+    expected = np.sort(np.where(np.arange(n)[:, None] != 2, bits, np.inf), axis=0)
+    np.testing.assert_array_equal(ordered, expected)
 
 
 def test_centered_clipping_goes_on_from_the_last_aggregate():

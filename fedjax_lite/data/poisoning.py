@@ -1,5 +1,7 @@
 """Data sets in which some clients mean harm."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -8,7 +10,11 @@ from fedjax_lite.data.dataset import FederatedDataset
 
 
 def flip_labels(
-    dataset: FederatedDataset, clients: ArrayLike, num_classes: int, *, label: str = "y"
+    dataset: FederatedDataset,
+    clients: ArrayLike | Sequence[int],
+    num_classes: int,
+    *,
+    label: str = "y",
 ) -> FederatedDataset:
     r"""Has some clients train on wrong labels: $y$ becomes $C - 1 - y$.
 

@@ -1,6 +1,6 @@
 """What hostile clients send in place of their updates, together or each by itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +47,7 @@ class _Honest(NamedTuple):
     num_hostile: jax.Array
 
 
-def sign_flip(hostile: ArrayLike, reducer: Reducer, *, seed: int = 0) -> Reducer:
+def sign_flip(hostile: ArrayLike | Sequence[int], reducer: Reducer, *, seed: int = 0) -> Reducer:
     r"""Hostile clients send $-\mu$, with $\mu$ the mean of the honest updates.
 
     Those that collude know the updates of all honest clients that count; means and standard
@@ -84,7 +84,7 @@ def sign_flip(hostile: ArrayLike, reducer: Reducer, *, seed: int = 0) -> Reducer
 
 
 def inner_product_manipulation(
-    hostile: ArrayLike, reducer: Reducer, *, factor: ArrayLike = 2.0, seed: int = 0
+    hostile: ArrayLike | Sequence[int], reducer: Reducer, *, factor: ArrayLike = 2.0, seed: int = 0
 ) -> Reducer:
     r"""Hostile clients send $-\epsilon \mu$, with $\mu$ the mean of the honest updates (IPM).
 
@@ -116,7 +116,11 @@ def inner_product_manipulation(
 
 
 def little_is_enough(
-    hostile: ArrayLike, reducer: Reducer, *, z: ArrayLike | None = None, seed: int = 0
+    hostile: ArrayLike | Sequence[int],
+    reducer: Reducer,
+    *,
+    z: ArrayLike | None = None,
+    seed: int = 0,
 ) -> Reducer:
     r"""Hostile clients send $\mu + z \sigma$, a little beside the honest updates (ALIE).
 
@@ -165,7 +169,7 @@ def little_is_enough(
     return _colluding(hostile, seed, reducer, send)
 
 
-def mimic(hostile: ArrayLike, reducer: Reducer, *, seed: int = 0) -> Reducer:
+def mimic(hostile: ArrayLike | Sequence[int], reducer: Reducer, *, seed: int = 0) -> Reducer:
     r"""Hostile clients send the update of an honest one, who then counts for too many.
 
     Of the honest clients in the cohort, the one with the smallest id. No update is an outlier, and
@@ -203,7 +207,7 @@ def mimic(hostile: ArrayLike, reducer: Reducer, *, seed: int = 0) -> Reducer:
     return _colluding(hostile, seed, reducer, send)
 
 
-def min_max(hostile: ArrayLike, reducer: Reducer, *, seed: int = 0) -> Reducer:
+def min_max(hostile: ArrayLike | Sequence[int], reducer: Reducer, *, seed: int = 0) -> Reducer:
     r"""Hostile clients send $\mu - \gamma \sigma$, as far out as two honest updates are apart.
 
     With $\mu$ and $\sigma$ the mean and the standard deviation of the honest updates $h_i$,
@@ -258,7 +262,9 @@ def min_max(hostile: ArrayLike, reducer: Reducer, *, seed: int = 0) -> Reducer:
     return _colluding(hostile, seed, reducer, send)
 
 
-def scaled_update(hostile: ArrayLike, factor: ArrayLike, *, seed: int = 0) -> UpdateTransform:
+def scaled_update(
+    hostile: ArrayLike | Sequence[int], factor: ArrayLike, *, seed: int = 0
+) -> UpdateTransform:
     r"""Each hostile client sends its own update times a factor.
 
     With $-1$, the opposite of what it has learnt; with the number of clients over the server's
@@ -294,7 +300,9 @@ def scaled_update(hostile: ArrayLike, factor: ArrayLike, *, seed: int = 0) -> Up
     )
 
 
-def gaussian_update(hostile: ArrayLike, std: ArrayLike = 1.0, *, seed: int = 0) -> UpdateTransform:
+def gaussian_update(
+    hostile: ArrayLike | Sequence[int], std: ArrayLike = 1.0, *, seed: int = 0
+) -> UpdateTransform:
     r"""Each hostile client sends noise, $\mathcal{N}(0, \sigma^2)$ in each coordinate.
 
     Reports `num_hostile`, as `scaled_update` does. Nothing bounds an update any more.

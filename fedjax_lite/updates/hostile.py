@@ -1,6 +1,6 @@
 """Which rows of a stack count, how many of them may be hostile, and which clients are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,7 +106,9 @@ def numbers_of(key: jax.Array, ids: jax.Array) -> jax.Array:
     return jax.random.key_data(random.fold_in_pair(mixed, 0, ids))[..., 1]
 
 
-def hostile_clients(hostile: ArrayLike, num_clients: int, *, seed: int = 0) -> np.ndarray:
+def hostile_clients(
+    hostile: ArrayLike | Sequence[int], num_clients: int, *, seed: int = 0
+) -> np.ndarray:
     """The ids of the hostile clients of a population, as attacks choose them.
 
     Whether a client is hostile depends on its id and the seed alone, and not on the round, the
