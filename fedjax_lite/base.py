@@ -426,6 +426,8 @@ class Reducer(NamedTuple):
       sensitivity: `sensitivity(guarantees)`, upper bound of the L2 norm by which one client can
         change the aggregate, from what is known of each message; `None` if there is none.
       keeps_last: Whether a stacked one is given the aggregate of the last round.
+      needs_clients: Whether a stacked one makes sense of single clients' rows alone, as attacks do:
+        what mixes rows refuses to go before it.
 
     The largest update, coordinate by coordinate:
 
@@ -447,3 +449,4 @@ class Reducer(NamedTuple):
     stacked: Callable[[Stack], tuple[list[jax.Array], dict[str, jax.Array]]] | None = None
     sensitivity: Callable[[Guarantees], Any] = _no_bound
     keeps_last: bool = False
+    needs_clients: bool = False

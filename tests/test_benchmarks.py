@@ -65,3 +65,12 @@ def test_privacy_is_measured_and_drawn(tmp_path):
     assert set(summary["accuracy_by_epsilon"]) == {"inf", "10", "3", "1"}
     privacy._draw(str(tmp_path / "accuracy.svg"), rows)
     assert (tmp_path / "accuracy.svg").stat().st_size > 1000
+def test_defences_are_measured_under_every_attack():
+    from benchmarks import robustness
+
+    (row,) = robustness.measure("iid", "mean", [0.0], num_rounds=8)
+    accuracy = {name: row[name] for name in robustness.ATTACKS}
+    assert row["worst"] == min(x for name, x in accuracy.items() if name != "none")
+    assert len(set(accuracy.values())) > len(accuracy) / 2  # They are different ones.
+    assert accuracy["none"] > accuracy["inner_product_10"] + 0.2
+    assert accuracy["none"] > accuracy["scaled"] + 0.2

@@ -236,10 +236,15 @@ def test_names_are_those_of_the_python_api():
             n for n in dir(module) if inspect.isfunction(vars(module)[n])
         }
     assert set(ROLES["partition"].table) == set(dir(fl.partition))
-    assert set(ROLES["updates"].table) == {
-        *("clip_by_norm", "downlink", "error_feedback", "fixed_point", "quantize_uniform"),
-    }
-    assert set(ROLES["reducer"].table) == {"coordinate_median", "modular_sum", "weighted_mean"}
+    for setting, kind in (("updates", fl.UpdateTransform), ("reducer", fl.Reducer)):
+        made = {
+            name
+            for name, function in inspect.getmembers(fl.updates, inspect.isfunction)
+            if inspect.get_annotations(function)["return"] is kind
+        }
+        assert set(ROLES[setting].table) == made - {"chain"}
+    assert {"clip_by_norm", "quantize_uniform"} < set(ROLES["updates"].table)
+    assert {"trimmed_mean", "sign_flip", "weighted_mean"} < set(ROLES["reducer"].table)
     for name in ("sgd", "adam", "lamb", "lars", "yogi", "chain", "clip_by_global_norm", "adamw"):
         assert OPTIMIZERS[name] is getattr(optax, name)
     for name in ("cosine_decay_schedule", "exponential_decay", "join_schedules"):

@@ -16,6 +16,7 @@ from fedjax_lite.data.like import (
     shakespeare_like,
     stackoverflow_like,
 )
+from fedjax_lite.data.poisoning import flip_labels
 from fedjax_lite.data.population import (
     GeneratedPopulation,
     Population,
@@ -44,6 +45,7 @@ __all__ = [
     "digits_images",
     "emnist",
     "emnist_like",
+    "flip_labels",
     "gaussian_images",
     "halfspace",
     "halfspace_batch",

@@ -8,6 +8,15 @@ from fedjax_lite.updates.adaptive import (
     adaptive_clip,
     adaptive_zero,
 )
+from fedjax_lite.updates.attacks import (
+    gaussian_update,
+    inner_product_manipulation,
+    little_is_enough,
+    mimic,
+    min_max,
+    scaled_update,
+    sign_flip,
+)
 from fedjax_lite.updates.clipping import (
     cap_weight,
     clip_by_norm,
@@ -17,6 +26,18 @@ from fedjax_lite.updates.clipping import (
 from fedjax_lite.updates.feedback import (
     ef21,
     error_feedback,
+)
+from fedjax_lite.updates.geometric_median import (
+    centered_clipping,
+    geometric_median,
+)
+from fedjax_lite.updates.hostile import (
+    hostile_clients,
+)
+from fedjax_lite.updates.krum import (
+    bulyan,
+    krum,
+    multi_krum,
 )
 from fedjax_lite.updates.local_privacy import (
     local_gaussian_noise,
@@ -29,6 +50,15 @@ from fedjax_lite.updates.low_rank import (
 from fedjax_lite.updates.matrix_factorization import (
     toeplitz_noise,
     tree_noise,
+)
+from fedjax_lite.updates.mixing import (
+    adaptive_robust_clipping,
+    bucketing,
+    nearest_neighbor_mixing,
+    norm_clipping,
+)
+from fedjax_lite.updates.momentum import (
+    client_momentum,
 )
 from fedjax_lite.updates.noise import (
     gaussian_noise,
@@ -49,10 +79,14 @@ from fedjax_lite.updates.quantization import (
     quantize_uniform,
 )
 from fedjax_lite.updates.reducers import (
-    coordinate_median,
     fixed_point,
     modular_sum,
     weighted_mean,
+)
+from fedjax_lite.updates.robust import (
+    coordinate_median,
+    mean_around_median,
+    trimmed_mean,
 )
 from fedjax_lite.updates.rotation import (
     drive,
@@ -77,9 +111,14 @@ from fedjax_lite.updates.staleness import (
 
 __all__ = [
     "adaptive_clip",
+    "adaptive_robust_clipping",
     "adaptive_zero",
+    "bucketing",
+    "bulyan",
     "cap_weight",
+    "centered_clipping",
     "chain",
+    "client_momentum",
     "clip_by_norm",
     "clip_per_array",
     "coordinate_median",
@@ -90,13 +129,25 @@ __all__ = [
     "error_feedback",
     "fixed_point",
     "gaussian_noise",
+    "gaussian_update",
+    "geometric_median",
     "half_precision",
     "hinge_staleness",
+    "hostile_clients",
+    "inner_product_manipulation",
+    "krum",
+    "little_is_enough",
     "local_gaussian_noise",
     "local_laplace_noise",
     "low_rank",
+    "mean_around_median",
+    "mimic",
+    "min_max",
     "mix_models",
     "modular_sum",
+    "multi_krum",
+    "nearest_neighbor_mixing",
+    "norm_clipping",
     "polynomial_staleness",
     "power_sgd",
     "product_quantization",
@@ -106,12 +157,15 @@ __all__ = [
     "random_k",
     "rotated",
     "scaled_sign",
+    "scaled_update",
+    "sign_flip",
     "sign_sgd",
     "terngrad",
     "threshold_staleness",
     "toeplitz_noise",
     "top_k",
     "tree_noise",
+    "trimmed_mean",
     "weighted_mean",
     "zero_by_norm",
 ]

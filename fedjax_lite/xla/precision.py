@@ -26,6 +26,11 @@ def squared_norm(tree: PyTree) -> jax.Array:
     return jnp.asarray(sum(_sum_of_squares(x) for x in (*large, *small)))
 
 
+def root(x: jax.Array) -> jax.Array:
+    """The square root, with a gradient of zero where it is zero."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), x)
+
+
 @jax.jit  # Traced once for each size, not once for each use.
 def _sum_of_squares(x: jax.Array) -> jax.Array:
     """Of the entries of a vector."""
