@@ -194,8 +194,6 @@ NAMES = {
     "tune_lanes": ["build", "key", "state", "cohort", "candidates", "repeats"],
     "Checkpoints": ["folder", "every", "keep", "settings"],
     "Client": ["id", "num_examples", "num_steps", "entry", "key", "staleness"],
-    "Guarantees": ["sensitivity", "max_weight", "is_masked", "is_private"],
-    "Client": ["id", "num_examples", "num_steps", "entry", "key"],
     "Guarantees": [
         *("sensitivity", "max_weight", "is_masked", "is_private", "noise_multiplier"),
         *("min_separation", "released"),
@@ -204,11 +202,9 @@ NAMES = {
         *("params", "model_state", "opt_state", "loss", "num_examples", "num_steps"),
     ],
     "Message": ["update", "weight", "entry", "statistics", "metrics"],
-    "Received": ["aggregate", "statistics", "sensitivity", "weights", "cohort", "drift"],
     "Received": [
         *("aggregate", "statistics", "sensitivity", "weights", "cohort", "drift", "released"),
     ],
-    "Reducer": ["summand", "finish", "stacked", "sensitivity", "keeps_last"],
     "Reducer": [
         *("summand", "finish", "stacked", "sensitivity", "keeps_last", "needs_clients"),
     ],
@@ -234,7 +230,6 @@ NAMES = {
     "scaled_update": ["hostile", "factor", "seed"],
     "sign_flip": ["hostile", "reducer", "seed"],
     "trimmed_mean": ["hostile"],
-    "Received": ["aggregate", "statistics", "sensitivity", "weights", "cohort", "drift"],
     "hinge_staleness": ["slope", "threshold"],
     "mix_models": [],
     "polynomial_staleness": ["exponent"],
@@ -242,7 +237,6 @@ NAMES = {
     "coordinate_median": [],
     "downlink": ["transform"],
     "error_feedback": ["transform", "decay", "max_age"],
-    "error_feedback": ["transform"],
     "dp_sgd": ["model", "max_norm", "noise_multiplier", "report_clipped"],
     "fixed_point": ["scale"],
     "local_gaussian_noise": ["max_norm", "noise_multiplier"],

@@ -65,6 +65,8 @@ def test_privacy_is_measured_and_drawn(tmp_path):
     assert set(summary["accuracy_by_epsilon"]) == {"inf", "10", "3", "1"}
     privacy._draw(str(tmp_path / "accuracy.svg"), rows)
     assert (tmp_path / "accuracy.svg").stat().st_size > 1000
+
+
 def test_defences_are_measured_under_every_attack():
     from benchmarks import robustness
 
