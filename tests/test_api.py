@@ -342,7 +342,7 @@ SAMPLERS = {
     "timed": ["sampler", "durations", "num_examples"],
     "timed_out": ["sampler", "durations", "deadline", "num_steps", "num_examples"],
     "Sampler": [
-        *("select", "num_clients", "capacity", "scheme", "rate", "num_groups"),
+        *("select", "num_clients", "capacity", "scheme", "rate", "num_groups", "min_separation"),
         *("max_staleness", "num_rounds", "schedule"),
     ],
     "Schedule": [
