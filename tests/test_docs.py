@@ -130,6 +130,24 @@ def test_the_two_commands_are_there():
     assert "pip install -e '.[test]' && pytest" in PAGES["README"]
 
 
+@pytest.mark.parametrize(
+    ("page", "link"),
+    [
+        ("README", r"\[`(\w+)`\]\(fedjax_lite/algorithms/(\w+)\.py\)"),
+        ("algorithms", r"\[`fl\.(\w+)`\]\(\S+#fedjax_lite\.algorithms\.(\w+)\.\1\)"),
+    ],
+)
+def test_tables_of_algorithms_have_every_one_and_where_it_is(page, link):
+    factories = {name: getattr(fl, name) for name in fl.algorithms.__all__}
+    made = {
+        name: factory.__module__.rpartition(".")[2]
+        for name, factory in factories.items()
+        if getattr(factory, "__annotations__", {}).get("return") is fl.FederatedAlgorithm
+    }
+    del made["federated_algorithm"]
+    assert sorted(re.findall(link, PAGES[page])) == sorted(made.items())
+
+
 def test_links_lead_somewhere():
     for name, text in PAGES.items():
         folder = ROOT if name == "README" else ROOT / "docs"
