@@ -69,7 +69,8 @@ def _role(setting: str, table: Table, plural: str, *known: str) -> Role:
     return Role(setting, table, plural, frozenset(known))
 
 
-_WITHOUT_A_MODEL = ("gaussian_mixture", "k_means")
+# Of these, runs have no models: none at all, or adapters.
+_OF_NO_MODEL = ("fed_ex_lora", "gaussian_mixture", "k_means")
 _OPTIMIZERS_AND_SCHEDULES = {**OPTIMIZERS, **SCHEDULES}
 ROLES: Mapping[str, Role] = {
     role.setting: role
@@ -86,7 +87,7 @@ ROLES: Mapping[str, Role] = {
         _role("model", _functions(models), "models", "input_shape", "num_classes"),
         _role(
             "algorithm",
-            _returning(FederatedAlgorithm, algorithms, *_WITHOUT_A_MODEL, "federated_algorithm"),
+            _returning(FederatedAlgorithm, algorithms, *_OF_NO_MODEL, "federated_algorithm"),
             "algorithms",
             *("model", "client_optimizer", "server_optimizer", "pipeline", "reducer"),
             *("lanes", "mesh"),
