@@ -337,6 +337,8 @@ DATA = {
     "read": ["path", "format", "columns", "transform", "options"],
     "read_csv": ["path", "client_column", "columns", "transform"],
     "read_fedjax_sqlite": ["path", "transform", "max_client_bytes"],
+    "mnist": ["folder", "split"],
+    "read_idx": ["path"],
     "read_huggingface": ["dataset", "client_column", "columns", "transform"],
     "read_leaf": ["path", "transform", "max_file_bytes"],
     "read_npz": ["path", "client_ids", "transform", "max_bytes"],

@@ -59,7 +59,7 @@ _DATASETS = {
             *("synthetic", "gaussian_images", "noisy_successors"),
             *("emnist_like", "cifar10_like", "cifar100_like"),
             *("shakespeare_like", "stackoverflow_like"),
-            *("read", "emnist", "cifar100", "shakespeare", "stackoverflow"),
+            *("read", "mnist", "emnist", "cifar100", "shakespeare", "stackoverflow"),
         )
     },
 }
