@@ -16,6 +16,7 @@ three apart.
 
 import argparse
 import functools
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ class Case(NamedTuple):
       target: The accuracy that is waited for.
       rate: Learning rate of clients.
       options: Of local training.
+      batches: How many an epoch of a client has, about: some algorithms divide by it what others
+        call a rate.
       head: The last layer, of a model with more than one.
     """
 
@@ -52,6 +55,7 @@ class Case(NamedTuple):
     target: float
     rate: float
     options: dict[str, Any]
+    batches: int = 10
     head: str | None = None
 
 
@@ -101,6 +105,7 @@ CASES = {
         target=0.95,
         rate=0.1,
         options={"batch_size": 10, "num_epochs": 1},
+        batches=50,
         head="Dense_2/*",
     ),
 }
@@ -121,16 +126,24 @@ ALGORITHMS: dict[str, Build] = {
     "scaffold": _with(fl.scaffold),
     "fed_dyn": _with(fl.fed_dyn, alpha=0.1),
     "fed_nova": _with(fl.fed_nova),
-    "fed_shuffle": lambda model, rate, **more: fl.fed_shuffle(model, optax.sgd(10 * rate), **more),
-    "mime": _with(fl.mime),
+    "fed_shuffle": lambda model, rate, batches, **more: fl.fed_shuffle(
+        model, optax.sgd(batches * rate), **more
+    ),
+    # With all local steps along one mean gradient, it diverges at rates that are good for others.
+    "mime": lambda model, rate, **more: fl.mime(model, optax.sgd(rate / 3), **more),
     "mime_lite": _with(fl.mime_lite),
     "fed_exp": _with(fl.fed_exp),
     "fed_sam": _with(fl.fed_sam, rho=0.05),
     "q_fed_avg": lambda model, rate, **more: fl.q_fed_avg(
         model, optax.sgd(rate), q=1.0, lipschitz=0.03 / rate, **more
     ),
-    "agnostic_fed_avg": lambda model, rate, num_clients, **more: fl.agnostic_fed_avg(
-        model, optax.sgd(rate), num_domains=num_clients, domain_learning_rate=0.1, **more
+    "agnostic_fed_avg": lambda model, rate, batches, num_clients, **more: fl.agnostic_fed_avg(
+        model,
+        optax.sgd(batches * rate),
+        num_domains=num_clients,
+        domain_learning_rate=0.03,
+        window_size=30,
+        **more,
     ),
     "per_fed_avg": lambda model, rate, **more: fl.per_fed_avg(
         model, optax.sgd(rate), alpha=rate, **more
@@ -207,10 +220,9 @@ def measure(case: Case, name: str, num_rounds: int, dataset: Any, held_out: Any)
 def _build(
     case: Case, name: str, model: fl.Model, num_clients: int, **options: Any
 ) -> fl.FederatedAlgorithm:
-    if name == "agnostic_fed_avg":
-        options["num_clients"] = num_clients
-    if name in ("fed_per", "fed_rep"):
-        options["head"] = case.head
+    known = {"num_clients": num_clients, "batches": case.batches, "head": case.head}
+    taken = inspect.signature(ALGORITHMS[name]).parameters
+    options |= {key: value for key, value in known.items() if key in taken}
     return ALGORITHMS[name](model, case.rate, **case.options, **options)
 
 

@@ -65,7 +65,8 @@ def agnostic_fed_avg(
 
     - computes $\beta^i = \sum_d \alpha_d N_d^i$, and the sums of its losses at $w$ by domain,
     - trains from $w$ on: a batch has the loss $\frac{1}{\beta^i} \sum_e \alpha_{d(e)} \ell_e(w_i)$
-      over its examples $e$, which for all examples of the client is a weighted mean.
+      over its examples $e$, which for all examples of the client is a weighted mean. A step is so
+      as many times shorter than in `fed_avg` at the same rate as an epoch has batches.
 
     The server steps along the mean of the deltas with weights $\beta^i$, and
 
@@ -97,8 +98,7 @@ def agnostic_fed_avg(
       weighted. A round takes the time of one more epoch without gradients.
 
     Raises:
-      ValueError: `num_domains` or `window_size` is below 1, `domain_learning_rate` negative;
-        another option is out of range.
+      ValueError: An option is out of range.
       TypeError: An option is unknown.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
