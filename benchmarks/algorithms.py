@@ -1,6 +1,7 @@
 """What each algorithm is worth: rounds to a target, accuracy, its worst clients, and what it costs.
 
-    python -m benchmarks.algorithms [--case NAME ...] [--algorithm NAME ...] [--rounds N] [--json]
+    python -m benchmarks.algorithms [--case NAME ...] [--algorithm NAME ...] [--rounds N]
+        [--mnist FOLDER] [--json]
 
 Each runs from three seeds, as one program. `rounds_to_target` is the median over seeds of the first
 evaluation, made every fifth round, that reaches the target; none if half of them do not. `accuracy`
@@ -15,6 +16,7 @@ three apart.
 
 import argparse
 import functools
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,35 +36,49 @@ class Case(NamedTuple):
     """A problem.
 
     Attributes:
-      load: The clients, to train and to evaluate on.
+      load: The clients, to train and to evaluate on; it is given the folder of MNIST.
       model: The model.
       cohort_size: Clients in a round.
       num_rounds: Rounds.
       target: The accuracy that is waited for.
       rate: Learning rate of clients.
       options: Of local training.
+      batches: How many an epoch of a client has, about: some algorithms divide by it what others
+        call a rate.
+      head: The last layer, of a model with more than one.
     """
 
-    load: Callable[[], tuple[fl.FederatedDataset, fl.FederatedDataset]]
+    load: Callable[[str | None], tuple[fl.FederatedDataset, fl.FederatedDataset]]
     model: Callable[[], fl.Model]
     cohort_size: int
     num_rounds: int
     target: float
     rate: float
     options: dict[str, Any]
+    batches: int = 10
+    head: str | None = None
 
 
-def _digits() -> tuple[fl.FederatedDataset, fl.FederatedDataset]:
+def _digits(folder: str | None) -> tuple[fl.FederatedDataset, fl.FederatedDataset]:
     """Each client's share of the digits, by a Dirichlet mixture of classes, a fifth held out."""
+    del folder
     images = fl.data.digits_images()
     rows = fl.partition.dirichlet(images["y"], num_clients=30, alpha=0.1, min_examples=3, seed=0)
     dataset = fl.FederatedDataset.from_rows(images, rows)
     return dataset.split_examples(0.2, seed=0)
 
 
+def _mnist(folder: str | None) -> tuple[fl.FederatedDataset, fl.FederatedDataset]:
+    """Two shards of the training images sorted by class for each client, a tenth held out."""
+    assert folder is not None
+    images = fl.data.mnist(folder)
+    rows = fl.partition.shards(images["y"], num_clients=100, shards_per_client=2, seed=0)
+    return fl.FederatedDataset.from_rows(images, rows).split_examples(0.1, seed=0)
+
+
 CASES = {
     "synthetic": Case(
-        lambda: fl.data.synthetic(1.0, 1.0, num_clients=30, seed=0),
+        lambda folder: fl.data.synthetic(1.0, 1.0, num_clients=30, seed=0),
         lambda: fl.models.logistic((60,), 10),
         cohort_size=10,
         num_rounds=200,
@@ -78,6 +94,19 @@ CASES = {
         target=0.9,
         rate=0.1,
         options={"batch_size": 10, "num_epochs": 5},
+        head="Dense_1/*",
+    ),
+    # The 2NN of McMahan et al. (2017), with their clients and local work.
+    "mnist": Case(
+        _mnist,
+        lambda: fl.models.mlp((28, 28, 1), (200, 200), 10),
+        cohort_size=10,
+        num_rounds=200,
+        target=0.95,
+        rate=0.1,
+        options={"batch_size": 10, "num_epochs": 1},
+        batches=50,
+        head="Dense_2/*",
     ),
 }
 
@@ -97,16 +126,27 @@ ALGORITHMS: dict[str, Build] = {
     "scaffold": _with(fl.scaffold),
     "fed_dyn": _with(fl.fed_dyn, alpha=0.1),
     "fed_nova": _with(fl.fed_nova),
-    "fed_shuffle": lambda model, rate, **more: fl.fed_shuffle(model, optax.sgd(10 * rate), **more),
-    "mime": _with(fl.mime),
-    "mime_lite": _with(fl.mime_lite),
+    "fed_shuffle": lambda model, rate, batches, **more: fl.fed_shuffle(
+        model, optax.sgd(batches * rate), **more
+    ),
+    # With all local steps along one mean gradient, it diverges at rates that are good for others.
+    "mime": lambda model, rate, **more: fl.mime(model, optax.sgd(rate / 3), **more),
+    # Without momentum it would be FedAvg.
+    "mime_lite": lambda model, rate, **more: fl.mime_lite(
+        model, optax.sgd(rate / 10, momentum=0.9), **more
+    ),
     "fed_exp": _with(fl.fed_exp),
     "fed_sam": _with(fl.fed_sam, rho=0.05),
     "q_fed_avg": lambda model, rate, **more: fl.q_fed_avg(
         model, optax.sgd(rate), q=1.0, lipschitz=0.03 / rate, **more
     ),
-    "agnostic_fed_avg": lambda model, rate, num_clients, **more: fl.agnostic_fed_avg(
-        model, optax.sgd(rate), num_domains=num_clients, domain_learning_rate=0.1, **more
+    "agnostic_fed_avg": lambda model, rate, batches, num_clients, **more: fl.agnostic_fed_avg(
+        model,
+        optax.sgd(batches * rate),
+        num_domains=num_clients,
+        domain_learning_rate=0.03,
+        window_size=30,
+        **more,
     ),
     "per_fed_avg": lambda model, rate, **more: fl.per_fed_avg(
         model, optax.sgd(rate), alpha=rate, **more
@@ -116,8 +156,18 @@ ALGORITHMS: dict[str, Build] = {
     "p_fed_me": lambda model, rate, **more: fl.p_fed_me(
         model, optax.sgd(rate), mu=1.0, learning_rate=rate, **more
     ),
-    "fed_per": _with(fl.fed_avg, personal="Dense_1/*"),
-    "fed_rep": _with(fl.fed_rep, personal="Dense_1/*", num_head_epochs=4),
+    "fed_per": lambda model, rate, head, **more: fl.fed_avg(
+        model, optax.sgd(rate), personal=head, **more
+    ),
+    # All epochs but one for the head.
+    "fed_rep": lambda model, rate, head, num_epochs, **more: fl.fed_rep(
+        model,
+        optax.sgd(rate),
+        personal=head,
+        num_epochs=max(num_epochs, 2),
+        num_head_epochs=max(num_epochs, 2) - 1,
+        **more,
+    ),
     "moon": _with(fl.moon, mu=1.0),
     "ifca": _with(fl.ifca, num_clusters=2),
 }
@@ -173,8 +223,9 @@ def measure(case: Case, name: str, num_rounds: int, dataset: Any, held_out: Any)
 def _build(
     case: Case, name: str, model: fl.Model, num_clients: int, **options: Any
 ) -> fl.FederatedAlgorithm:
-    if name == "agnostic_fed_avg":
-        options["num_clients"] = num_clients
+    known = {"num_clients": num_clients, "batches": case.batches, "head": case.head}
+    taken = inspect.signature(ALGORITHMS[name]).parameters
+    options |= {key: value for key, value in known.items() if key in taken}
     return ALGORITHMS[name](model, case.rate, **case.options, **options)
 
 
@@ -195,18 +246,22 @@ def costs(case: Case, names: list[str], dataset: Any) -> dict[str, float]:
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--case", nargs="+", choices=CASES, help="all that there are data of")
     parser.add_argument("--algorithm", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--rounds", type=int, help="in place of those of the case")
+    parser.add_argument("--mnist", metavar="FOLDER", help="of MNIST's four IDX files")
     parser.add_argument("--json", action="store_true", help="print one JSON object per algorithm")
     options = parser.parse_args()
+    cases = options.case or [name for name in CASES if name != "mnist" or options.mnist]
+    if "mnist" in cases and not options.mnist:
+        parser.error("--case mnist needs its files; pass --mnist FOLDER")
     fl.configure_cpu()
     if options.json:
         print(json.dumps(machine("fedjax_lite", "jax", "optax")), flush=True)
-    for case_name in options.case:
+    for case_name in cases:
         case = CASES[case_name]
-        dataset, held_out = case.load()
-        names = [n for n in options.algorithm if case_name != "synthetic" or n not in _BY_LAYER]
+        dataset, held_out = case.load(options.mnist)
+        names = [n for n in options.algorithm if case.head or n not in _BY_LAYER]
         cost = costs(case, names, dataset)
         if not options.json:
             print(

@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import chex
 import jax
@@ -239,6 +241,34 @@ def test_state_keeps_its_structure_shapes_and_dtypes(name):
     after, info = reference(name)
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
     chex.assert_shape(list(info.clients.values()), (10,))
+
+
+COSTS = {
+    name: costs
+    for name, *costs in re.findall(
+        r"^\| \[`fl\.(\w+)`.* \| (.*) \| \N{MULTIPLICATION SIGN}([^|,]*)(.*) \|$",
+        (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text(),
+        re.MULTILINE,
+    )
+}
+
+
+@each_algorithm
+def test_clients_keep_and_send_what_the_documentation_says(name):
+    if name not in COSTS:
+        pytest.skip("another form of one that is there")
+    keeps, times, more = COSTS[name]
+    state, info = reference(name)
+    assert (keeps == "—") == (not jax.tree.leaves(state.store))
+    numbers = sum(x.size for x in jax.tree.leaves(state.params)) // (2 if name == "ifca" else 1)
+    expected = 2 * numbers * eval(times, {"k": 2})
+    if "$s$" in more:
+        expected += sum(x.size for x in jax.tree.leaves(state.opt_state.base))
+    if "3 numbers a domain" in more:
+        expected += 3 * 10
+    bits = info.clients["bits_down"] + info.clients["bits_up"]
+    # Beside these, up to three scalars that the server sums, or sends.
+    np.testing.assert_allclose(bits[3] / 32, expected, atol=3)
 
 
 @each_kind

@@ -39,6 +39,7 @@ NAMES = {
         *("model", "client_optimizer", "server_optimizer", "epsilon", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
     ],
+    "fed_ex_lora": [*("model", "client_optimizer", "weighting"), *UPDATE, *STEPS, *SPEED],
     "fed_rep": [
         *("model", "client_optimizer", "server_optimizer"),
         *("personal", "num_head_epochs", "weighting"),
@@ -260,7 +261,10 @@ NAMES = {
     "FederatedDataset": ["examples", "offsets", "client_ids"],
     "History": ["rounds", "evaluations"],
     "InterruptedTraining": ["message", "signal", "result"],
-    "Model": ["init", "loss", "metrics", "predict", "num_classes", "split", "merge"],
+    "Model": [
+        *("init", "loss", "metrics", "predict", "num_classes"),
+        *("split", "merge", "add_residual"),
+    ],
     "NonFiniteWarning": None,
     "Recorder": ["folder", "config", "tensorboard"],
     "RoundInfo": [
@@ -438,6 +442,8 @@ DATA = {
     "read": ["path", "format", "columns", "transform", "options"],
     "read_csv": ["path", "client_column", "columns", "transform"],
     "read_fedjax_sqlite": ["path", "transform", "max_client_bytes"],
+    "mnist": ["folder", "split"],
+    "read_idx": ["path"],
     "read_huggingface": ["dataset", "client_column", "columns", "transform"],
     "read_leaf": ["path", "transform", "max_file_bytes"],
     "read_npz": ["path", "client_ids", "transform", "max_bytes"],
@@ -564,6 +570,7 @@ FACTORIES = {
     ),
     "ditto": lambda **options: fl.ditto(MODEL, SGD, mu=0.1, **options),
     "fed_dyn": lambda **options: fl.fed_dyn(MODEL, SGD, alpha=0.1, **options),
+    "fed_ex_lora": lambda **options: fl.fed_ex_lora(fl.lora(MODEL), SGD, **options),
     "fed_exp": lambda **options: fl.fed_exp(MODEL, SGD, **options),
     "fed_rep": lambda **options: fl.fed_rep(MODEL, SGD, personal="*", num_head_epochs=0, **options),
     "fed_sam": lambda **options: fl.fed_sam(MODEL, SGD, rho=0.1, **options),

@@ -1,6 +1,7 @@
 """The programs of the README and of the documentation run, and their commands are commands."""
 
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -21,11 +22,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     path.stem: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
 }
-FENCED = r"^```{}\n(.*?)^```"
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def blocks(text, language):
-    return re.findall(FENCED.format(language), text, re.DOTALL | re.MULTILINE)
+def blocks(text, *languages):
+    return [block for language, block in FENCED.findall(text) if language in languages]
 
 
 @pytest.fixture
@@ -73,6 +74,22 @@ def test_the_algorithms_learn(alone, capsys):
     assert names["info"].update_norm > 0
 
 
+def test_the_algorithm_of_the_guide_is_a_page_and_its_file_is_enough_for_a_shell(alone, capsys):
+    file = blocks(PAGES["own_algorithm"], "python")[0]
+    assert len([line for line in file.splitlines() if line.strip()]) <= 45
+    Path("fed_cm.py").write_text(file)
+    small = ["--dataset=synthetic", "--num-clients=6", "--model=logistic", "--rounds=2", "--json"]
+    train, sweep = blocks(PAGES["own_algorithm"], "sh")[0].splitlines()
+    main([*shlex.split(train)[1:], "--cohort-size=3", *small])
+    result = json.loads(capsys.readouterr().out)
+    assert result["loss"][-1] < result["loss"][0]
+    configured = json.loads((Path(result["out"]) / "config.json").read_text())["config"]
+    assert configured["algorithm"].startswith("fed_cm.py:fed_cm(learning_rate=0.1, alpha=0.3, ")
+    main([*shlex.split(sweep)[1:], "--cohort-size=3", *small])
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert len({run["loss"][-1] for run in runs}) == 3
+
+
 def test_the_program_of_the_readme_is_the_first_one():
     (program,) = blocks(PAGES["README"], "python")
     assert program == blocks(PAGES["index"], "python")[0]
@@ -81,8 +98,9 @@ def test_the_program_of_the_readme_is_the_first_one():
 
 def commands():
     for name, text in PAGES.items():
-        for block in blocks(text, "(?:sh)?"):
-            for line in block.replace("\\\n", "").splitlines():
+        for block in blocks(text, "", "sh"):
+            for line in block.replace("\\
+", "").splitlines():
                 if line.startswith("fedjax-lite "):
                     yield pytest.param(shlex.split(line)[1:], id=f"{name}: {line[12:60]}")
 
@@ -116,6 +134,24 @@ def test_the_commands_are_commands(args, monkeypatch):
 def test_the_two_commands_are_there():
     assert "pip install -e '.[run]' && fedjax-lite quickstart" in PAGES["README"]
     assert "pip install -e '.[test]' && pytest" in PAGES["README"]
+
+
+@pytest.mark.parametrize(
+    ("page", "link"),
+    [
+        ("README", r"\[`(\w+)`\]\(fedjax_lite/algorithms/(\w+)\.py\)"),
+        ("algorithms", r"\[`fl\.(\w+)`\]\(\S+#fedjax_lite\.algorithms\.(\w+)\.\1\)"),
+    ],
+)
+def test_tables_of_algorithms_have_every_one_and_where_it_is(page, link):
+    factories = {name: getattr(fl, name) for name in fl.algorithms.__all__}
+    made = {
+        name: factory.__module__.rpartition(".")[2]
+        for name, factory in factories.items()
+        if getattr(factory, "__annotations__", {}).get("return") is fl.FederatedAlgorithm
+    }
+    del made["federated_algorithm"]
+    assert sorted(re.findall(link, PAGES[page])) == sorted(made.items())
 
 
 def test_links_lead_somewhere():

@@ -1,5 +1,7 @@
 """Models of which a part is trained: frozen params, and adapters beside them."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -204,6 +206,110 @@ def test_products_of_adapters_are_averaged_exactly_if_the_first_factor_is_frozen
     assert info.clients["bits_up"].tolist() == [of_b + of_a * train_a] * 2
 
 
+def layers(model, state):
+    """The adapted layers' kernels, formed."""
+    params = model.merge(state.params, state.frozen)
+    return {
+        name: params["base"][name]["kernel"] + 1.5 * own["a"] @ own["b"]
+        for name, own in params["adapters"].items()
+    }
+
+
+def adapters_away_from_zero():
+    """A model whose factor is 1.5, and params of it."""
+    model = fl.lora(linen()[0], 2, alpha=3.0)
+    start = model.init(KEY)[0]
+    return model, {**start, "adapters": jax.tree.map(lambda x: x + 0.3, start["adapters"])}
+
+
+EX_OPTIONS = {"client_optimizer": optax.sgd(0.1), "batch_size": 2, "num_epochs": 2}
+
+
+@pytest.mark.parametrize("pipeline", [None, fl.clip_by_norm(0.1)])
+def test_layers_of_fed_ex_lora_are_the_mean_of_those_of_the_clients(pipeline):
+    model, start = adapters_away_from_zero()
+    options = {**EX_OPTIONS, "weighting": "examples", "pipeline": pipeline}
+    population = regression_dataset().resident()
+    exact, alone = fl.fed_ex_lora(model, **options), fl.fed_avg(model, **options)
+    state, ids = exact.init(start), [0, 3, 1, 7]
+    sizes = np.array(SIZES)[ids]
+    for i in range(2):
+        key, before = jax.random.fold_in(KEY, i), dataclasses.replace(state, pipeline_state=())
+        of_clients = [
+            layers(model, alone.round(key, before, everyone(population, [i], capacity=4))[0])
+            for i in ids
+        ]
+        averaged, of_adapters = alone.round(key, before, everyone(population, ids))
+        state, info = exact.round(key, state, everyone(population, ids))
+        for name, formed in layers(model, state).items():
+            mean = sum(
+                p * own[name] for p, own in zip(sizes / sizes.sum(), of_clients, strict=True)
+            )
+            np.testing.assert_allclose(formed, mean, rtol=1e-5, atol=1e-6)
+            assert float(abs(layers(model, averaged)[name] - mean).max()) > 2e-5
+        close(state.params, averaged.params)
+        for name, base in state.frozen["base"].items():
+            np.testing.assert_array_equal(base["bias"], start["base"][name]["bias"])
+    assert set(info.clients) == set(of_adapters.clients)
+    kernels = 32 * (3 * 4 + 4 * 1)
+    assert (info.clients["bits_down"] - of_adapters.clients["bits_down"]).tolist() == [kernels] * 4
+    np.testing.assert_array_equal(info.clients["bits_up"], of_adapters.clients["bits_up"])
+
+
+def test_nothing_is_left_out_of_one_client_nor_if_factors_are_alike_nor_if_all_are_left_out():
+    population = regression_dataset().resident()
+    model, start = adapters_away_from_zero()
+    unchanged = lambda state: jax.tree.map(
+        np.testing.assert_array_equal, state.frozen["base"], start["base"]
+    )
+    algorithm = fl.fed_ex_lora(model, **EX_OPTIONS)
+    state, _ = algorithm.round(KEY, algorithm.init(start), everyone(population, [3], capacity=4))
+    unchanged(state)
+    state, info = algorithm.round(KEY, algorithm.init(start), everyone(population, [1], capacity=4))
+    assert info.skipped
+    unchanged(state)
+    # At B = 0, A has no gradient: after one step, all clients have the same.
+    model = fl.lora(linen()[0], 2, alpha=3.0, base=start["base"])
+    algorithm = fl.fed_ex_lora(model, optax.sgd(0.1), num_steps=1)
+    state, info = algorithm.round(KEY, algorithm.init(KEY), everyone(population, [0, 3, 5, 7]))
+    assert info.update_norm > 0
+    unchanged(state)
+
+
+@pytest.mark.parametrize("options", [{"lanes": 3}, {"devices": 2}])
+def test_a_client_that_is_no_number_lanes_and_devices_change_nothing_of_the_base(options):
+    num_devices = options.pop("devices", None)
+    if num_devices is not None:
+        if jax.device_count() < num_devices:
+            pytest.skip("needs more devices")
+        options["mesh"] = fl.clients_mesh(num_devices)
+    model, start = adapters_away_from_zero()
+    bases = []
+    for chosen, ids in (({}, [0, 4, 7]), (options, [7, 0, 3, 4])):
+        dataset = regression_dataset()
+        dataset.examples["x"][dataset.offsets[3]] = np.nan
+        population = dataset.resident(mesh=chosen.get("mesh"))
+        algorithm = fl.fed_ex_lora(model, **EX_OPTIONS, **chosen)
+        state, _ = algorithm.round(KEY, algorithm.init(start), everyone(population, ids, 4))
+        bases.append(jax.device_get(state.frozen["base"]))
+    close(bases[1], bases[0], 1e-5)
+
+
+def test_fed_ex_lora_refuses_what_it_cannot_average():
+    model, _ = adapters_away_from_zero()
+    for wrong in (fl.lora(linen()[0], 2, train_a=False), linen()[0]):
+        with pytest.raises(ValueError, match="model has no adapters of two factors"):
+            fl.fed_ex_lora(wrong, optax.sgd(0.1))
+    with pytest.raises(ValueError, match="max_staleness is 1, and the base"):
+        fl.fed_ex_lora(model, optax.sgd(0.1), max_staleness=1)
+    with pytest.raises(ValueError, match="reducer is Reducer"):
+        fl.fed_ex_lora(model, optax.sgd(0.1), reducer=fl.coordinate_median())
+    hide = lambda before: before._replace(is_masked=True)
+    masked = fl.clip_by_norm(1.0)._replace(guarantees=hide)
+    with pytest.raises(ValueError, match="fed_ex_lora comes after a mask"):
+        fl.fed_ex_lora(model, optax.sgd(0.1), pipeline=masked)
+
+
 def test_lora_starts_from_the_model_as_it_is_and_takes_names():
     model, _, second = linen()
     base, _ = model.init(KEY)
@@ -290,7 +396,8 @@ def test_lanes_and_devices_change_nothing(options):
     close(states[1].params, states[0].params, 1e-4)
 
 
-def test_the_base_takes_the_same_memory_however_many_clients_train_side_by_side():
+@pytest.mark.parametrize("factory", [fl.fed_avg, fl.fed_ex_lora])
+def test_the_base_takes_the_same_memory_however_many_clients_train_side_by_side(factory):
     base_bytes = {}
     temporaries = []
     for lanes in (1, 16):
@@ -300,22 +407,30 @@ def test_the_base_takes_the_same_memory_however_many_clients_train_side_by_side(
         dataset = fl.FederatedDataset.from_clients(
             {i: jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], examples) for i in range(16)}
         )
-        algorithm = fl.fed_avg(model, optax.sgd(0.1), batch_size=2, lanes=lanes)
+        algorithm = factory(model, optax.sgd(0.1), batch_size=2, lanes=lanes)
         state = jax.eval_shape(algorithm.init, KEY)
         compiled = algorithm.round.lower(KEY, state, everyone(dataset.resident())).compile()
         temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
         base_bytes = sum(4 * x.size for x in jax.tree.leaves(state.frozen))
     assert base_bytes > 4 * 4.8e6
     assert temporaries[1] - temporaries[0] < base_bytes / 4
-    assert temporaries[1] < base_bytes / 2
+    # The base that is changed is there once more.
+    assert temporaries[1] < base_bytes / 2 + (factory == fl.fed_ex_lora) * base_bytes
 
 
-def test_runs_with_frozen_params_resume_to_the_same_bits_and_keep_the_best(tmp_path):
-    model, first, _ = linen()
-    model = fl.frozen(model, f"{first}/*")
+@pytest.mark.parametrize(
+    ("model", "factory"),
+    [
+        (fl.frozen(linen()[0], "layers_0/*"), fl.fed_avg),
+        (fl.lora(linen()[0], 2), fl.fed_ex_lora),
+    ],
+)
+def test_runs_with_frozen_params_resume_to_the_same_bits_and_keep_the_best(
+    model, factory, tmp_path
+):
     dataset = regression_dataset()
     arguments = {
-        "algorithm": fl.fed_avg(model, optax.sgd(0.05), batch_size=2),
+        "algorithm": factory(model, optax.sgd(0.05), batch_size=2),
         "population": dataset.resident(),
         "sampler": fl.samplers.uniform(len(SIZES), 4),
         "key": KEY,

@@ -10,6 +10,7 @@ from fedjax_lite.algorithms.apfl import apfl
 from fedjax_lite.algorithms.ditto import ditto
 from fedjax_lite.algorithms.fed_avg import fed_avg, fed_prox
 from fedjax_lite.algorithms.fed_dyn import fed_dyn
+from fedjax_lite.algorithms.fed_ex_lora import fed_ex_lora
 from fedjax_lite.algorithms.fed_exp import fed_exp
 from fedjax_lite.algorithms.fed_nova import fed_nova
 from fedjax_lite.algorithms.fed_rep import fed_rep
@@ -37,6 +38,7 @@ __all__ = [
     "ditto",
     "fed_avg",
     "fed_dyn",
+    "fed_ex_lora",
     "fed_exp",
     "fed_nova",
     "fed_prox",

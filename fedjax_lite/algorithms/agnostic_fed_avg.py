@@ -11,17 +11,9 @@ from fedjax_lite import _validate
 from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import StoreOptions, complete, documented
 from fedjax_lite.algorithms.training import local_training
-from fedjax_lite.algorithms.two_passes import ONE_PASS, two_passes
-from fedjax_lite.base import (
-    Batch,
-    Client,
-    ClientResult,
-    ClientUpdate,
-    FederatedAlgorithm,
-    PyTree,
-    ServerState,
-)
-from fedjax_lite.models.model import Model, applying
+from fedjax_lite.algorithms.two_passes import summing, two_passes
+from fedjax_lite.base import Batch, Client, FederatedAlgorithm, PyTree, ServerState
+from fedjax_lite.models.model import Model
 
 
 class DomainSums(NamedTuple):
@@ -73,7 +65,8 @@ def agnostic_fed_avg(
 
     - computes $\beta^i = \sum_d \alpha_d N_d^i$, and the sums of its losses at $w$ by domain,
     - trains from $w$ on: a batch has the loss $\frac{1}{\beta^i} \sum_e \alpha_{d(e)} \ell_e(w_i)$
-      over its examples $e$, which for all examples of the client is a weighted mean.
+      over its examples $e$, which for all examples of the client is a weighted mean. A step is so
+      as many times shorter than in `fed_avg` at the same rate as an epoch has batches.
 
     The server steps along the mean of the deltas with weights $\beta^i$, and
 
@@ -105,8 +98,7 @@ def agnostic_fed_avg(
       weighted. A round takes the time of one more epoch without gradients.
 
     Raises:
-      ValueError: `num_domains` or `window_size` is below 1, `domain_learning_rate` negative;
-        another option is out of range.
+      ValueError: An option is out of range.
       TypeError: An option is unknown.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
@@ -122,9 +114,8 @@ def agnostic_fed_avg(
     >>> state, info = algorithm.round(jax.random.key(1), state, everyone)
     >>> float(state.params)  # Examples weigh alike at first.
     2.5
-    >>> sums = state.opt_state.sums
-    >>> sums.losses.tolist(), sums.counts.tolist()
-    ([6.0, 8.0], [3.0, 1.0])
+    >>> [sums.tolist() for sums in state.opt_state.sums]
+    [[6.0, 8.0], [3.0, 1.0]]
     >>> [round(float(x), 4) for x in state.opt_state.domain_weights]  # exp(2 / 2) to exp(8 / 2).
     [0.0474, 0.9526]
     """
@@ -133,7 +124,6 @@ def agnostic_fed_avg(
     rate = _validate.number("domain_learning_rate", domain_learning_rate)
     window_size = _validate.integer("window_size", window_size, minimum=1)
     optimizer = local.resolve_optimizer(client_optimizer)
-    training = local_training(model, client_optimizer)
     inner = server.resolve_server_optimizer(server_optimizer)
 
     def domains_of(client: Client, batch: Batch) -> jax.Array:
@@ -144,47 +134,30 @@ def agnostic_fed_avg(
         # The number of domains marks what is none: it adds to no sum.
         return jnp.where((domains >= 0) & (domains < num_domains), domains, num_domains)
 
-    def losses_of(
-        params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, PyTree]:
-        with applying(model, params, batch):
-            losses, after = model.loss(params, model_state, batch, key)
-        _validate.per_example("model.loss", losses.shape, batch["mask"].shape[0])
-        return jnp.where(batch["mask"], losses, 0), after
-
     def alpha_of(shared: ServerState) -> jax.Array:
         counts = shared.opt_state.window.mean(0)
         return shared.opt_state.domain_weights / jnp.where(counts == 0, 1, counts)
 
-    def entry(shared: ServerState) -> jax.Array:
-        del shared
-        return jnp.zeros(num_domains)
-
-    def measure_init(shared: ServerState, client: Client) -> DomainSums:
-        del shared, client
+    def zeros() -> DomainSums:
         return DomainSums(jnp.zeros(num_domains), jnp.zeros(num_domains))
 
-    def measure_step(
-        shared: ServerState, client: Client, sums: DomainSums, batch: Batch, key: jax.Array
-    ) -> DomainSums:
-        losses, _ = losses_of(shared.params, shared.model_state, batch, key)
-        domains = domains_of(client, batch)
-        return DomainSums(
-            sums.losses.at[domains].add(losses),
-            sums.counts.at[domains].add(batch["mask"]),
-        )
+    def sums_of(shared: ServerState, client: Client, batch: Batch, key: jax.Array) -> DomainSums:
+        losses, _ = local.losses_of(model, shared.params, shared.model_state, batch, key)
+        domains, (none, _) = domains_of(client, batch), zeros()
+        return DomainSums(none.at[domains].add(losses), none.at[domains].add(batch["mask"]))
 
-    def measure_final(shared: ServerState, client: Client, sums: DomainSums) -> ClientResult:
-        del client
-        nothing = optax.tree.zeros_like(shared.params)
-        return ClientResult(nothing, 1.0, entry=sums.counts, statistics=sums)
+    measuring = summing(zeros, sums_of, lambda sums: {"entry": sums.counts, "statistics": sums})
+    training = local_training(
+        model,
+        client_optimizer,
+        finish=lambda result, shared, client, trained: result._replace(
+            weight=jnp.vdot(alpha_of(shared), client.entry)
+        ),
+        entry=lambda shared: zeros().counts,
+    )
 
     def client_step(
-        shared: ServerState,
-        client: Client,
-        trained: local.LocalState,
-        batch: Batch,
-        key: jax.Array,
+        shared: ServerState, client: Client, trained: local.LocalState, batch: Batch, key: jax.Array
     ) -> local.LocalState:
         alpha = alpha_of(shared)
         beta = jnp.vdot(alpha, client.entry)
@@ -194,33 +167,15 @@ def agnostic_fed_avg(
         weights /= jnp.where(beta == 0, 1, beta)
 
         def weighted_loss(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
-            losses, model_state = losses_of(params, trained.model_state, batch, key)
+            losses, model_state = local.losses_of(model, params, trained.model_state, batch, key)
             return jnp.vdot(weights, losses), (losses.sum(), model_state)
 
         gradient, aux = jax.grad(weighted_loss, has_aux=True)(trained.params)
         return local.descend(optimizer(shared), trained, gradient, aux, batch)
 
-    def client_final(
-        shared: ServerState, client: Client, trained: local.LocalState
-    ) -> ClientResult:
-        weight = jnp.vdot(alpha_of(shared), client.entry)
-        return training.final(shared, client, trained)._replace(weight=weight)
-
     def init(params: PyTree) -> AgnosticState:
-        zeros, ones = jnp.zeros(num_domains), jnp.ones((window_size, num_domains))
-        equal = jnp.full(num_domains, 1 / num_domains, zeros.dtype)
-        return AgnosticState(inner.init(params), equal, ones, DomainSums(zeros, zeros))
-
-    def keep(
-        updates: PyTree,
-        state: AgnosticState,
-        params: PyTree = None,
-        *,
-        statistics: DomainSums,
-        **extra_args: Any,
-    ) -> tuple[PyTree, AgnosticState]:
-        del params, extra_args
-        return updates, state._replace(sums=statistics)
+        ones, equal = jnp.ones((window_size, num_domains)), jnp.zeros(num_domains) + 1 / num_domains
+        return AgnosticState(inner.init(params), equal, ones, zeros())
 
     def update(
         updates: PyTree, state: AgnosticState, params: PyTree = None, **extra_args: Any
@@ -233,20 +188,13 @@ def agnostic_fed_avg(
             window=jnp.concatenate([state.window[1:], state.sums.counts[None]]),
         )
 
-    one_pass: StoreOptions = {**options, **ONE_PASS}
     return two_passes(
-        server.federated_algorithm(
-            model,
-            ClientUpdate(measure_init, measure_step, measure_final, entry=entry),
-            optax.GradientTransformationExtraArgs(init, keep),
-            **one_pass,
-        ),
-        server.federated_algorithm(
-            model,
-            ClientUpdate(training.init, client_step, client_final, entry=entry),
-            optax.GradientTransformationExtraArgs(init, update),
-            broadcast=lambda state: (state.params, state.model_state, alpha_of(state)),
-            **options,
-        ),
+        model,
+        measuring._replace(entry=training.entry),
+        training._replace(step=client_step),
+        optax.GradientTransformationExtraArgs(init, update),
+        options,
+        keep=lambda state, mean, sums: state._replace(sums=sums),
         sent=lambda state: state.sums,
+        broadcast=lambda state: (state.params, state.model_state, alpha_of(state)),
     )

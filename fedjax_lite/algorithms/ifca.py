@@ -8,21 +8,19 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_lite import _validate
-from fedjax_lite.algorithms import local, server
+from fedjax_lite.algorithms import clusters, local, server
 from fedjax_lite.algorithms.options import StoreOptions, complete, documented
 from fedjax_lite.algorithms.report import num_bits
 from fedjax_lite.algorithms.training import local_training
-from fedjax_lite.algorithms.two_passes import ONE_PASS, two_passes
+from fedjax_lite.algorithms.two_passes import summing, two_passes
 from fedjax_lite.base import (
     Batch,
     Client,
     ClientResult,
     ClientUpdate,
     FederatedAlgorithm,
-    Message,
     PyTree,
     ServerState,
-    UpdateTransform,
 )
 from fedjax_lite.models.model import Model
 
@@ -111,12 +109,11 @@ def ifca(
             f"reducer is {options['reducer']!r}, and each cluster takes the weighted mean of its"
             " clients; leave it out."
         )
-    clusters = _clusters_of(model, num_clusters)
     training = local_training(model, client_optimizer, weighting=weighting)
     optimizer = server.resolve_server_optimizer(server_optimizer)
 
     def of_cluster(shared: ServerState, cluster: jax.Array) -> ServerState:
-        params, model_state = _take((shared.params, shared.model_state), cluster)
+        params, model_state = clusters.take((shared.params, shared.model_state), cluster)
         return dataclasses.replace(shared, params=params, model_state=model_state)
 
     def entry(drawn: ServerState) -> jax.Array:
@@ -128,30 +125,17 @@ def ifca(
                 )
         return jnp.int32(0)
 
-    def measure_init(shared: ServerState, client: Client) -> jax.Array:
-        del shared, client
-        return jnp.zeros(num_clusters)
-
-    def measure_step(
-        shared: ServerState, client: Client, losses: jax.Array, batch: Batch, key: jax.Array
-    ) -> jax.Array:
-        del client
-
+    def losses_of(shared: ServerState, client: Client, batch: Batch, key: jax.Array) -> jax.Array:
         def total(params: PyTree, model_state: PyTree) -> jax.Array:
             return local.batch_loss(model, model_state, batch, key, mean=False)(params)[0]
 
-        return losses + jax.vmap(total)(shared.params, shared.model_state)
+        return jax.vmap(total)(shared.params, shared.model_state)
 
-    def measure_final(shared: ServerState, client: Client, losses: jax.Array) -> ClientResult:
-        del client
+    def choice(losses: jax.Array) -> dict[str, jax.Array]:
         # A model that training has spoilt is no one's choice.
         usable = jnp.isfinite(losses)
         cluster = jnp.argmin(jnp.where(usable, losses, jnp.inf)).astype(jnp.int32)
-        nothing = optax.tree.zeros_like(shared.params)
-        return ClientResult(nothing, usable.any(), entry=cluster)
-
-    def client_init(shared: ServerState, client: Client) -> local.LocalState:
-        return training.init(of_cluster(shared, client.entry), client)
+        return {"weight": usable.any(), "entry": cluster}
 
     def client_final(
         shared: ServerState, client: Client, trained: local.LocalState
@@ -160,8 +144,8 @@ def ifca(
         result = training.final(of_cluster(shared, own), client, trained)
         is_own = jax.nn.one_hot(own, num_clusters)
         return result._replace(
-            update=_put(optax.tree.zeros_like(shared.params), own, result.update),
-            model_state=_put(shared.model_state, own, result.model_state),
+            update=clusters.put(optax.tree.zeros_like(shared.params), own, result.update),
+            model_state=clusters.put(shared.model_state, own, result.model_state),
             statistics=result.weight * is_own,
             metrics={
                 **result.metrics,
@@ -174,106 +158,43 @@ def ifca(
         return IfcaState(jax.vmap(optimizer.init)(params), jnp.zeros(num_clusters))
 
     def update(
-        updates: PyTree,
-        state: IfcaState,
-        params: PyTree,
-        *,
-        statistics: jax.Array,
-        **extra_args: Any,
+        updates: PyTree, state: IfcaState, params: PyTree, *, statistics: jax.Array, **extra: Any
     ) -> tuple[PyTree, IfcaState]:
         def step(
-            update: PyTree, inner: PyTree, params: PyTree, weight: jax.Array
+            update: PyTree, inner: PyTree, params: PyTree, scale: jax.Array
         ) -> tuple[PyTree, PyTree]:
-            # Of the mean over all clients, that over those of the cluster.
-            share = weight / statistics.sum()
-            mean = jax.tree.map(lambda x: x / jnp.where(share == 0, 1, share), update)
-            mean = optax.tree.cast_like(mean, update)
-            step, after = optimizer.update(mean, inner, params, **extra_args)
+            mean = optax.tree.cast_like(optax.tree.scale(scale, update), update)
+            step, after = optimizer.update(mean, inner, params, **extra)
             stays = optax.tree.zeros_like(step), inner
             return jax.tree.map(
-                lambda new, old: jnp.where(weight == 0, old, new), (step, after), stays
+                lambda new, old: jnp.where(scale == 0, old, new), (step, after), stays
             )
 
-        updates, inner = jax.vmap(step)(updates, state.inner, params, statistics)
+        updates, inner = jax.vmap(step)(updates, state.inner, params, clusters.scales(statistics))
         return updates, IfcaState(inner, statistics)
 
     def settle(before: ServerState, after: ServerState) -> dict[str, PyTree]:
         """The same for model states, of which clients send those of other clusters as they were."""
-        weights = after.opt_state.weights
-        scale = weights.sum() / jnp.where(weights == 0, 1, weights)
+        scales = clusters.scales(after.opt_state.weights)
 
         def mean(old: jax.Array, new: jax.Array) -> jax.Array:
-            return (old + jax.vmap(jnp.multiply)(scale, new - old)).astype(old.dtype)
+            return (old + jax.vmap(jnp.multiply)(scales, new - old)).astype(old.dtype)
 
         return {"model_state": jax.tree.map(mean, before.model_state, after.model_state)}
 
-    # In the form of the server's state: only the client half sees one model.
-    pipeline = options["pipeline"]
-    training_options: StoreOptions = {
-        **options,
-        "pipeline": None if pipeline is None else _on_own_cluster(pipeline),
-    }
-    one_pass: StoreOptions = {**options, **ONE_PASS}
+    if options["pipeline"] is not None:
+        options["pipeline"] = clusters.on_own(options["pipeline"])
     return two_passes(
-        server.federated_algorithm(
-            clusters,
-            ClientUpdate(measure_init, measure_step, measure_final, entry=entry),
-            optax.GradientTransformation(
-                init, lambda updates, state, params=None: (updates, state)
-            ),
-            **one_pass,
+        clusters.several(model, num_clusters),
+        summing(lambda: jnp.zeros(num_clusters), losses_of, choice)._replace(entry=entry),
+        ClientUpdate(
+            lambda shared, client: training.init(of_cluster(shared, client.entry), client),
+            training.step,
+            client_final,
+            entry=entry,
+            client_model=lambda state, own: clusters.take((state.params, state.model_state), own),
         ),
-        server.federated_algorithm(
-            clusters,
-            ClientUpdate(
-                client_init,
-                training.step,
-                client_final,
-                entry=entry,
-                client_model=lambda state, own: _take((state.params, state.model_state), own),
-            ),
-            optax.GradientTransformationExtraArgs(init, update),
-            **training_options,
-        ),
-        sent=lambda state: (),
+        optax.GradientTransformationExtraArgs(init, update),
+        options,
         settle=settle,
-    )
-
-
-def _take(clusters: PyTree, cluster: jax.Array | int) -> PyTree:
-    return jax.tree.map(lambda x: x[cluster], clusters)
-
-
-def _put(clusters: PyTree, cluster: jax.Array, own: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, own: x.at[cluster].set(own), clusters, own)
-
-
-def _clusters_of(model: Model, num_clusters: int) -> Model:
-    """What draws several models, as arrays `[clusters, ...]`, which have one frozen part."""
-
-    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
-        return jax.vmap(model.init)(jax.random.split(key, num_clusters))
-
-    def split(params: PyTree) -> tuple[PyTree, PyTree]:
-        assert model.split is not None
-        trained, frozen = model.split(params)
-        return trained, _take(frozen, 0)
-
-    return model._replace(init=init, split=None if model.split is None else split)
-
-
-def _on_own_cluster(pipeline: UpdateTransform) -> UpdateTransform:
-    """The pipeline, whose client half and entries are of the delta of one model."""
-
-    def client(key: jax.Array, state: PyTree, message: Message, client: Client) -> Message:
-        own = client.entry
-        sent = pipeline.client(
-            key, state, message._replace(update=_take(message.update, own)), client
-        )
-        nothing = optax.tree.zeros_like(message.update)
-        return sent._replace(update=_put(nothing, own, sent.update))
-
-    first = pipeline.entry
-    return pipeline._replace(
-        client=client, entry=None if first is None else lambda params: first(_take(params, 0))
     )

@@ -133,21 +133,32 @@ def batch_loss(
     """
 
     def loss(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
-        with applying(model, params, batch):
-            losses, after = model.loss(params, model_state, batch, key)
-        remedy = "return an array [batch], one loss per example."
-        _validate.array("what the loss of the model returned", losses, remedy)
-        _validate.per_example("model.loss", losses.shape, batch["mask"].shape[0])
-        if not jnp.issubdtype(losses.dtype, jnp.floating):
-            raise ValueError(
-                f"model.loss returned values of dtype {losses.dtype}, which have no gradient;"
-                " return floating-point losses."
-            )
-        wide = jnp.promote_types(losses.dtype, jnp.float32)
-        total = jnp.where(batch["mask"], losses, 0).sum(dtype=wide)
+        losses, after = losses_of(model, params, model_state, batch, key)
+        total = losses.sum(dtype=jnp.promote_types(losses.dtype, jnp.float32))
         return total / jnp.maximum(batch["mask"].sum(), 1) if mean else total, (total, after)
 
     return loss
+
+
+def losses_of(
+    model: Model, params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, PyTree]:
+    """The losses of a batch `[batch]`, zero in its padding, and the model state after it.
+
+    Raises:
+      ValueError: The model returns something else.
+    """
+    with applying(model, params, batch):
+        losses, after = model.loss(params, model_state, batch, key)
+    remedy = "return an array [batch], one loss per example."
+    _validate.array("what the loss of the model returned", losses, remedy)
+    _validate.per_example("model.loss", losses.shape, batch["mask"].shape[0])
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise ValueError(
+            f"model.loss returned values of dtype {losses.dtype}, which have no gradient; return"
+            " floating-point losses."
+        )
+    return jnp.where(batch["mask"], losses, 0), after
 
 
 def gradient(

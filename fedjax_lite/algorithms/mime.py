@@ -10,15 +10,8 @@ from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.fed_sgd import client_gradient
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
 from fedjax_lite.algorithms.training import local_training
-from fedjax_lite.algorithms.two_passes import ONE_PASS, two_passes
-from fedjax_lite.base import (
-    Batch,
-    Client,
-    ClientUpdate,
-    FederatedAlgorithm,
-    PyTree,
-    ServerState,
-)
+from fedjax_lite.algorithms.two_passes import two_passes
+from fedjax_lite.base import Batch, Client, FederatedAlgorithm, PyTree, ServerState
 from fedjax_lite.models.model import Model
 
 
@@ -58,18 +51,14 @@ def mime(
     $$w_i \leftarrow w_i + U(g_i(w_i) - g_i(w) + c, \; s, \; w_i) .$$
 
     The server steps along the mean delta as in `fed_avg`, and its state advances once,
-    $s \leftarrow V(c, s)$.
-
-    FedJAX weighs clients by their examples in both means.
+    $s \leftarrow V(c, s)$. FedJAX weighs clients by their examples in both means.
 
     Source: Karimireddy et al. (2021), "Breaking the Centralized Barrier for Cross-Device
-    Federated Learning".
+    Federated Learning"; with `optax.sgd(rate, momentum)`, MimeSGDm, with `optax.adam`, MimeAdam.
 
     Args:
       model: The model.
-      client_optimizer: The base optimizer, any optax transformation, or a function of the round
-        as in `fed_avg`; `optax.sgd(rate, momentum)` is the paper's MimeSGDm, `optax.adam`
-        MimeAdam.
+      client_optimizer: The base optimizer, as in `fed_avg`.
       server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
       weighting: The weight of a client in both means, as in `fed_avg`.
       **options: Those of `LocalOptions`. A `pipeline` and a `reducer` act on deltas, and not on
@@ -111,20 +100,17 @@ def mime_lite(
 ) -> FederatedAlgorithm:
     r"""MimeLite: Mime without the correction of local gradients.
 
-    Local steps are $w_i \leftarrow w_i + U(g_i(w_i), s, w_i)$; all else is as in `mime`. With a
-    base optimizer without state, such as `optax.sgd`, this is `fed_avg`.
+    Local steps are $w_i \leftarrow w_i + U(g_i(w_i), s, w_i)$; all else is as in `mime`, and of the
+    same paper. With a base optimizer without state, such as `optax.sgd`, this is `fed_avg`.
 
     TensorFlow Federated advances $s$ as if the params were zero, so that weight decay does not
     enter it; here, they are those that the round begins with.
 
-    Source: Karimireddy et al. (2021), "Breaking the Centralized Barrier for Cross-Device
-    Federated Learning".
-
     Args:
       model: The model.
       client_optimizer: The base optimizer, as in `mime`.
-      server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
-      weighting: The weight of a client in both means, as in `fed_avg`.
+      server_optimizer: As in `mime`.
+      weighting: As in `mime`.
       **options: Those of `LocalOptions`, as in `mime`.
 
     Returns:
@@ -158,27 +144,17 @@ def _mimicking(
     *,
     corrects: bool,
 ) -> FederatedAlgorithm:
-    local_steps = local_training(model, client_optimizer, weighting=weighting)
     optimizer = local.resolve_optimizer(client_optimizer)
 
     def frozen(shared: ServerState) -> optax.GradientTransformation:
-        """The base optimizer, whose state stays that of the server."""
-
+        # The base optimizer, whose state stays that of the server.
         def update(gradient: PyTree, state: tuple[()], params: PyTree = None) -> tuple[PyTree, Any]:
             return optimizer(shared).update(gradient, shared.opt_state.base, params)[0], state
 
         return optax.GradientTransformation(lambda params: (), update)
 
-    def client_init(shared: ServerState, client: Client) -> local.LocalState:
-        del client
-        return local.start(shared, frozen(shared))
-
     def client_step(
-        shared: ServerState,
-        client: Client,
-        trained: local.LocalState,
-        batch: Batch,
-        key: jax.Array,
+        shared: ServerState, client: Client, trained: local.LocalState, batch: Batch, key: jax.Array
     ) -> local.LocalState:
         del client
         gradient, aux = local.gradient(model, trained.params, trained, batch, key)
@@ -195,10 +171,6 @@ def _mimicking(
         base = optimizer(begun).init(params)
         return MimeState(inner.init(params), base, optax.tree.zeros_like(params))
 
-    def keep(updates: PyTree, state: MimeState, params: PyTree = None) -> tuple[PyTree, MimeState]:
-        del params
-        return optax.tree.zeros_like(updates), state._replace(gradient=updates)
-
     def update(
         updates: PyTree, state: MimeState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, MimeState]:
@@ -210,21 +182,19 @@ def _mimicking(
         _, base = optimizer(before).update(state.gradient, state.base, before.params)
         return {"opt_state": state._replace(base=base)}
 
-    training = server.federated_algorithm(
+    return two_passes(
         model,
-        ClientUpdate(client_init, client_step, local_steps.final),
+        client_gradient(model, weighting=weighting),
+        local_training(model, client_optimizer, weighting=weighting)._replace(
+            init=lambda shared, client: local.start(shared, frozen(shared)), step=client_step
+        ),
         optax.GradientTransformationExtraArgs(init, update),
+        options,
+        keep=lambda state, gradient, statistics: state._replace(gradient=gradient),
+        sent=lambda state: state.gradient,
+        settle=settle,
         broadcast=lambda state: (
             *(state.params, state.model_state, state.opt_state.base),
             state.opt_state.gradient if corrects else (),
         ),
-        **options,
     )
-    one_pass: LocalOptions = {**options, **ONE_PASS}
-    measuring = server.federated_algorithm(
-        model,
-        client_gradient(model, weighting=weighting),
-        optax.GradientTransformation(init, keep),
-        **one_pass,
-    )
-    return two_passes(measuring, training, sent=lambda state: state.gradient, settle=settle)

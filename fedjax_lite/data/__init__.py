@@ -8,6 +8,7 @@ from fedjax_lite.data.formats import convert, read
 from fedjax_lite.data.frames import read_pandas
 from fedjax_lite.data.hdf5 import read_tff_hdf5
 from fedjax_lite.data.huggingface import read_huggingface
+from fedjax_lite.data.idx import mnist, read_idx
 from fedjax_lite.data.leaf import read_leaf
 from fedjax_lite.data.like import (
     cifar10_like,
@@ -49,12 +50,14 @@ __all__ = [
     "gaussian_images",
     "halfspace",
     "halfspace_batch",
+    "mnist",
     "noisy_successors",
     "preprocess",
     "read",
     "read_csv",
     "read_fedjax_sqlite",
     "read_huggingface",
+    "read_idx",
     "read_leaf",
     "read_npz",
     "read_pandas",

@@ -60,7 +60,7 @@ _DATASETS = {
             *("synthetic", "gaussian_images", "noisy_successors"),
             *("emnist_like", "cifar10_like", "cifar100_like"),
             *("shakespeare_like", "stackoverflow_like"),
-            *("read", "emnist", "cifar100", "shakespeare", "stackoverflow"),
+            *("read", "mnist", "emnist", "cifar100", "shakespeare", "stackoverflow"),
         )
     },
 }
@@ -71,7 +71,8 @@ def _role(setting: str, table: Table, plural: str, *known: str) -> Role:
 
 
 _SAMPLERS = _functions(samplers)
-_WITHOUT_A_MODEL = ("gaussian_mixture", "k_means")
+# Of these, runs have no models: none at all, or adapters.
+_OF_NO_MODEL = ("fed_ex_lora", "gaussian_mixture", "k_means")
 _OPTIMIZERS_AND_SCHEDULES = {**OPTIMIZERS, **SCHEDULES}
 ROLES: Mapping[str, Role] = {
     role.setting: role
@@ -88,7 +89,7 @@ ROLES: Mapping[str, Role] = {
         _role("model", _functions(models), "models", "input_shape", "num_classes"),
         _role(
             "algorithm",
-            _returning(FederatedAlgorithm, algorithms, *_WITHOUT_A_MODEL, "federated_algorithm"),
+            _returning(FederatedAlgorithm, algorithms, *_OF_NO_MODEL, "federated_algorithm"),
             "algorithms",
             *("model", "client_optimizer", "server_optimizer", "pipeline", "reducer"),
             *("lanes", "mesh", "max_staleness"),

@@ -105,7 +105,8 @@ def lora(
     model as it is. $A B$ is never formed: a lane takes the memory of its adapters alone.
 
     Averaged one by one (FedIT), the means of clients' $A_i$ and $B_i$ have another product than the
-    mean of the $A_i B_i$. With $A$ frozen, too, they have the same (FFA-LoRA).
+    mean of the $A_i B_i$. With $A$ frozen, too, they have the same (FFA-LoRA), and
+    `fl.fed_ex_lora` adds the difference to $W$.
 
     Sources: Hu et al. (2022), "LoRA: Low-Rank Adaptation of Large Language Models"; Zhang et al.
     (2024), "Towards Building the Federated GPT: Federated Instruction Tuning" (FedIT); Sun et al.
@@ -189,8 +190,25 @@ def lora(
         with nn.intercept_methods(functools.partial(_on_dense, add)):
             return function(params["base"], *args)
 
+    def add_residual(frozen: PyTree, updates: PyTree, weights: jax.Array) -> PyTree:
+        def add(path: Any, x: jax.Array) -> jax.Array:
+            layer, _, leaf = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
+            if leaf != "kernel" or layer not in updates["adapters"]:
+                return x
+            own = updates["adapters"][layer]
+            p = weights[:, None, None]
+            a, b = (own[name] - (p * own[name]).sum(0) for name in ("a", "b"))
+            # One product, whose inner axis is that of all clients' ranks.
+            residual = jnp.einsum("cir,cro->io", p * a, b, precision=jax.lax.Precision.HIGHEST)
+            return x + (scale * residual).reshape(x.shape).astype(x.dtype)
+
+        return {**frozen, "base": jax.tree_util.tree_map_with_path(add, frozen["base"])}
+
     return _called(model, call)._replace(
-        init=init, split=lambda params: split(params, is_frozen), merge=merge
+        init=init,
+        split=lambda params: split(params, is_frozen),
+        merge=merge,
+        add_residual=add_residual if train_a else None,
     )
 
 

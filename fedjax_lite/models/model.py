@@ -29,6 +29,10 @@ class Model(NamedTuple):
       split: `split(params) -> (trained, frozen)`, of a model some of whose params are frozen, as
         `init` draws them; its other functions take what is trained. `None` if all are trained.
       merge: `merge(trained, frozen) -> params`, the other way round.
+      add_residual: `add_residual(frozen, updates, weights) -> frozen`, of a model whose trained
+        params multiply each other: frozen params with what the product of clients' means leaves
+        out of the mean of their products, of updates `[clients, ...]` and weights `[clients]` that
+        add up to one. `None` where means are exact.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -38,6 +42,7 @@ class Model(NamedTuple):
     num_classes: int | None = None
     split: Callable[[PyTree], tuple[PyTree, PyTree]] | None = None
     merge: Callable[[PyTree, PyTree], PyTree] | None = None
+    add_residual: Callable[[PyTree, PyTree, jax.Array], PyTree] | None = None
 
 
 def function_model(
