@@ -39,3 +39,12 @@ def test_what_is_compiled_ahead_of_time_has_a_row_for_each_target():
     for target in ("h100 x1", "h100 x4", "tpu-v5e x1", "tpu-v5e x4"):
         for name in ("quickstart", "dense", "resnet18", *ALGORITHMS):
             assert {(name, target, 1), (name, target, 8)} <= asked
+
+
+def test_asynchrony_is_measured():
+    from benchmarks import asynchrony
+
+    step = asynchrony.measure_step(3, 2)
+    assert step["cost"] > 0
+    assert step["ring_versions"] == 2
+    assert asynchrony.measure_schedule(400)["schedule_s"] > 0

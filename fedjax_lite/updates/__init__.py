@@ -14,6 +14,12 @@ from fedjax_lite.updates.reducers import (
     modular_sum,
     weighted_mean,
 )
+from fedjax_lite.updates.staleness import (
+    hinge_staleness,
+    mix_models,
+    polynomial_staleness,
+    threshold_staleness,
+)
 
 __all__ = [
     "cap_weight",
@@ -23,7 +29,11 @@ __all__ = [
     "downlink",
     "error_feedback",
     "fixed_point",
+    "hinge_staleness",
+    "mix_models",
     "modular_sum",
+    "polynomial_staleness",
     "quantize_uniform",
+    "threshold_staleness",
     "weighted_mean",
 ]
