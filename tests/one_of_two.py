@@ -14,7 +14,7 @@ from problems import SIZES, regression_dataset, regression_model
 
 import fedjax_lite as fl
 from fedjax_lite.engine import store
-from fedjax_lite.xla.hosts import least, of_first
+from fedjax_lite.xla.hosts import least, shared
 
 COHORT_SIZE = 5
 
@@ -100,7 +100,7 @@ def main(process, address, folder, result):
     process, folder = int(process), Path(folder)
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(address, num_processes=2, process_id=process)
-    assert of_first([process]) == [0]
+    assert shared([process]) == [0]
     assert jax.jit(lambda x: x + least(3 + process))(0) == 3  # While it is traced.
 
     population = fl.FederatedDataset.open(folder / "data").streamed(COHORT_SIZE)

@@ -16,7 +16,7 @@ from fedjax_lite.xla import hosts
 
 # A host that is silent for so long is taken for dead, and the others are ended.
 HEARTBEAT_S = 30
-# As long do processes that end wait for the others to end as well.
+# So long do processes that end wait for the others to end as well.
 _SHUTDOWN_S = 20
 
 
@@ -85,7 +85,7 @@ def new_console(*, stderr: bool) -> rich.console.Console:
 def of_first(make: Callable[[], Path]) -> Path:
     """The folder that the first process makes, or what it raises, for all of them."""
     made = hosts.all_or_none(lambda: str(make()) if hosts.is_first() else "")
-    return Path(hosts.of_first(made))
+    return Path(hosts.shared(made))
 
 
 def lost(error: jax.errors.JaxRuntimeError, goes_on: str) -> Exception:

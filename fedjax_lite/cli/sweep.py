@@ -156,7 +156,7 @@ def _run_all(
     folders = [_folder(out, i, run) for i, run in enumerate(runs)]
     # As the first process sees the files, which writes them.
     is_complete = [_is_complete(*of) for of in zip(folders, runs, strict=True)]
-    is_complete = hosts.of_first(is_complete)
+    is_complete = hosts.shared(is_complete)
     for places in programs:
         if all(is_complete[place] for place in places):
             continue

@@ -10,7 +10,7 @@ import jax
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Cohort, FederatedAlgorithm, PyTree
-from fedjax_lite.xla.hosts import of_first
+from fedjax_lite.xla.hosts import shared
 
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -93,5 +93,5 @@ def tune_lanes(
         for lanes in rounds
     }
     # Of several processes, all take what the first one has measured.
-    medians = dict(zip(medians, of_first([*medians.values()]), strict=True))
+    medians = dict(zip(medians, shared([*medians.values()]), strict=True))
     return TunedLanes(min(medians, key=medians.__getitem__), medians)

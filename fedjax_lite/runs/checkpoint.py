@@ -28,7 +28,8 @@ class Checkpoints:
     """Where `fl.train` saves a run, and how often.
 
     Needs orbax-checkpoint. A checkpoint holds the state, what is averaged, the best state and the
-    history. It is written in the background, and appears at once and complete.
+    history. It is written in the background, and appears at once and complete. Of several
+    processes, each writes what its devices alone have, to a folder that all share.
 
     Attributes:
       folder: The folder, made if it is missing; one for each run.
@@ -160,7 +161,7 @@ class CheckpointFolder:
             warnings.warn(
                 f"the checkpoint of round {round} in {self._folder} is damaged and now called"
                 f" {aside.name} ({reason}); trying the one before it.",
-                stacklevel=6,
+                stacklevel=8,
             )
             (self._folder / str(round)).rename(aside)
 
@@ -315,9 +316,8 @@ def _read(
     def read() -> Restored:
         record: Any = {}
         if (folder / str(round) / "record").is_dir():
-            record = manager.restore(round, args=args.Composite(record=args.JsonRestore()))[
-                "record"
-            ]
+            found = manager.restore(round, args=args.Composite(record=args.JsonRestore()))
+            record = found["record"]
         if not {"identity", "digest"} <= record.keys():
             raise DifferentRunError(
                 f"{folder / str(round)} was not written by fl.train; choose another folder."
@@ -334,14 +334,16 @@ def _read(
 
 def _agreed(read: Callable[[], Restored]) -> Restored:
     """What all processes have read; a damage that one of them finds is one for all."""
-    restored, error = None, None
+    restored, error, is_damage = None, None, False
     try:
         restored = read()
     except Exception as raised:  # Of many kinds, depending on what is damaged.
-        error = raised
-    damaged = hosts.anywhere(error is not None and _is_damage(error))
-    if hosts.anywhere(error is not None and not _is_damage(error)) and error is None:
-        raise hosts.OtherProcessError("another process could not read the checkpoint")
+        error, is_damage = raised, _is_damage(raised)
+    if others := hosts.anywhere(error is not None and not is_damage):
+        if error is not None and not is_damage:
+            raise error
+        raise hosts.OtherProcessError(f"process {others[0]} could not read a checkpoint")
+    damaged = hosts.anywhere(is_damage)
     if error is not None:
         raise error
     if restored is None or damaged:

@@ -99,12 +99,12 @@ def check_same(identity: Identity) -> None:
     if jax.process_count() == 1:
         return
     identity = json.loads(json.dumps(identity))
-    first = hosts.of_first(identity)
+    first = hosts.shared(identity)
     differing = sorted(
         name for name in {*identity, *first} if identity.get(name) != first.get(name)
     )
     if others := hosts.anywhere(bool(differing)):
-        told = ", ".join(hosts.of_first(differing, first=others[0]))
+        told = ", ".join(hosts.shared(differing, source=others[0]))
         raise ValueError(
             f"processes {others} run something else than process 0, by {told}; give all of them the"
             " same key, data, algorithm and settings."

@@ -53,11 +53,11 @@ def told(message: jax.Array) -> tuple[float, int]:
     return whole + part / _MICROSECONDS, signal
 
 
-def of_first(value: Any, *, first: int = 0) -> Any:
-    """A value in types that JSON has, as the first process has it; all of them wait for it."""
+def shared(value: Any, *, source: int = 0) -> Any:
+    """A value in types that JSON has, as one of the processes has it; all of them wait for it."""
     if jax.process_count() == 1:
         return value
-    is_source = jax.process_index() == first
+    is_source = jax.process_index() == source
     broadcast = functools.partial(multihost_utils.broadcast_one_to_all, is_source=is_source)
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(broadcast(np.int32(text.size)))
