@@ -15,8 +15,8 @@ that is not there. Without noise, at an epsilon of infinity, updates are clipped
 `audit` plants one canary in each of many runs of two rounds, and gives the epsilon that it shows at
 least, beside the one that is claimed; and the same with half of the noise, which is above it.
 
-`overhead` is the time of a round of the case `dense` of `benchmarks.cohort` with clipping and
-noise, in those of a plain one, run in turn.
+`overhead` is the time of a round with each mechanism of `benchmarks.mechanisms`, in those of one
+without; that of `gaussian_noise` has clipping and noise.
 """
 
 import argparse
@@ -32,8 +32,8 @@ import numpy as np
 import optax
 
 import fedjax_lite as fl
-from benchmarks.cases import CASES, dataset
-from benchmarks.timing import interleaved, machine
+from benchmarks import mechanisms
+from benchmarks.timing import machine
 
 EPSILONS = (float("inf"), 10.0, 3.0, 1.0)
 Row = dict[str, Any]
@@ -163,34 +163,10 @@ def audit(small: bool) -> Iterator[Row]:
 
 
 def overhead(small: bool) -> Iterator[Row]:
-    """The time of a private round, in those of a plain one."""
-    case = CASES["dense"]
-    if small:
-        case = case._replace(sizes=case.sizes[:4])
-    population, everyone = dataset(case).resident(), np.arange(len(case.sizes))
-    cohort = fl.cohort_of(population, everyone)
-
-    def round_of(options: dict[str, Any]) -> Callable[[], Any]:
-        options |= {"batch_size": case.batch_size, "weighting": "uniform"}
-        algorithm = fl.fed_avg(case.model(), optax.sgd(0.01), **options)
-        state = algorithm.init(jax.random.key(0))
-        return lambda: algorithm.round(jax.random.key(1), state, cohort)
-
-    contestants = {
-        "plain": round_of({}),
-        "clipped": round_of(
-            {"pipeline": fl.clip_by_norm(1.0), "reducer": fl.weighted_mean(len(case.sizes))}
-        ),
-        "private": round_of(_private(1.0, 1.0, float(len(case.sizes)))),
-    }
-    timings = interleaved(contestants, repeats=2 if small else 15)
-    yield {
-        "plain_s": timings["plain"].median,
-        **{
-            f"{name}_over_plain": timings[name].median / timings["plain"].median
-            for name in ("clipped", "private")
-        },
-    }
+    """The time of a round by mechanism, in those of a plain one."""
+    names = ["gaussian_noise"] if small else list(mechanisms.MECHANISMS)
+    num_clients, repeats = (2, 1) if small else (100, 9)
+    yield from mechanisms.measure(names, num_clients, repeats)
 
 
 PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
@@ -239,7 +215,8 @@ def _summary(found: dict[str, list[Row]]) -> Row:
     for row in found.get("audit", [])[:1]:
         summary |= {name: row[name] for name in ("epsilon_claimed", "audit_lower_bound")}
     for row in found.get("overhead", []):
-        summary["private_over_plain"] = row["private_over_plain"]
+        if row["mechanism"] == "gaussian_noise":
+            summary["private_over_plain"] = row["cost"]
     return summary
 
 
@@ -253,9 +230,9 @@ def _jsonable(rows: Any) -> Any:
 
 
 def _table(rows: list[Row]) -> str:
-    widths = {name: max(len(name), 8) for name in rows[0]}
-    lines = [[f"{name:>{width}}" for name, width in widths.items()]]
-    lines += [[f"{row[name]:>{width}.4g}" for name, width in widths.items()] for row in rows]
+    told = [[x if isinstance(x, str) else f"{x:.4g}" for x in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(rows[0], *told, strict=True)]
+    lines = [map(str.rjust, line, widths) for line in (rows[0], *told)]
     return "\n".join(map("  ".join, lines))
 
 

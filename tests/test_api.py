@@ -348,6 +348,8 @@ SAMPLERS = {
     "Sampler": [
         *("select", "num_clients", "capacity", "scheme", "rate", "num_groups", "min_separation"),
         *("max_staleness", "num_rounds", "schedule"),
+        *("select", "num_clients", "capacity", "scheme", "rate", "num_groups"),
+        *("min_separation", "max_staleness", "num_rounds", "schedule"),
     ],
     "Schedule": [
         *("client_ids", "staleness", "started", "ended", "concurrency", "num_stale"),
@@ -403,8 +405,7 @@ METRICS = {
     "top_k": ["k", "label", "ignore", "barred"],
 }
 MODULES = {
-    *("data", "durations", "metrics", "models", "partition", "plot", "samplers"),
-    *("data", "metrics", "models", "partition", "plot", "privacy", "samplers"),
+    *("data", "durations", "metrics", "models", "partition", "plot", "privacy", "samplers"),
     *("server_optimizers", "stopping"),
 }
 # `Row` is a `dict`, `StopRule` a `Callable`, `Population` a union.
