@@ -171,7 +171,7 @@ def main() -> None:
     dense = cases.CASES["dense"]
     if options.small:
         dense = dense._replace(sizes=np.full(2, 20))
-    dataset, held_out = CASES["digits"].load()
+    dataset, held_out = CASES["digits"].load(None)
     rows = []
     for name in options.compressor:
         row = {"compressor": name, **measure(name, options.rounds, dataset, held_out)}
