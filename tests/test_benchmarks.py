@@ -39,3 +39,12 @@ def test_what_is_compiled_ahead_of_time_has_a_row_for_each_target():
     for target in ("h100 x1", "h100 x4", "tpu-v5e x1", "tpu-v5e x4"):
         for name in ("quickstart", "dense", "resnet18", *ALGORITHMS):
             assert {(name, target, 1), (name, target, 8)} <= asked
+
+
+def test_the_cost_of_privacy_has_a_row_for_each_mechanism():
+    command = [sys.executable, "-m", "benchmarks.privacy", "--clients", "2", "--repeats", "1"]
+    command += ["--mechanism", "gaussian_noise", "--json"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    _, *rows = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [row["mechanism"] for row in rows] == ["none", "gaussian_noise"]
+    assert all(row["cost"] > 0 and row["round_s"] > 0 for row in rows)
