@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fedjax_lite import algorithms, data, models, samplers, updates
+from fedjax_lite import algorithms, data, models, privacy, samplers, updates
 from fedjax_lite.algorithms import *  # noqa: F403
 from fedjax_lite.algorithms import server_optimizers
 from fedjax_lite.base import (
@@ -115,6 +115,7 @@ __all__ = [
     "partition",
     "plot",
     "prefetch",
+    "privacy",
     "read_runs",
     "replicate",
     "samplers",

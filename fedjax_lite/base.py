@@ -169,11 +169,14 @@ class FederatedAlgorithm(NamedTuple):
         compiles once per shape of the cohort: cohort size, client sizes and keys are data.
       client_model: `client_model(state, entry) -> (params, model_state)`, what a client uses for
         itself, from its entry in `state.store`; `None` if clients use what the server has.
+      guarantees: `guarantees() -> Guarantees`, what the update pipeline guarantees of each client's
+        message, and of the noise; `None` without one.
     """
 
     init: Callable[..., Any]
     round: Callable[..., tuple[Any, RoundInfo]]
     client_model: Callable[[ServerState, PyTree], tuple[PyTree, PyTree]] | None = None
+    guarantees: "Callable[[], Guarantees] | None" = None
 
 
 class Client(NamedTuple):
@@ -286,8 +289,10 @@ class Guarantees(NamedTuple):
         change. There must then be a bound of that, clients send nothing else, and no round is
         skipped.
       noise_multiplier: Standard deviation of that noise by what one client can change, a number
-        that may be traced, if it is normal and drawn anew in each round, and covers all that is
-        released of clients in a round; `None` otherwise.
+        that may be traced, if it is normal and covers all that is released of clients in a round;
+        `None` otherwise.
+      min_separation: The rounds that a client takes part in have to lie so many apart, for each of
+        them to be covered by the noise as if it were drawn anew.
       released: What transforms release of clients beside the aggregate: the sum of $1 / z^2$ over
         it, if each has normal noise of $z$ times what one client can change, a number that may be
         traced. Of the noise multiplier of a whole round, the aggregate gets what this leaves.
@@ -298,6 +303,7 @@ class Guarantees(NamedTuple):
     is_masked: bool = False
     is_private: bool = False
     noise_multiplier: Any = None
+    min_separation: int = 1
     released: Any = 0.0
 
 

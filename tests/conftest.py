@@ -1,5 +1,6 @@
 import gc
 import importlib.metadata
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -48,6 +49,15 @@ def with_room_for_programs():
     if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
+
+
+def pytest_collection_modifyitems(items):
+    """Examples of what an extra is for are left out where it is not installed."""
+    if importlib.util.find_spec("dp_accounting") is None:
+        reason = "dp-accounting comes with the extra `privacy`"
+        for item in items:
+            if item.nodeid.startswith("fedjax_lite/privacy/"):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 # Traced programs are many objects that stay: to look through all of them at every turn takes long.

@@ -122,7 +122,7 @@ NAMES = {
         *("dataset", "test", "held_out", "partition", "num_clients", "data_seed", "model"),
         *("algorithm", "num_epochs", "num_steps", "batch_size", "client_optimizer", "client_lr"),
         *("server_optimizer", "server_lr", "updates", "reducer", "sampler", "cohort_size"),
-        "metrics",
+        *("privacy", "metrics"),
         *("fine_tune_epochs", "rounds", "seed", "eval_every", "lanes"),
     ],
     "fed_avg": [
@@ -169,18 +169,19 @@ NAMES = {
     "replicate": ["tree", "mesh"],
     "sweep": [
         *("build", "population", "sampler", "num_rounds", "keys", "numbers", "evaluate"),
-        *("eval_every", "lanes"),
+        *("eval_every", "privacy", "lanes"),
     ],
     "train": [
         *("algorithm", "population", "sampler", "num_rounds", "key", "state", "evaluate"),
         *("eval_every", "on_round", "on_eval", "on_resume", "stop", "ema_decay", "best"),
-        *("best_mode", "checkpoints", "progress"),
+        *("best_mode", "checkpoints", "privacy", "progress"),
     ],
     "tune_lanes": ["build", "key", "state", "cohort", "candidates", "repeats"],
     "Checkpoints": ["folder", "every", "keep", "settings"],
     "Client": ["id", "num_examples", "num_steps", "entry", "key"],
     "Guarantees": [
-        *("sensitivity", "max_weight", "is_masked", "is_private", "noise_multiplier", "released"),
+        *("sensitivity", "max_weight", "is_masked", "is_private", "noise_multiplier"),
+        *("min_separation", "released"),
     ],
     "LocalState": [
         *("params", "model_state", "opt_state", "loss", "num_examples", "num_steps"),
@@ -211,10 +212,10 @@ NAMES = {
         *("max_steps", "staleness", "has_entries", "sample"),
     ],
     "Experiment": [
-        *("settings", "calls", "model", "algorithm", "population", "sampler", "evaluate"),
-        *("held_out", "personal", "server_has_all"),
+        *("settings", "calls", "model", "algorithm", "population", "sampler", "privacy"),
+        *("evaluate", "held_out", "personal", "server_has_all"),
     ],
-    "FederatedAlgorithm": ["init", "round", "client_model"],
+    "FederatedAlgorithm": ["init", "round", "client_model", "guarantees"],
     "FederatedDataset": ["examples", "offsets", "client_ids"],
     "History": ["rounds", "evaluations"],
     "InterruptedTraining": ["message", "signal", "result"],
@@ -232,7 +233,7 @@ NAMES = {
     "SweepResult": ["states", "histories"],
     "TrainResult": [
         *("state", "averaged", "best", "history", "stopped", "compile_s", "run_s"),
-        *("client_updates_per_s", "examples_per_s"),
+        *("client_updates_per_s", "examples_per_s", "privacy"),
     ],
     "UpdateTransform": [
         *("init", "client", "server", "entry", "broadcast", "guarantees", "announce"),
@@ -262,6 +263,22 @@ PLOT = {
     "curves": ["histories", "metric", "axes"],
     "partition": ["dataset", "label", "axes"],
     "runs": ["folders", "metric", "labels", "axes"],
+}
+PRIVACY = {
+    "Audit": ["epsilon", "auc"],
+    "Budget": ["delta", "epsilon", "accountant"],
+    "Ledger": ["epsilon", "noise_multiplier", "delta", "accountant", "adjacency"],
+    "Scores": ["final", "iterates", "planted"],
+    "audit": ["scores", "planted", "delta", "confidence"],
+    "budget": ["delta", "epsilon", "accountant"],
+    "calibrate": ["epsilon", "delta", "num_rounds", "sampler", "accountant"],
+    "canaries": ["key", "client_ids", "norm", "planted"],
+    "canary_scores": [
+        *("build", "population", "sampler", "num_rounds", "keys", "client_ids", "norm"),
+        "batch_size",
+    ],
+    "epsilon": ["noise_multiplier", "delta", "num_rounds", "sampler", "accountant"],
+    "ledger": ["noise_multiplier", "delta", "sampler", "accountant"],
 }
 SAMPLERS = {
     "cyclic": ["num_clients", "num_groups", "cohort_size", "rate", "capacity"],
@@ -322,8 +339,8 @@ METRICS = {
     "top_k": ["k", "label", "ignore", "barred"],
 }
 MODULES = {
-    *("data", "metrics", "models", "partition", "plot", "samplers", "server_optimizers"),
-    "stopping",
+    *("data", "metrics", "models", "partition", "plot", "privacy", "samplers"),
+    *("server_optimizers", "stopping"),
 }
 # `Row` is a `dict`, `StopRule` a `Callable`, `Population` a union.
 OWN = {"fedjax_lite", "builtins", "collections", "typing"}
@@ -434,6 +451,7 @@ def functions(module):
         (fl.metrics, METRICS),
         (fl.models, MODELS),
         (fl.partition, PARTITION),
+        (fl.privacy, PRIVACY),
         (fl.plot, PLOT),
         (fl.samplers, SAMPLERS),
         (fl.server_optimizers, SERVER_OPTIMIZERS),

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from test_algorithms import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
@@ -41,10 +42,18 @@ def test_what_is_compiled_ahead_of_time_has_a_row_for_each_target():
             assert {(name, target, 1), (name, target, 8)} <= asked
 
 
-def test_the_cost_of_privacy_has_a_row_for_each_mechanism():
-    command = [sys.executable, "-m", "benchmarks.privacy", "--clients", "2", "--repeats", "1"]
-    command += ["--mechanism", "gaussian_noise", "--json"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    _, *rows = [json.loads(line) for line in ended.stdout.splitlines()]
-    assert [row["mechanism"] for row in rows] == ["none", "gaussian_noise"]
-    assert all(row["cost"] > 0 and row["round_s"] > 0 for row in rows)
+def test_privacy_is_measured_and_drawn(tmp_path):
+    pytest.importorskip("dp_accounting", reason="dp-accounting comes with the extra `privacy`")
+    from benchmarks import privacy
+
+    costs = list(privacy.overhead(small=True))
+    assert [row["mechanism"] for row in costs] == ["none", "gaussian_noise"]
+    rows = list(privacy.accuracy(small=True))
+    assert [row["epsilon"] for row in rows] == list(privacy.EPSILONS)
+    assert all(row["epsilon_of_the_run"] <= row["epsilon"] for row in rows)
+    assert all(0.1 < row["accuracy"] <= rows[0]["accuracy"] + 0.1 for row in rows)
+    summary = privacy._summary({"accuracy": rows, "overhead": costs})
+    assert summary["private_over_plain"] > 0
+    assert set(summary["accuracy_by_epsilon"]) == {"inf", "10", "3", "1"}
+    privacy._draw(str(tmp_path / "accuracy.svg"), rows)
+    assert (tmp_path / "accuracy.svg").stat().st_size > 1000

@@ -36,7 +36,12 @@ def alone(monkeypatch, tmp_path):
     plt.close("all")
 
 
+EXTRAS = {"accounting": "dp_accounting"}  # Pages about what an extra is for, and what it brings.
+
+
 def run(name):
+    if name in EXTRAS:
+        pytest.importorskip(EXTRAS[name], reason=f"{EXTRAS[name]} comes with the extra `privacy`")
     names = {}
     for program in blocks(PAGES[name], "python"):
         exec(program, names)

@@ -20,6 +20,7 @@ ROOMS = [
     "engine",
     "models",
     "updates",
+    "privacy",
     "algorithms",
     "evaluation",
     "runs",

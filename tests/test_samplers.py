@@ -274,6 +274,36 @@ def test_minimise_reuse_finds_its_place_in_late_rounds_of_large_populations():
     np.testing.assert_array_equal(selection.client_ids, expected)
 
 
+TAKING_TURNS = {
+    "cyclic": samplers.cyclic(11, 3, 2),
+    "everyone": samplers.everyone(4),
+    "minimise_reuse": samplers.minimise_reuse(11, 4),
+    "round_robin": samplers.round_robin(11, 4),
+    "sequential": samplers.sequential(11, 4),
+}
+
+
+@pytest.mark.parametrize("name", TAKING_TURNS)
+def test_a_client_takes_part_in_one_of_as_many_rounds_as_there_are_groups(name):
+    sampler = TAKING_TURNS[name]
+    for key in jax.random.split(jax.random.key(0), 3):
+        for first in range(0, 6 * sampler.num_groups, sampler.num_groups):
+            ids = [sampler.select(key, first + r).client_ids for r in range(sampler.num_groups)]
+            counts = np.bincount(np.concatenate(ids) + 1, minlength=sampler.num_clients + 1)[1:]
+            assert counts.max() == 1
+
+
+@pytest.mark.parametrize("name", TAKING_TURNS)
+def test_rounds_of_a_client_lie_so_far_apart(name):
+    sampler = TAKING_TURNS[name]
+    closest = np.inf
+    for key in jax.random.split(jax.random.key(0), 5):
+        ids = np.array([sampler.select(key, r).client_ids for r in range(40)])
+        for client in range(sampler.num_clients):
+            closest = min(closest, np.diff(np.flatnonzero((ids == client).any(1))).min(initial=40))
+    assert closest == sampler.min_separation
+
+
 @pytest.mark.parametrize(("num_clients", "num_groups"), [(11, 3), (6, 3), (4, 4), (5, 1), (1, 1)])
 def test_cyclic_groups_split_the_population(num_clients, num_groups):
     whole_groups = samplers.cyclic(num_clients, num_groups, rate=1)
@@ -337,16 +367,17 @@ def test_the_largest_population_costs_nothing(sampler):
 
 
 def test_states_what_an_accountant_needs():
-    known = {name: SAMPLERS[name]()[3:] for name in SAMPLERS}
+    known = {name: SAMPLERS[name]()[3:6] for name in SAMPLERS}
     assert known["uniform"] == ("without_replacement", 0.3, 1)
     assert known["uniform with replacement"] == ("with_replacement", 0.3, 1)
     assert known["uniform on a schedule"] == ("without_replacement", None, 1)
     assert known["poisson"] == ("poisson", 0.3, 1)
     assert known["cyclic"] == ("without_replacement", 2 / 3, 3)
     assert known["cyclic poisson"] == ("poisson", 0.5, 3)
-    assert known["importance on a schedule"] == ("poisson", None, 1)
-    for name in ("sequential", "round robin", "minimise reuse", "everyone"):
-        assert known[name] == (None, None, 1)
+    assert known["importance on a schedule"] == ("importance", None, 1)
+    assert known["everyone"] == ("in_turn", 1.0, 1)
+    for name in ("sequential", "round robin", "minimise reuse"):
+        assert known[name][:2] == ("in_turn", 1.0)
 
 
 @pytest.mark.parametrize(

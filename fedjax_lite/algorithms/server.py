@@ -339,7 +339,8 @@ def federated_algorithm(
         info = round_info(cohort, result, aggregate, server, down_bits, skip, left_out, metrics)
         return after, info
 
-    return FederatedAlgorithm(init, Paced(round, check, around_files), own.client_model)
+    guarantees = None if pipeline is None else lambda: known
+    return FederatedAlgorithm(init, Paced(round, check, around_files), own.client_model, guarantees)
 
 
 def _mean_state(

@@ -91,6 +91,8 @@ def run_recorded(
         nonlocal text
         recorder.on_eval(row)
         text = f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}"
+        if "epsilon" in row:
+            text += f"  epsilon {row['epsilon']:.2f}"
         show(row["round"], text, True)
 
     try:
@@ -113,6 +115,7 @@ def run_recorded(
                     best="accuracy",
                     best_mode="max",
                     checkpoints=fl.Checkpoints(out / "checkpoints", every=checkpoint_every),
+                    privacy=built.privacy,
                 )
             personal = None
             if built.personal is not None:
@@ -134,6 +137,7 @@ def run_recorded(
         "rounds": [row["round"] for row in evaluations],
         "loss": [row["loss"] for row in evaluations],
         "accuracy": [row["accuracy"] for row in evaluations],
+        **_told_of_privacy(result),
         **({} if personal is None else {"personal_accuracy": float(personal.pooled["accuracy"])}),
         "stopped": result.stopped,
         "compile_s": result.compile_s,
@@ -141,6 +145,15 @@ def run_recorded(
         "client_updates_per_s": result.client_updates_per_s,
         "examples_per_s": result.examples_per_s,
     }
+
+
+def _told_of_privacy(result: fl.TrainResult) -> dict[str, Any]:
+    """What the rounds have spent, and for what it holds."""
+    spent = result.privacy
+    if spent is None:
+        return {}
+    told = {name: value for name, value in spent._asdict().items() if name != "epsilon"}
+    return {"privacy": {"epsilon": result.history.evaluations[-1]["epsilon"], **told}}
 
 
 def state_in_file(built: Experiment, key: jax.Array, out: Path) -> fl.ServerState:
@@ -188,6 +201,13 @@ def print_report(report: dict[str, Any], heading: str = "on held-out examples") 
         console.print(
             f"accuracy {report['personal_accuracy']:.4f} with the models that clients have for"
             " themselves",
+            soft_wrap=True,
+        )
+    if "privacy" in report:
+        told = report["privacy"]
+        console.print(
+            f"epsilon {told['epsilon']:.4g} of each client at a delta of {told['delta']:g}"
+            f" ({told['accountant']}, {told['adjacency']})",
             soft_wrap=True,
         )
     if report["stopped"]:

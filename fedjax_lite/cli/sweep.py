@@ -257,6 +257,7 @@ def _run(runs: Sequence[Settings]) -> list[fl.History]:
             numbers=numbers,
             evaluate=built.evaluate,
             eval_every=runs[0].eval_every,
+            privacy=built.privacy,
         )
     except jax.errors.ConcretizationTypeError:  # A function asks for the value of a number.
         if not numbers:

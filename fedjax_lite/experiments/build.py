@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from fedjax_lite.experiments.loading import Loaded, load
 from fedjax_lite.experiments.settings import Calls, Settings, calls_of, to_settings
 from fedjax_lite.experiments.tables import ROLES, SCHEDULES
 from fedjax_lite.models.model import Model
+from fedjax_lite.privacy.accounting import Budget, calibrate, ledger_of
 from fedjax_lite.runs import TrainResult, train
 from fedjax_lite.samplers import Sampler
 from fedjax_lite.updates import chain
@@ -45,6 +47,7 @@ class Experiment(NamedTuple):
       algorithm: The algorithm.
       population: The clients.
       sampler: Who takes part.
+      privacy: What is accounted for; `None` if nothing is.
       evaluate: `evaluate(state) -> {metric: scalar}`, on all held-out examples; of models of which
         the server has only a part, or several, each client's on its own.
       held_out: The held-out examples of each client; `None` where clients are generated.
@@ -60,6 +63,7 @@ class Experiment(NamedTuple):
     algorithm: FederatedAlgorithm
     population: Population
     sampler: Sampler
+    privacy: Budget | None
     evaluate: Callable[[ServerState], dict[str, jax.Array]]
     held_out: FederatedDataset | None
     personal: Callable[[ServerState, jax.Array], ClientEvaluation] | None
@@ -79,7 +83,12 @@ class Experiment(NamedTuple):
           **options: Further ones of `fl.train`, such as `checkpoints` or `on_eval`.
         """
         settings = self.settings
-        options = {"evaluate": self.evaluate, "eval_every": settings.eval_every, **options}
+        options = {
+            "evaluate": self.evaluate,
+            "eval_every": settings.eval_every,
+            "privacy": self.privacy,
+            **options,
+        }
         key = jax.random.key(settings.seed)
         return train(
             self.algorithm, self.population, self.sampler, settings.rounds, key=key, **options
@@ -131,7 +140,11 @@ def build(settings: Settings, datasets: tuple[FederatedDataset, ...] | None = No
     calls = calls._replace(model=_with_vocabulary(calls.model, calls.dataset))
     model = _model(calls.model, loaded)
     sampler, calls = _sampler(settings, calls, loaded)
+    privacy = _made("privacy", calls.privacy)
+    calls = _with_noise(calls, privacy, settings.rounds, sampler)
     algorithm = algorithm_of(calls, settings, model, sampler)
+    if privacy is not None:
+        ledger_of(privacy, algorithm, sampler, settings.rounds)  # Refuses it at once.
     metrics = _metrics(calls, loaded)
     on_device = replicate({name: jnp.asarray(x) for name, x in loaded.examples.items()})
 
@@ -158,6 +171,7 @@ def build(settings: Settings, datasets: tuple[FederatedDataset, ...] | None = No
         algorithm=algorithm,
         population=loaded.population,
         sampler=sampler,
+        privacy=privacy,
         evaluate=evaluated,
         held_out=loaded.held_out,
         personal=personal,
@@ -319,6 +333,30 @@ def _sampler(settings: Settings, calls: Calls, loaded: Loaded) -> tuple[Sampler,
     sampler = _made("sampler", call, known)
     _validate.instance("what sampler returned", sampler, samplers.Sampler)
     return sampler, calls
+
+
+def _with_noise(calls: Calls, privacy: Budget | None, num_rounds: int, sampler: Sampler) -> Calls:
+    """The calls with the noise that a budget allows, where the updates leave it open."""
+
+    def is_open(call: Any) -> bool:
+        takes = isinstance(call, Call) and call.takes("noise_multiplier")
+        return takes and "noise_multiplier" not in call.arguments
+
+    if privacy is None or privacy.epsilon is None or not isinstance(calls.updates, list):
+        return calls
+    if not any(map(is_open, calls.updates)):
+        return calls
+    least = calibrate(
+        privacy.epsilon, privacy.delta, num_rounds, sampler, accountant=privacy.accountant
+    )
+    rounded = math.ceil(1e4 * least) / 1e4  # As it is recorded.
+    updates = [
+        expressions.complete(call.with_arguments(noise_multiplier=rounded))
+        if is_open(call)
+        else call
+        for call in calls.updates
+    ]
+    return calls._replace(updates=updates)
 
 
 def _metrics(calls: Calls, loaded: Loaded) -> dict[str, Any]:

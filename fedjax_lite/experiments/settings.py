@@ -63,6 +63,9 @@ class Settings:
       sampler: Who takes part in a round, such as uniform, poisson, importance, round_robin or
         everyone.
       cohort_size: Clients in a round, with poisson the expected number; 20 by default.
+      privacy: What is told of clients is recorded, as epsilon, by the noise of the updates and the
+        sampler: "budget(delta=1e-5)". With "budget(delta=1e-5, epsilon=3)" all rounds together keep
+        to it: gaussian_noise() in the updates, without a noise_multiplier, has the least that does.
       metrics: What is evaluated beside the model's own metrics, such as "top_k(5), perplexity".
       fine_tune_epochs: Let each client train the model for so many epochs on its own examples after
         the last round, and evaluate it on its held-out ones; not done by default.
@@ -92,6 +95,7 @@ class Settings:
     reducer: str | None = None
     sampler: str = "uniform"
     cohort_size: int | None = None
+    privacy: str | None = None
     metrics: str | None = None
     fine_tune_epochs: int | None = None
     rounds: int = 100
@@ -116,6 +120,7 @@ class Calls(NamedTuple):
     updates: Any
     reducer: Any
     sampler: Any
+    privacy: Any
     metrics: Any
 
 
@@ -318,8 +323,9 @@ def _defaulted(call: Call, argument: str, number: Any) -> Call:
 
 
 def _completed(role: Role, call: Call) -> Call:
-    # A sampler's rate may be that of the cohort in the population.
-    expressions.check_required(role, call, {*call.arguments, *role.known, "rate"})
+    # A sampler's rate may be that of the cohort in the population, noise what a budget allows.
+    open_ones = {"rate", "noise_multiplier"}
+    expressions.check_required(role, call, {*call.arguments, *role.known, *open_ones})
     return expressions.complete(call, role.known)
 
 

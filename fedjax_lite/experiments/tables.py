@@ -7,7 +7,7 @@ from typing import Any
 
 import optax
 
-from fedjax_lite import algorithms, data, models, samplers, updates
+from fedjax_lite import algorithms, data, models, privacy, samplers, updates
 from fedjax_lite.algorithms import server_optimizers
 from fedjax_lite.base import FederatedAlgorithm, Reducer, UpdateTransform
 from fedjax_lite.data import partition
@@ -103,6 +103,7 @@ ROLES: Mapping[str, Role] = {
             "samplers",
             *("num_clients", "num_examples", "num_rounds"),
         ),
+        _role("privacy", {"budget": privacy.budget}, "budgets"),
         _role("metrics", _functions(metrics, "mean"), "metrics", "num_classes"),
     )
 }

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_lite import privacy
 from fedjax_lite.base import PyTree, RoundInfo, ServerState
 from fedjax_lite.runs.stopping import History, Row, best_row
 from fedjax_lite.xla.mesh import copied
@@ -38,8 +39,10 @@ class Ledger:
         best: str | None,
         best_mode: str,
         name_clients: Callable[[int], list[Any]],
+        epsilon: Callable[[int], float] | None = None,
     ) -> None:
         self._name_clients, self._has_warned = name_clients, False
+        self._epsilon = epsilon
         self.history = History([], [])
         self.best, self._best_mode = best, best_mode
         self.best_state: ServerState | None = None
@@ -87,7 +90,7 @@ class Ledger:
         self._pending.append(arrive)
 
     def _record_round(self, round: int, info: RoundInfo, numbers: Row) -> None:
-        row = with_clock({"round": round, **numbers}, self.history.rounds)
+        row = with_clock(self._row(round, numbers), self.history.rounds)
         self.history.rounds.append(row)
         if not self._has_warned and "loss" in info.clients and not row["skipped"]:
             self._has_warned = self._warn(row, info)
@@ -95,6 +98,10 @@ class Ledger:
             self._on_round(row, info)
         if self.show is not None:
             self.show(row, False)
+
+    def _row(self, round: int, numbers: Row) -> Row:
+        spent = {} if self._epsilon is None else {"epsilon": self._epsilon(round)}
+        return {"round": round, **numbers, **spent}
 
     def _warn(self, row: Row, info: RoundInfo) -> bool:
         """Warns of a round that is not finite, if it is not."""
@@ -116,7 +123,7 @@ class Ledger:
         return True
 
     def _record_evaluation(self, round: int, state: ServerState | None, numbers: Row) -> None:
-        row = {"round": round, **numbers}
+        row = self._row(round, numbers)
         self.history.evaluations.append(row)
         if self.best is not None and best_row(self.history, self.best, self._best_mode) is row:
             self.best_state = state
@@ -124,6 +131,21 @@ class Ledger:
             self._on_eval(row)
         if self.show is not None:
             self.show(row, True)
+
+
+def epsilon_of_rows(
+    spent: privacy.Ledger, num_rounds: int, eval_every: int
+) -> Callable[[int], float]:
+    """What a row says to have been spent after so many rounds; at least what has been."""
+    if spent.accountant == "rdp":
+        return spent.epsilon
+
+    def epsilon(round: int) -> float:
+        # A composition takes longer than many a round.
+        evaluated = -(-round // eval_every) * eval_every
+        return spent.epsilon(max(round, min(evaluated, num_rounds)))
+
+    return epsilon
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, jax.Array]:

@@ -7,6 +7,7 @@ import jax
 
 from fedjax_lite._repr import record
 from fedjax_lite.base import ServerState
+from fedjax_lite.privacy.accounting import Ledger
 from fedjax_lite.runs.stopping import History
 
 
@@ -25,6 +26,7 @@ class TrainResult(NamedTuple):
       run_s: Seconds of the rest.
       client_updates_per_s: Clients trained in this process per second of `run_s`.
       examples_per_s: Examples processed in this process per second of `run_s`.
+      privacy: What has been spent, and between which populations; `None` without `privacy`.
     """
 
     state: ServerState
@@ -36,6 +38,7 @@ class TrainResult(NamedTuple):
     run_s: float
     client_updates_per_s: float
     examples_per_s: float
+    privacy: Ledger | None = None
 
     def __repr__(self) -> str:
         last = {name: rows[-1] for name, rows in self.history._asdict().items() if rows}

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 from fedjax_lite import _validate
 from fedjax_lite.base import FederatedAlgorithm, PyTree, ServerState
 from fedjax_lite.data.population import Population
-from fedjax_lite.runs.ledger import flatten, numbers_of, with_clock
+from fedjax_lite.privacy.accounting import Budget, ledger_of
+from fedjax_lite.runs.ledger import epsilon_of_rows, flatten, numbers_of, with_clock
 from fedjax_lite.runs.step import check_length, play_round
 from fedjax_lite.runs.stopping import History, Row
 from fedjax_lite.samplers import Sampler
@@ -45,6 +46,7 @@ def sweep(
     numbers: Mapping[str, ArrayLike] | None = None,
     evaluate: Callable[[ServerState], Mapping[str, Any]] | None = None,
     eval_every: int = 10,
+    privacy: Budget | None = None,
     lanes: int | None = None,
 ) -> SweepResult:
     """Many runs of `fl.train` at once, with other seeds and other numbers, as one program.
@@ -65,6 +67,7 @@ def sweep(
       evaluate: `evaluate(state) -> {name: array}`, traced.
       eval_every: Rounds between evaluations. There is one before the first round, and one at the
         end.
+      privacy: See `fl.train`; each run's noise is that of its numbers.
       lanes: How many runs a device has side by side; changes the speed, and results only by
         rounding. By default 1 on CPUs, and all of its runs elsewhere.
 
@@ -73,7 +76,7 @@ def sweep(
 
     Raises:
       ValueError: `keys` or one of the numbers has another shape than `[runs]`, or an argument or a
-        number is out of range.
+        number is out of range; see `fl.train` of `privacy`.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
     >>> model = fl.models.halfspace_classifier()
@@ -104,8 +107,13 @@ def sweep(
             )
 
     # Once with the numbers themselves: traced ones cannot be checked.
-    for values in {tuple(row) for row in zip(*map(np.ndarray.tolist, hosted), strict=True)}:
-        build(**dict(zip(arrays, values, strict=True)))
+    of_runs = [tuple(x[i].item() for x in hosted) for i in range(len(keys))]
+    algorithms = {of_run: build(**dict(zip(arrays, of_run, strict=True))) for of_run in {*of_runs}}
+    epsilons = {}
+    if privacy is not None:
+        for of_run, algorithm in algorithms.items():
+            spent = ledger_of(privacy, algorithm, sampler, num_rounds)
+            epsilons[of_run] = epsilon_of_rows(spent, num_rounds, eval_every)
     runs = _program(build, sampler, num_rounds, evaluate, eval_every, lanes)
     states, recorded = runs(population, (keys, arrays))
     (rounds_0, first), (rounds_1, among), (rounds_2, last) = jax.device_get(recorded)
@@ -121,10 +129,18 @@ def sweep(
     num_evaluations = len(dict.fromkeys(evaluated))  # If the last ones are of one round, once.
     histories = [
         History(
-            _rows({name: x[i] for name, x in rounds.items()}, range(1, num_rounds + 1)),
-            _rows({name: x[i] for name, x in evaluations.items()}, evaluated[:num_evaluations]),
+            _rows(
+                {name: x[i] for name, x in rounds.items()},
+                range(1, num_rounds + 1),
+                epsilons.get(of_run),
+            ),
+            _rows(
+                {name: x[i] for name, x in evaluations.items()},
+                evaluated[:num_evaluations],
+                epsilons.get(of_run),
+            ),
         )
-        for i in range(len(keys))
+        for i, of_run in enumerate(of_runs)
     ]
     return SweepResult(states, histories)
 
@@ -202,9 +218,15 @@ def _zip(*trees: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
     return ((name, tuple(tree[name] for tree in trees)) for name in trees[0])
 
 
-def _rows(columns: Mapping[str, np.ndarray], rounds: Iterable[int]) -> list[Row]:
+def _rows(
+    columns: Mapping[str, np.ndarray],
+    rounds: Iterable[int],
+    epsilon: Callable[[int], float] | None,
+) -> list[Row]:
     rows: list[Row] = []
     for i, round in enumerate(rounds if columns else ()):
         row = {"round": round, **{name: x[i].tolist() for name, x in columns.items()}}
+        if epsilon is not None:
+            row["epsilon"] = epsilon(round)
         rows.append(with_clock(row, rows))
     return rows

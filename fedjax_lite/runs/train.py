@@ -19,11 +19,13 @@ from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.data.population import GeneratedPopulation, ResidentPopulation, StreamedPopulation
 from fedjax_lite.engine.file_store import with_stores
 from fedjax_lite.engine.streaming import prefetch
+from fedjax_lite.privacy.accounting import Budget, ledger_of
+from fedjax_lite.privacy.accounting import Ledger as PrivacyLedger
 from fedjax_lite.runs.checkpoint import CheckpointFolder, Checkpoints
 from fedjax_lite.runs.entries import Courier
 from fedjax_lite.runs.identity import identify
 from fedjax_lite.runs.interrupts import first_signal
-from fedjax_lite.runs.ledger import Ledger, trained, without_extras
+from fedjax_lite.runs.ledger import Ledger, epsilon_of_rows, trained, without_extras
 from fedjax_lite.runs.result import InterruptedTraining, TrainResult
 from fedjax_lite.runs.step import Carry, Keys, build_step, check_length, draw
 from fedjax_lite.runs.stopping import History, Row, StopRule
@@ -50,6 +52,7 @@ def train(
     best: str | None = None,
     best_mode: Literal["max", "min"] | None = None,
     checkpoints: Checkpoints | None = None,
+    privacy: Budget | None = None,
     progress: bool = False,
 ) -> TrainResult:
     r"""Runs rounds of an algorithm, and records what happens.
@@ -95,6 +98,11 @@ def train(
       checkpoints: Where to save the run. If there is a checkpoint already, the run goes on from
         it, to the same bits as if it had never been interrupted; one that had ended returns its
         result.
+      privacy: What is to be accounted for, such as `fl.privacy.budget(delta=1e-6)`: rows of the
+        history then have `epsilon`, what all rounds up to there have spent, if the noise is that of
+        the algorithm's pipeline and clients are drawn by `sampler`. With the accountant `"pld"`,
+        that of rounds between evaluations is that of the next one, an upper bound. Needs
+        dp-accounting.
       progress: Show how far the run is: a bar in a terminal or a notebook, lines of the evaluations
         elsewhere. Needs rich.
 
@@ -107,7 +115,8 @@ def train(
 
     Raises:
       ValueError: An argument is out of range, or the sampler is for another population; a metric
-        is unknown; the checkpoints are of another run, or none of them can be read.
+        is unknown; the checkpoints are of another run, or none of them can be read; there is no
+        epsilon for the algorithm and the sampler, or more is spent than `privacy` allows.
       MemoryError: There is too little for a round; with what needs how much.
       fl.InterruptedTraining: Ctrl-C was pressed, or SIGTERM or SIGHUP came, in the main thread; a
         `KeyboardInterrupt` with what the run had come to as its `result`. The round in progress
@@ -155,6 +164,11 @@ def train(
     if best is not None:
         _validate.choice("best_mode", best_mode, ("max", "min"))
 
+    spent = epsilon = None
+    if privacy is not None:
+        spent = ledger_of(privacy, algorithm, sampler, num_rounds)
+        epsilon = epsilon_of_rows(spent, num_rounds, eval_every)
+
     def name_clients(round: int) -> list[Any]:
         ids = np.asarray(sampler.select(run.keys[0], round - 1).client_ids).tolist()
         return ids if names is None else [names[i] if i >= 0 else i for i in ids]
@@ -175,8 +189,17 @@ def train(
         step=build_step(algorithm, sampler, ema_decay),
         keys=put(tuple(keys), state.round.sharding),
         evaluation=evaluate,
-        ledger=Ledger(on_round, on_eval, on_resume, best, best_mode or "", name_clients),
+        ledger=Ledger(
+            on_round,
+            on_eval,
+            on_resume,
+            best,
+            best_mode or "",
+            name_clients,
+            epsilon,
+        ),
         done=int(state.round),
+        spent=spent,
     )
     draw_ahead = functools.partial(draw, sampler, population, run.keys)
     is_ahead = isinstance(population, StreamedPopulation) or bool(courier)
@@ -186,6 +209,8 @@ def train(
             source = run.equipped(draw_ahead(run.done)) if is_ahead else population
             traced = run.step.trace(run.carry, run.keys, source)
             settings = {**checkpoints.settings, "ema_decay": ema_decay, "best": best}
+            if spent is not None:  # What they were spent with, and told for.
+                settings |= {"noise_multiplier": spent.noise_multiplier, "delta": spent.delta}
             identity = identify(state, population, sampler, key, traced.jaxpr, settings)
             run.folder = stack.enter_context(CheckpointFolder(checkpoints, identity))
             run.restore()
@@ -254,6 +279,7 @@ class _Run:
     evaluation: Callable[[ServerState], Mapping[str, Any]] | None
     ledger: Ledger
     done: int
+    spent: PrivacyLedger | None = None
     folder: CheckpointFolder | None = None
     evaluated_at: int = -1
     saved_at: int = -1
@@ -360,6 +386,7 @@ class _Run:
             run_s=run_s,
             client_updates_per_s=sum(row["num_clients"] - row["num_empty"] for row in rows) / run_s,
             examples_per_s=sum(row["num_examples"] for row in rows) / run_s,
+            privacy=self.spent,
         )
 
     def interrupted_message(self, came: signal.Signals) -> str:

@@ -55,14 +55,17 @@ class Sampler(NamedTuple):
         `round` is an integer scalar from 0, and may be traced.
       num_clients: Size of the population.
       capacity: Number of slots of a selection.
-      scheme: `"poisson"` (each client on a coin of its own), `"without_replacement"` (a subset
-        of fixed size, all equally likely), `"with_replacement"` (independent uniform draws), or
-        `None`: no amplification by sampling can be claimed.
+      scheme: The law of the draws: `"poisson"` (each client on a coin of its own, all coins
+        alike; of more than there are slots, a uniform choice), `"without_replacement"` (a subset
+        of fixed size, all equally likely), `"with_replacement"` (independent uniform draws),
+        `"in_turn"` (whoever else there is, and whatever they have), `"importance"` or `"weighted"`
+        (by what clients have); `None` if it is not known.
       rate: The largest probability with which a client takes part in a round that it may take
-        part in (with replacement, the expected number of times); `None` without a scheme, and
-        where it is traced or varies from round to round.
-      num_groups: A client may take part in one of so many rounds; 1 unless the sampler is
-        `cyclic`.
+        part in (with replacement, the expected number of times); `None` where it is not known, is
+        traced, or varies from round to round.
+      num_groups: Of so many rounds, counted from the first one, a client takes part in at most
+        one; 1 if it may take part in all.
+      min_separation: A client's rounds lie so many apart at least.
       max_staleness: The largest staleness that can occur, for which an algorithm is built with
         `max_staleness`.
       num_rounds: How many rounds there are; of later ones, all slots are empty. `None` if there is
@@ -76,6 +79,7 @@ class Sampler(NamedTuple):
     scheme: str | None = None
     rate: float | None = None
     num_groups: int = 1
+    min_separation: int = 1
     max_staleness: int = 0
     num_rounds: int | None = None
     schedule: Any = None

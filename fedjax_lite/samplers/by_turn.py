@@ -1,5 +1,7 @@
 """Samplers that let clients take turns."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -45,7 +47,8 @@ def sequential(num_clients: int, cohort_size: int) -> Sampler:
         _, positions, size = _in_passes(round, num_clients, capacity)
         return Choice(positions, 1.0, size)
 
-    return build(choose, num_clients, capacity)
+    num_groups = -(-num_clients // capacity)
+    return _in_turn(choose, num_clients, capacity, num_groups, min_separation=num_groups)
 
 
 def round_robin(num_clients: int, cohort_size: int) -> Sampler:
@@ -79,7 +82,8 @@ def round_robin(num_clients: int, cohort_size: int) -> Sampler:
         client_ids = random.permuted(jax.random.fold_in(key, number), positions, num_clients)
         return Choice(client_ids, size / num_clients, size)
 
-    return build(choose, num_clients, capacity)
+    num_groups = -(-num_clients // capacity)
+    return _in_turn(choose, num_clients, capacity, num_groups, min_separation=1)
 
 
 def minimise_reuse(num_clients: int, cohort_size: int) -> Sampler:
@@ -119,7 +123,8 @@ def minimise_reuse(num_clients: int, cohort_size: int) -> Sampler:
         client_ids = random.permuted(key, positions, num_clients)
         return Choice(client_ids, capacity / num_clients, jnp.int32(capacity))
 
-    return build(choose, num_clients, capacity)
+    num_groups = num_clients // capacity
+    return _in_turn(choose, num_clients, capacity, num_groups, min_separation=num_groups)
 
 
 def cyclic(
@@ -193,7 +198,13 @@ def cyclic(
 
     scheme = "without_replacement" if rate is None else "poisson"
     return build(
-        choose, num_clients, capacity, scheme=scheme, rate=largest_rate, num_groups=num_groups
+        choose,
+        num_clients,
+        capacity,
+        scheme=scheme,
+        rate=largest_rate,
+        num_groups=num_groups,
+        min_separation=num_groups,
     )
 
 
@@ -214,6 +225,25 @@ def everyone(num_clients: int) -> Sampler:
     [0, 1, 2]
     """
     return sequential(num_clients, num_clients)
+
+
+def _in_turn(
+    choose: Callable[[jax.Array, jax.Array], Choice],
+    num_clients: int,
+    capacity: int,
+    num_groups: int,
+    min_separation: int,
+) -> Sampler:
+    """A sampler whose clients take part whenever it is their turn."""
+    return build(
+        choose,
+        num_clients,
+        capacity,
+        scheme="in_turn",
+        rate=1.0,
+        num_groups=num_groups,
+        min_separation=min_separation,
+    )
 
 
 def _in_passes(

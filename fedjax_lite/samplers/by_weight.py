@@ -62,7 +62,7 @@ def importance(
         _, client_ids = jax.lax.top_k(-scores, capacity)
         return Choice(client_ids, probabilities[client_ids], (scores < 1).sum())
 
-    return build(choose, num_clients, capacity, scheme="poisson", rate=rate)
+    return build(choose, num_clients, capacity, scheme="importance", rate=rate)
 
 
 def weighted(
@@ -123,7 +123,7 @@ def weighted(
         probabilities = -jnp.expm1(-late * jnp.asarray(shares)[client_ids])
         return Choice(client_ids, probabilities, jnp.minimum(size_of(round), (shares > 0).sum()))
 
-    return build(choose, num_clients, capacity)
+    return build(choose, num_clients, capacity, scheme="weighted")
 
 
 def _uniforms(key: jax.Array, count: int) -> jax.Array:

@@ -114,7 +114,7 @@ def toeplitz_noise(
         return noise, {"past": past, "round": state["round"] + 1}
 
     return additive_noise(
-        *("toeplitz_noise", noise_multiplier, noise_scale, init, draw), is_fresh=num_bands == 1
+        *("toeplitz_noise", noise_multiplier, noise_scale, init, draw), min_separation=num_bands
     )
 
 
@@ -189,7 +189,7 @@ def tree_noise(
         return noise, {"key": words, "round": state["round"] + 1}
 
     return additive_noise(
-        *("tree_noise", noise_multiplier, noise_scale, init, draw), is_fresh=False
+        *("tree_noise", noise_multiplier, noise_scale, init, draw), min_separation=num_rounds
     )
 
 

@@ -76,7 +76,7 @@ def gaussian_noise(noise_multiplier: ArrayLike, *, noise_scale: ArrayLike = 1.0)
 
     return additive_noise(
         *("gaussian_noise", noise_multiplier, noise_scale, lambda params: (), draw),
-        is_fresh=True,
+        min_separation=1,
     )
 
 
@@ -87,7 +87,7 @@ def additive_noise(
     init: Callable[[PyTree], PyTree],
     draw: Draw,
     *,
-    is_fresh: bool,
+    min_separation: int,
 ) -> UpdateTransform:
     """A transform that adds noise to the aggregate.
 
@@ -98,7 +98,7 @@ def additive_noise(
       init: `init(params) -> state`.
       draw: `draw(key, state, like) -> (noise, state)`, noise in the form of the aggregate such that
         times $z$ it protects an aggregate of sensitivity 1.
-      is_fresh: Whether it is normal, and independent of that of other rounds.
+      min_separation: Of rounds so far apart, each is covered as if its noise were independent.
     """
     multiplier = _validate.number("noise_multiplier", noise_multiplier)
     scale = _validate.number("noise_scale", noise_scale)
@@ -144,8 +144,12 @@ def additive_noise(
                     f"noise_multiplier is {multiplier}, and the counts of clients before {name}"
                     f" have no more noise: choose one below {most:g}, or a larger count_noise."
                 )
-        is_stated = is_fresh and _is_known(scale) and float(scale) == 1
-        return before._replace(is_private=True, noise_multiplier=multiplier if is_stated else None)
+        is_stated = _is_known(scale) and float(scale) == 1
+        return before._replace(
+            is_private=True,
+            noise_multiplier=multiplier if is_stated else None,
+            min_separation=min_separation,
+        )
 
     return UpdateTransform(init, client, server, guarantees=guarantees)
 
