@@ -57,3 +57,12 @@ def test_privacy_is_measured_and_drawn(tmp_path):
     assert set(summary["accuracy_by_epsilon"]) == {"inf", "10", "3", "1"}
     privacy._draw(str(tmp_path / "accuracy.svg"), rows)
     assert (tmp_path / "accuracy.svg").stat().st_size > 1000
+
+
+def test_asynchrony_is_measured():
+    from benchmarks import asynchrony
+
+    step = asynchrony.measure_step(3, 2)
+    assert step["cost"] > 0
+    assert step["ring_versions"] == 2
+    assert asynchrony.measure_schedule(400)["schedule_s"] > 0

@@ -39,7 +39,16 @@ from fedjax_lite.xla import random
 from fedjax_lite.xla.cpu import Paced, jit_once, warn_if_unconfigured
 from fedjax_lite.xla.mesh import replicate
 
-Weighting = Literal["examples", "uniform", "processed"] | Callable[[jax.Array], jax.Array]
+_WEIGHTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "examples": lambda owned, processed: owned,
+    "uniform": lambda owned, processed: jnp.ones(()),
+    "processed": lambda owned, processed: processed,
+    "sqrt": lambda owned, processed: jnp.sqrt(owned),
+    "log": lambda owned, processed: jnp.log1p(owned),
+}
+Weighting = (
+    Literal["examples", "uniform", "processed", "sqrt", "log"] | Callable[[jax.Array], jax.Array]
+)
 
 
 def resolve_weighting(weighting: Weighting) -> Callable[[Client, jax.Array], jax.Array]:
@@ -52,12 +61,10 @@ def resolve_weighting(weighting: Weighting) -> Callable[[Client, jax.Array], jax
         return lambda client, processed: _validate.scalar(
             "what weighting returned", weighting(client.num_examples.astype(float))
         )
-    _validate.choice("weighting", weighting, ("examples", "uniform", "processed"))
-    if weighting == "uniform":
-        return lambda client, processed: jnp.ones(())
-    if weighting == "processed":
-        return lambda client, processed: processed.astype(float)
-    return lambda client, processed: client.num_examples.astype(float)
+    _validate.choice("weighting", weighting, tuple(_WEIGHTS))
+    return lambda client, processed: _WEIGHTS[weighting](
+        client.num_examples.astype(float), processed.astype(float)
+    )
 
 
 def resolve_server_optimizer(
