@@ -15,7 +15,7 @@ that is not there. Without noise, at an epsilon of infinity, updates are clipped
 `audit` plants one canary in each of many runs of two rounds, and gives the epsilon that it shows at
 least, beside the one that is claimed; and the same with half of the noise, which is above it.
 
-`overhead` is the time of a round with each mechanism of `benchmarks.mechanisms`, in those of a round
+`overhead` is the time of a round with each mechanism of `benchmarks.mechanisms`, in those of one
 without; that of `gaussian_noise` has clipping and noise.
 """
 
@@ -230,11 +230,9 @@ def _jsonable(rows: Any) -> Any:
 
 
 def _table(rows: list[Row]) -> str:
-    widths = {name: max(len(name), 8) for name in rows[0]}
-    lines = [[f"{name:>{width}}" for name, width in widths.items()]]
-    for row in rows:
-        values = {name: x if isinstance(x, str) else f"{x:.4g}" for name, x in row.items()}
-        lines.append([f"{values[name]:>{width}}" for name, width in widths.items()])
+    told = [[x if isinstance(x, str) else f"{x:.4g}" for x in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(rows[0], *told, strict=True)]
+    lines = [map(str.rjust, line, widths) for line in (rows[0], *told)]
     return "\n".join(map("  ".join, lines))
 
 

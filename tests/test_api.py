@@ -306,7 +306,7 @@ SAMPLERS = {
     "timed_out": ["sampler", "durations", "deadline", "num_steps", "num_examples"],
     "Sampler": [
         *("select", "num_clients", "capacity", "scheme", "rate", "num_groups"),
-        *("max_staleness", "num_rounds", "schedule"),
+        *("min_separation", "max_staleness", "num_rounds", "schedule"),
     ],
     "Schedule": [
         *("client_ids", "staleness", "started", "ended", "concurrency", "num_stale"),
@@ -362,7 +362,7 @@ METRICS = {
     "top_k": ["k", "label", "ignore", "barred"],
 }
 MODULES = {
-    *("data", "metrics", "models", "partition", "plot", "privacy", "samplers"),
+    *("data", "durations", "metrics", "models", "partition", "plot", "privacy", "samplers"),
     *("server_optimizers", "stopping"),
 }
 # `Row` is a `dict`, `StopRule` a `Callable`, `Population` a union.
