@@ -318,7 +318,8 @@ class Received(NamedTuple):
       weights: `[clients]`, the weights of the cohort's clients, 0 of those who are left out.
       cohort: The cohort, without examples.
       drift: `drift() -> aggregate`, what an additive reducer makes, in place of the updates, of how
-        far the server's params have moved from those that each client started from.
+        far the server's params have moved from those that each client started from; `None` where
+        noise is added to the aggregate.
       released: As in `Guarantees`, of the whole pipeline.
     """
 

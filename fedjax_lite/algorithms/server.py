@@ -313,7 +313,10 @@ def federated_algorithm(
                 reducer.sensitivity(bounds),
                 result.clients["weight"],
                 without_examples,
-                functools.partial(_drift, server, versions, reducer, result, weight),
+                # Who takes part decides on it, and no noise is on that.
+                None
+                if known.is_private
+                else functools.partial(_drift, server, versions, reducer, result, weight),
                 bounds.released,
             )
             sent, pipeline_state, told = pipeline.server(key_server, server.pipeline_state, sent)

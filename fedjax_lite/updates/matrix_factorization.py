@@ -34,9 +34,10 @@ def toeplitz_noise(
     (C^{-1} g)_t = \frac{1}{c_0} \Big( g_t - \sum_{j=1}^{b-1} c_j (C^{-1} g)_{t-j} \Big).$$
 
     $z$ is the noise multiplier of taking part once. The rounds of a client must be at least $b$
-    apart (`fl.samplers.cyclic`, `minimise_reuse`): they are then columns of $C$ without a common
-    row, $k$ of them change $C x$ by at most $\sqrt k \Delta$, and are accounted as $k$ times a
-    Gaussian mechanism of multiplier $z$. With $b = 1$ this is `fl.gaussian_noise`, for any sampler.
+    apart, as with `fl.samplers.cyclic` of $b$ groups, `minimise_reuse` or `sequential` (and not
+    with `round_robin`): they are then columns of $C$ without a common row, $k$ of them change $C x$
+    by at most $\sqrt k \Delta$, and are accounted as $k$ times a Gaussian mechanism of multiplier
+    $z$. With $b = 1$ this is `fl.gaussian_noise`, for any sampler.
 
     The noise of a sum of rounds matters where the server optimizer adds them up: `optax.sgd` along
     the noisy aggregates, with momentum or without, is DP-FTRL, since
@@ -129,9 +130,9 @@ def tree_noise(
     $z$ is the noise multiplier of taking part once in $n$ rounds. (That of each node,
     $z \sqrt h$, is what dp-accounting's `SingleEpochTreeAggregationDpEvent` is given.)
 
-    After $n$ rounds a new tree begins. A client must take part at most once in a tree, and each
-    time is accounted as a Gaussian mechanism of multiplier $z$. As for `fl.toeplitz_noise`,
-    which has less noise where clients come seldom enough, the server optimizer is `optax.sgd`.
+    After $n$ rounds a new tree begins. A client must take part at most once in a tree, as with
+    `fl.samplers.round_robin` whose passes take $n$ rounds, and each time is accounted as a Gaussian
+    mechanism of multiplier $z$. As for `fl.toeplitz_noise`, the server optimizer is `optax.sgd`.
 
     Nodes are drawn again when they are needed, from their own keys, two in a round on average: the
     state holds a key and the number of the round. Honaker's estimator is not applied.

@@ -113,6 +113,11 @@ def mix_models() -> UpdateTransform:
         key: jax.Array, state: PyTree, received: Received
     ) -> tuple[Received, PyTree, dict[str, jax.Array]]:
         del key
+        if received.drift is None:
+            raise ValueError(
+                "mix_models adds by how much the params of those who take part are behind, which"
+                " is not covered by the noise of the pipeline; leave one of the two."
+            )
         mixed = optax.tree.add(received.aggregate, received.drift())
         return received._replace(aggregate=mixed, sensitivity=None), state, {}
 
