@@ -144,10 +144,9 @@ def measure(split: str, defence: str, decays: list[float], num_rounds: int) -> l
         num_rounds,
         keys=jax.vmap(jax.random.key)(seed),
         numbers={"attack": attack, "decay": decay.astype(np.float32)},
-        evaluate=lambda state: {"accuracy": fl.evaluate(model, state, held_out)["accuracy"]},
-        eval_every=num_rounds,
     )
-    last = [history.evaluations[-1]["accuracy"] for history in result.histories]
+    evaluate = jax.jit(jax.vmap(lambda state: fl.evaluate(model, state, held_out)["accuracy"]))
+    last = np.asarray(evaluate(result.states), float)
     accuracy = np.reshape(last, (len(decays), len(ATTACKS), len(SEEDS))).mean(-1).round(3)
     return [
         {
