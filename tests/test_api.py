@@ -348,8 +348,6 @@ SAMPLERS = {
     "Sampler": [
         *("select", "num_clients", "capacity", "scheme", "rate", "num_groups", "min_separation"),
         *("max_staleness", "num_rounds", "schedule"),
-        *("select", "num_clients", "capacity", "scheme", "rate", "num_groups"),
-        *("min_separation", "max_staleness", "num_rounds", "schedule"),
     ],
     "Schedule": [
         *("client_ids", "staleness", "started", "ended", "concurrency", "num_stale"),
