@@ -158,7 +158,7 @@ def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--compressor", nargs="+", choices=COMPRESSORS, default=list(COMPRESSORS))
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--small", action="store_true", help="time a round of two clients")
     parser.add_argument("--json", action="store_true", help="print one JSON object per compressor")
     parser.add_argument("--plot", type=Path, help="where to write a picture")
