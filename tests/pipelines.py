@@ -14,6 +14,11 @@ PIPELINES = {
     "downlink": lambda x: {
         "pipeline": fl.chain(fl.downlink(fl.quantize_uniform(4)), fl.clip_by_norm(0.2 * x))
     },
+    # Late updates; here, none is.
+    "polynomial_staleness": lambda _: {"pipeline": fl.polynomial_staleness(0.5)},
+    "mix_models": lambda _: {
+        "pipeline": fl.chain(fl.mix_models(), fl.hinge_staleness(), fl.threshold_staleness(3))
+    },
     # Robustness: reducers, what goes before them, attacks.
     "coordinate_median": lambda _: {"reducer": fl.coordinate_median()},
     # Compression.

@@ -179,16 +179,20 @@ NAMES = {
     ],
     "tune_lanes": ["build", "key", "state", "cohort", "candidates", "repeats"],
     "Checkpoints": ["folder", "every", "keep", "settings"],
-    "Client": ["id", "num_examples", "num_steps", "entry", "key"],
+    "Client": ["id", "num_examples", "num_steps", "entry", "key", "staleness"],
     "Guarantees": ["sensitivity", "max_weight", "is_masked", "is_private"],
     "LocalState": [
         *("params", "model_state", "opt_state", "loss", "num_examples", "num_steps"),
     ],
     "Message": ["update", "weight", "entry", "statistics", "metrics"],
-    "Received": ["aggregate", "statistics", "sensitivity", "weights", "cohort"],
+    "Received": ["aggregate", "statistics", "sensitivity", "weights", "cohort", "drift"],
     "Reducer": ["summand", "finish", "stacked", "sensitivity", "keeps_last"],
     "Stack": ["updates", "weights", "client_ids", "is_hostile", "last", "key", "total"],
     "cap_weight": ["max_weight"],
+    "hinge_staleness": ["slope", "threshold"],
+    "mix_models": [],
+    "polynomial_staleness": ["exponent"],
+    "threshold_staleness": ["threshold", "value"],
     "coordinate_median": [],
     "downlink": ["transform"],
     "error_feedback": ["transform", "decay", "max_age"],
@@ -253,9 +257,10 @@ PARTITION = {
 }
 PLOT = {
     "clients": ["evaluations", "metric", "axes"],
-    "curves": ["histories", "metric", "axes"],
+    "curves": ["histories", "metric", "against", "axes"],
     "partition": ["dataset", "label", "axes"],
     "runs": ["folders", "metric", "labels", "axes"],
+    "timeline": ["sampler", "num_rounds", "axes"],
 }
 SAMPLERS = {
     "cyclic": ["num_clients", "num_groups", "cohort_size", "rate", "capacity"],
@@ -267,8 +272,26 @@ SAMPLERS = {
     "sequential": ["num_clients", "cohort_size"],
     "uniform": ["num_clients", "cohort_size", "replace", "capacity"],
     "weighted": ["weights", "cohort_size", "capacity"],
-    "Sampler": ["select", "num_clients", "capacity", "scheme", "rate", "num_groups"],
-    "Selection": ["client_ids", "probabilities", "num_dropped"],
+    "by_day_and_night": ["sampler", "period", "awake", "by_client"],
+    "dropping_out": ["sampler", "probability"],
+    "fed_buff": [
+        *("num_clients", "num_rounds", "concurrency", "buffer_size", "durations", "arrivals"),
+        *("rate", "max_staleness", "num_examples", "seed"),
+    ],
+    "over_selected": ["sampler", "durations", "keep", "num_examples"],
+    "timed": ["sampler", "durations", "num_examples"],
+    "timed_out": ["sampler", "durations", "deadline", "num_steps", "num_examples"],
+    "Sampler": [
+        *("select", "num_clients", "capacity", "scheme", "rate", "num_groups"),
+        *("max_staleness", "num_rounds", "schedule"),
+    ],
+    "Schedule": [
+        *("client_ids", "staleness", "started", "ended", "concurrency", "num_stale"),
+        "num_refused",
+    ],
+    "Selection": [
+        *("client_ids", "probabilities", "num_dropped", "max_steps", "staleness", "metrics"),
+    ],
 }
 STOPPING = {
     "History": ["rounds", "evaluations"],
@@ -316,8 +339,8 @@ METRICS = {
     "top_k": ["k", "label", "ignore", "barred"],
 }
 MODULES = {
-    *("data", "metrics", "models", "partition", "plot", "samplers", "server_optimizers"),
-    "stopping",
+    *("data", "durations", "metrics", "models", "partition", "plot", "samplers"),
+    *("server_optimizers", "stopping"),
 }
 # `Row` is a `dict`, `StopRule` a `Callable`, `Population` a union.
 OWN = {"fedjax_lite", "builtins", "collections", "typing"}

@@ -54,3 +54,12 @@ def test_compressors_have_a_row_each_and_a_picture(tmp_path):
     assert few["round_s"] > 0
     assert plain["accuracy"] > 0.1
     assert "<path" in picture.read_text()
+
+
+def test_asynchrony_is_measured():
+    from benchmarks import asynchrony
+
+    step = asynchrony.measure_step(3, 2)
+    assert step["cost"] > 0
+    assert step["ring_versions"] == 2
+    assert asynchrony.measure_schedule(400)["schedule_s"] > 0

@@ -77,7 +77,7 @@ def test_the_program_of_the_readme_is_the_first_one():
 def commands():
     for name, text in PAGES.items():
         for block in blocks(text, "(?:sh)?"):
-            for line in block.splitlines():
+            for line in block.replace("\\\n", "").splitlines():
                 if line.startswith("fedjax-lite "):
                     yield pytest.param(shlex.split(line)[1:], id=f"{name}: {line[12:60]}")
 

@@ -219,3 +219,33 @@ def test_the_record_of_a_run_from_a_file_of_ones_own_is_flat():
     }
     for text in ("data/x y.csv", "a b", "f("):
         assert flattened("dataset", text) == {"dataset": text}
+
+
+def test_curves_over_another_number_of_the_rounds():
+    run = history([0.1, 0.5, 0.9])
+    (line,) = fl.plot.curves(run, against="seconds").lines
+    assert line.get_xdata().tolist() == [0, 1, 2]
+    axes = fl.plot.curves([run, fl.History(run.rounds, run.evaluations[:2])], against="loss")
+    assert axes.lines[0].get_xdata().tolist() == [0, 7]
+    assert axes.get_xlabel() == "loss"
+    with pytest.raises(ValueError, match="against is 'wall_clock'; choose one of loss, round, sec"):
+        fl.plot.curves(run, against="wall_clock")
+
+
+def test_a_timeline_has_a_bar_for_each_training():
+    sampler = fl.samplers.fed_buff(
+        9, 5, concurrency=4, buffer_size=2, durations=fl.durations.exponential()
+    )
+    axes = fl.plot.timeline(sampler, 3)
+    (bars,) = axes.collections
+    assert len(bars.get_segments()) == 6
+    schedule = sampler.schedule
+    ends = sorted(segment[1][0] for segment in bars.get_segments())
+    np.testing.assert_allclose(ends, np.sort(schedule.ended[:3].ravel()))
+    versions = np.arange(3)[:, None] - schedule.staleness[:3]
+    assert sorted(bars.get_array()) == sorted(versions.ravel())
+    np.testing.assert_allclose([line.get_xdata()[0] for line in axes.lines], ends[1::2])
+    with pytest.raises(ValueError, match="sampler has no schedule"):
+        fl.plot.timeline(fl.samplers.uniform(9, 2))
+    with pytest.raises(ValueError, match="num_rounds is 6"):
+        fl.plot.timeline(sampler, 6)

@@ -94,6 +94,13 @@ def test_a_time_out_whose_partial_work_weighs_what_was_done(num_devices, lanes, 
     np.testing.assert_array_equal(info.clients["weight"], processed)
 
 
+@pytest.mark.parametrize(("weighting", "expected"), [("sqrt", np.sqrt), ("log", np.log1p)])
+def test_large_clients_may_count_for_less(weighting, expected):
+    one = algorithm(weighting=weighting)
+    _, info = one.round(KEY, one.init(start()), everyone(regression_dataset().resident(mesh_of(1))))
+    np.testing.assert_allclose(info.clients["weight"], expected(SIZES), rtol=1e-12)
+
+
 @pytest.mark.parametrize("lanes", [1, 4])
 @pytest.mark.parametrize("what", ["num_steps", "num_epochs"])
 def test_how_much_a_client_does_may_depend_on_the_client(what, lanes):

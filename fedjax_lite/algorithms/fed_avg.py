@@ -52,7 +52,8 @@ def fed_avg(
       server_optimizer: Any optax transformation; `optax.sgd(1.0)` by default.
       weighting: The weight of a client: `"examples"`, its number of examples; `"processed"`, that
         of its examples in all steps that it took, so that partial work weighs what was done;
-        `"uniform"`; or a function `num_examples -> weight`, float scalar to non-negative scalar.
+        `"uniform"`; `"sqrt"` and `"log"`, $\sqrt{n_i}$ and $\ln(1 + n_i)$; or a
+        function `num_examples -> weight`, float scalar to non-negative scalar.
       personal: Which params and model state never leave a client: a pattern of their names, such as
         `"Dense_1/*"` for the last layer (FedPer) or `"*BatchNorm*"` (FedBN), several, or a function
         `name -> bool`. They are trained with the others, and kept in `state.store`; `init`, which

@@ -27,6 +27,8 @@ class Plot:
       out: Folder for loss.png, accuracy.png and clients.png, which are replaced; or one file,
         such as comparison.png or .pdf, for all of them side by side. By default the folder of
         the run, if it is one.
+      against: What is on the other axis of loss and accuracy: round, or another number of the
+        rounds, such as wall_clock, the simulated seconds, seconds or bytes_up.
       labels: Names of the lines, in the order of the runs; by default, the settings in which they
         differ.
     """
@@ -35,6 +37,7 @@ class Plot:
         Positional[tuple[Path, ...]], arg(metavar="DIR [DIR ...]", help_behavior_hint="")
     ]
     out: Path | None = None
+    against: str = "round"
     labels: tuple[str, ...] = ()
 
 
@@ -60,7 +63,7 @@ def plot(options: Plot) -> None:
     if len(groups) > MAX_CURVES:
         raise UsageError(f"these are {len(groups)} lines; choose runs for at most {MAX_CURVES}")
     with usage_errors():
-        shown = panels(groups, labels)
+        shown = panels(groups, labels, options.against)
     try:
         files = draw(out, shown, title(groups))
     except (OSError, ValueError) as error:

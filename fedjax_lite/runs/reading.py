@@ -4,10 +4,12 @@ import ast
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from fedjax_lite._extras import require
 from fedjax_lite.runs.stopping import History
@@ -169,6 +171,19 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 def number(value: Any) -> float:
     """A value of a row; what is no number, or missing, is NaN."""
     return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def along(rows: Mapping[int, Mapping[str, Any]], rounds: Sequence[int], name: str) -> np.ndarray:
+    """A number of some rounds, of rows by round; before the first one, it is 0.
+
+    Raises:
+      ValueError: A row lacks it.
+    """
+    values = [0.0 if r == 0 else number(rows.get(r, {}).get(name)) for r in rounds]
+    if np.isnan(values).any():
+        known = sorted({key for row in rows.values() for key in row})
+        raise ValueError(f"against is {name!r}; choose one of {', '.join(known)}.")
+    return np.array(values)
 
 
 def _brief(value: Any) -> str:

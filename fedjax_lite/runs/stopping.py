@@ -34,7 +34,8 @@ class History(NamedTuple):
     Attributes:
       rounds: A row for each round: `round`, counted from 1, `seconds` since the run began, and
         what `RoundInfo` has for the whole cohort, beside `num_dropped`, clients that the sampler
-        chose in excess of its capacity, `bytes_down` and `bytes_up`, sent to and by clients.
+        chose in excess of its capacity, `bytes_down` and `bytes_up`, sent to and by clients, and
+        what else the sampler reports; with `round_seconds`, the simulated clock `wall_clock`.
       evaluations: A row for each evaluation: `round`, how many rounds were done, `seconds`, and
         what the evaluation returned.
     """

@@ -20,6 +20,12 @@ from fedjax_lite.updates.reducers import (
 from fedjax_lite.updates.rotation import drive, eden, rotated
 from fedjax_lite.updates.signs import scaled_sign, sign_sgd, terngrad
 from fedjax_lite.updates.sparsification import random_k, top_k
+from fedjax_lite.updates.staleness import (
+    hinge_staleness,
+    mix_models,
+    polynomial_staleness,
+    threshold_staleness,
+)
 
 __all__ = [
     "cap_weight",
@@ -33,8 +39,11 @@ __all__ = [
     "error_feedback",
     "fixed_point",
     "half_precision",
+    "hinge_staleness",
     "low_rank",
+    "mix_models",
     "modular_sum",
+    "polynomial_staleness",
     "power_sgd",
     "product_quantization",
     "qsgd",
@@ -45,6 +54,7 @@ __all__ = [
     "scaled_sign",
     "sign_sgd",
     "terngrad",
+    "threshold_staleness",
     "top_k",
     "weighted_mean",
 ]

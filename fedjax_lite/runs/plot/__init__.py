@@ -18,13 +18,14 @@ from fedjax_lite.evaluation.clients import ClientEvaluation
 from fedjax_lite.runs import reading
 from fedjax_lite.runs.result import TrainResult
 from fedjax_lite.runs.stopping import History, Row
+from fedjax_lite.samplers import Sampler
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from fedjax_lite.runs.plot.lines import Curve
 
-__all__ = ["clients", "curves", "partition", "runs"]
+__all__ = ["clients", "curves", "partition", "runs", "timeline"]
 
 
 def __dir__() -> list[str]:
@@ -36,21 +37,29 @@ _Runs = _OneRun | Sequence[_OneRun] | Mapping[str, _OneRun | Sequence[_OneRun]]
 _Evaluations = ClientEvaluation | Mapping[str, ClientEvaluation]
 
 
-def curves(histories: _Runs, metric: str = "accuracy", *, axes: "Axes | None" = None) -> "Axes":
-    """How a metric develops over the rounds.
+def curves(
+    histories: _Runs,
+    metric: str = "accuracy",
+    *,
+    against: str = "round",
+    axes: "Axes | None" = None,
+) -> "Axes":
+    """How a metric develops over the rounds, or over time.
 
     Args:
       histories: The history of a run, or what `fl.train` returned; a list of several that differ
         in their seeds alone (`fl.sweep(...).histories`), drawn as their mean in a band of one
         standard deviation to either side; or a dict of these by the name of the line.
       metric: Name of a metric of the evaluations or, if these have none of the name, of the rounds.
+      against: What is on the other axis: another number of the rounds, such as `"wall_clock"`, the
+        simulated seconds, or `"seconds"`; of several runs, its mean.
       axes: Where to draw; new ones by default.
 
     Returns:
       The axes.
 
     Raises:
-      ValueError: No run has such a metric, or there are none.
+      ValueError: No run has such a metric, or `against`, or there are none.
       ImportError: matplotlib is missing.
 
     >>> history = History([], [{"round": r, "loss": 1 / (1 + r)} for r in range(5)])
@@ -67,9 +76,18 @@ def curves(histories: _Runs, metric: str = "accuracy", *, axes: "Axes | None" = 
         # Rounds that one of the seeds lacks would make the mean jump.
         common = [r for r in sorted(rows[0]) if all(r in of_run for of_run in rows)]
         values = [[reading.number(of_run[r][metric]) for r in common] for of_run in rows]
-        lines.append((place, drawing.Curve(name, np.array(common), np.array(values))))
+        x = np.mean([_at(run, common, against) for run in runs], 0)
+        lines.append((place, drawing.Curve(name, x, np.array(values))))
     _require_some("histories", lines)
-    return drawing.on_axes(drawing.Panel(metric, metric, lines), axes)
+    return drawing.on_axes(drawing.Panel(metric, metric, lines, against), axes)
+
+
+def _at(run: _OneRun, rounds: Sequence[int], against: str) -> np.ndarray:
+    """Another number of the rounds of a run; before the first, it is 0."""
+    if against == "round":
+        return np.array(rounds)
+    history = run.history if isinstance(run, TrainResult) else run
+    return reading.along({row["round"]: row for row in history.rounds}, rounds, against)
 
 
 def _rows(run: Any, metric: str) -> dict[int, Row]:
@@ -143,6 +161,35 @@ def partition(dataset: FederatedDataset, label: str = "y", *, axes: "Axes | None
     return classes.class_distribution(
         counts, names, dataset.client_ids, label=label, title=title, axes=axes
     )
+
+
+def timeline(
+    sampler: Sampler, num_rounds: int | None = None, *, axes: "Axes | None" = None
+) -> "Axes":
+    """Who trains when, and which version of the params they hold.
+
+    A bar for each training that the server took, and a line for each of its steps.
+
+    Args:
+      sampler: One with a schedule, such as `fl.samplers.fed_buff(...)`.
+      num_rounds: How many steps of the server to draw; the first 20 by default.
+      axes: Where to draw; new ones by default.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError: `sampler` has no schedule, or fewer rounds.
+      ImportError: matplotlib is missing.
+    """
+    require("matplotlib", "run")
+    from fedjax_lite.runs.plot.schedule import timeline
+
+    if sampler.schedule is None or sampler.num_rounds is None:
+        raise ValueError("sampler has no schedule; pass one such as fl.samplers.fed_buff(...).")
+    num_rounds = min(20, sampler.num_rounds) if num_rounds is None else num_rounds
+    _validate.integer("num_rounds", num_rounds, minimum=1, maximum=sampler.num_rounds)
+    return timeline(sampler.schedule, num_rounds, axes)
 
 
 def runs(

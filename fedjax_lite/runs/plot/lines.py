@@ -40,11 +40,13 @@ class Panel(NamedTuple):
       name: loss, accuracy or clients.
       ylabel: What the values are.
       curves: The lines, each with the number of its colour.
+      xlabel: What `x` is, unless it is of clients.
     """
 
     name: str
     ylabel: str
     curves: Sequence[tuple[int, Curve]]
+    xlabel: str = "round"
 
 
 def draw(out: Path, panels: Sequence[Panel], title: str) -> list[Path]:
@@ -142,8 +144,10 @@ def _set_axes(axes: Axes, panel: Panel) -> None:
         axes.xaxis.set_major_formatter(PercentFormatter())
     else:
         last = max(curve.x[-1] for _, curve in panel.curves)
-        axes.set(xlabel="round", xlim=(-0.02 * last, 1.02 * last) if last else (-1, 1))
-        axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
+        label = {"wall_clock": "simulated seconds"}.get(panel.xlabel, panel.xlabel)
+        axes.set(xlabel=label, xlim=(-0.02 * last, 1.02 * last) if last else (-1, 1))
+        whole = panel.xlabel == "round"
+        axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=whole))
     if panel.name != "loss":
         axes.set_ylim(0, 1.02)
         return

@@ -6,14 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from fedjax_lite.runs.plot.lines import PERCENT, Curve, Panel
-from fedjax_lite.runs.reading import Run, flattened, number
+from fedjax_lite.runs.reading import Run, along, flattened, number
 
 
-def panels(groups: Sequence[Sequence[Run]], labels: Sequence[str]) -> list[Panel]:
-    """What there is to draw.
+def panels(
+    groups: Sequence[Sequence[Run]], labels: Sequence[str], against: str = "round"
+) -> list[Panel]:
+    """What there is to draw, over the rounds or another number of theirs.
 
     Raises:
-      ValueError: There is nothing.
+      ValueError: There is nothing, or rounds have no such number.
     """
     evaluated = any(run.evaluations for group in groups for run in group)
     where = "on held-out examples" if evaluated else "of training"
@@ -29,7 +31,10 @@ def panels(groups: Sequence[Sequence[Run]], labels: Sequence[str]) -> list[Panel
             if not any(name in row for of_run in rows for row in of_run.values()) or not common:
                 return None
             values = [[number(of_run[r].get(name)) for r in common] for of_run in rows]
-            return np.array(common), np.array(values)
+            if against == "round":
+                return np.array(common), np.array(values)
+            x = np.mean([along(run.rounds, common, against) for run in group], 0)
+            return x, np.array(values)
 
         return line
 
@@ -50,7 +55,7 @@ def panels(groups: Sequence[Sequence[Run]], labels: Sequence[str]) -> list[Panel
         lines = [(place, take(group)) for place, group in enumerate(groups)]
         curves = [(place, Curve(labels[place], *line)) for place, line in lines if line]
         if curves:
-            found.append(Panel(name, ylabel, curves))
+            found.append(Panel(name, ylabel, curves, against))
     if not found:
         raise ValueError(f"{groups[0][0].folder} holds no loss and no accuracy so far")
     return found
