@@ -129,28 +129,31 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draws accuracy against kilobytes, both ways, and which ones none beats in both."""
     from fedjax_lite.runs.plot.style import COLORS, new_axes, save
 
-    axes = new_axes((7.2, 4.6))
+    axes = new_axes((7.6, 4.6))
     rows = sorted(rows, key=lambda row: (row["kB_up"], -row["accuracy"]))
-    best = np.maximum.accumulate([row["accuracy"] for row in rows])
-    frontier = [row for row, so_far in zip(rows, best, strict=True) if row["accuracy"] == so_far]
-    axes.step(
-        [row["kB_up"] for row in frontier],
-        [row["accuracy"] for row in frontier],
-        where="post",
-        color=COLORS[7],
-        linewidth=1,
-    )
-    for row in rows:
-        on_it = row in frontier
-        axes.plot(row["kB_up"], row["accuracy"], "o", color=COLORS[0 if on_it else 5], markersize=5)
+    sent, accuracy = (np.array([row[name] for row in rows]) for name in ("kB_up", "accuracy"))
+    is_best = accuracy >= np.maximum.accumulate(accuracy)
+    axes.step(sent[is_best], accuracy[is_best], where="post", color=COLORS[7], linewidth=1)
+    for number, row in enumerate(rows, 1):
+        # Numbers in turn above and below, where many are alike.
+        above = number % 2 == 1
+        axes.plot(
+            *(sent[number - 1], accuracy[number - 1], "o"),
+            color=COLORS[0 if is_best[number - 1] else 5],
+            markersize=5,
+            label=f"{number}  {row['compressor']}",
+        )
         axes.annotate(
-            row["compressor"],
-            (row["kB_up"], row["accuracy"]),
-            xytext=(4, 4 if on_it else -9),
+            str(number),
+            (sent[number - 1], accuracy[number - 1]),
+            xytext=(0, 5 if above else -5),
             textcoords="offset points",
+            ha="center",
+            va="bottom" if above else "top",
             fontsize=7,
         )
     axes.set(xscale="log", xlabel="kB that a client sends in a round", ylabel="accuracy")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
     save(axes, path)
 
 
@@ -158,7 +161,7 @@ def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--compressor", nargs="+", choices=COMPRESSORS, default=list(COMPRESSORS))
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--small", action="store_true", help="time a round of two clients")
     parser.add_argument("--json", action="store_true", help="print one JSON object per compressor")
     parser.add_argument("--plot", type=Path, help="where to write a picture")

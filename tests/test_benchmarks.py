@@ -42,6 +42,21 @@ def test_what_is_compiled_ahead_of_time_has_a_row_for_each_target():
             assert {(name, target, 1), (name, target, 8)} <= asked
 
 
+def test_compressors_have_a_row_each_and_a_picture(tmp_path):
+    picture = tmp_path / "frontier.svg"
+    options = ["--compressor", "none", "drive_ef", "--rounds", "1", "--small", "--json"]
+    command = [sys.executable, "-m", "benchmarks.compression", *options, "--plot", str(picture)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    _, plain, few = (json.loads(line) for line in ended.stdout.splitlines())
+    assert [plain["compressor"], few["compressor"]] == ["none", "drive_ef"]
+    num_params = 64 * 64 + 64 + 64 * 10 + 10
+    assert plain["kB_up"] == plain["kB_down"] == few["kB_down"] == 4 * num_params / 1000
+    assert few["kB_up"] == round((2**13 + 32) / 8 / 1000, 3)
+    assert few["round_s"] > 0
+    assert plain["accuracy"] > 0.1
+    assert "<path" in picture.read_text()
+
+
 def test_asynchrony_is_measured():
     from benchmarks import asynchrony
 
