@@ -283,12 +283,15 @@ class Guarantees(NamedTuple):
       is_private: Whether noise is added to the aggregate, in proportion to what one client can
         change. There must then be a bound of that, clients send nothing else, and no round is
         skipped.
+      modulus_bits: The number of bits b, if its update is integers modulo 2^b, which are added up
+        as they are; `None` if it is floats.
     """
 
     sensitivity: Any = None
     max_weight: Any = None
     is_masked: bool = False
     is_private: bool = False
+    modulus_bits: int | None = None
 
 
 class Received(NamedTuple):
@@ -299,7 +302,8 @@ class Received(NamedTuple):
       statistics: The sum over clients of what the transform sent beside.
       sensitivity: Upper bound of the L2 norm by which one client can change the aggregate, who is
         there or not; a number that may be traced, or `None` if there is none.
-      weights: `[clients]`, the weights of the cohort's clients, 0 of those who are left out.
+      weights: `[clients]`, the weights of the cohort's clients, 0 of those who are left out. A
+        server half that cannot read the aggregate sets all of them to 0: the round is skipped.
       cohort: The cohort, without examples.
     """
 

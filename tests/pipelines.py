@@ -21,7 +21,14 @@ PIPELINES = {
     # Privacy.
     # Secure aggregation.
     "fixed_point": lambda x: {
-        "pipeline": fl.fixed_point(2.0**10 * x),
+        "pipeline": fl.fixed_point(0.2 * x, 4.0, num_bits=12, modulus_bits=16),
+        "reducer": fl.modular_sum(),
+    },
+    "secure_aggregation": lambda x: {
+        "pipeline": fl.chain(
+            fl.fixed_point(1.0, 4.0, rounding="nearest", denominator=20.0 * x),
+            fl.secure_aggregation(4, threshold=0.1, dropout_rate=0.2, masks=True),
+        ),
         "reducer": fl.modular_sum(),
     },
 }

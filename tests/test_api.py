@@ -165,7 +165,7 @@ NAMES = {
     "tune_lanes": ["build", "key", "state", "cohort", "candidates", "repeats"],
     "Checkpoints": ["folder", "every", "keep", "settings"],
     "Client": ["id", "num_examples", "num_steps", "entry", "key"],
-    "Guarantees": ["sensitivity", "max_weight", "is_masked", "is_private"],
+    "Guarantees": ["sensitivity", "max_weight", "is_masked", "is_private", "modulus_bits"],
     "LocalState": [
         *("params", "model_state", "opt_state", "loss", "num_examples", "num_steps"),
     ],
@@ -177,8 +177,13 @@ NAMES = {
     "coordinate_median": [],
     "downlink": ["transform"],
     "error_feedback": ["transform"],
-    "fixed_point": ["scale"],
+    "fixed_point": [
+        *("max_value", "max_weight", "num_bits", "modulus_bits", "rounding", "denominator"),
+    ],
     "modular_sum": [],
+    "secure_aggregation": [
+        *("num_neighbours", "threshold", "dropout_rate", "modulus_bits", "masks"),
+    ],
     "weighted_mean": ["denominator"],
     "ClientEvaluation": ["clients", "num_examples", "pooled"],
     "ClientResult": [

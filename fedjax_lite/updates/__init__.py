@@ -6,14 +6,11 @@ for the server; `chain` composes them.
 
 from fedjax_lite.updates.clipping import cap_weight, clip_by_norm
 from fedjax_lite.updates.feedback import error_feedback
+from fedjax_lite.updates.fixed_point import fixed_point, modular_sum
 from fedjax_lite.updates.pipeline import chain, downlink
 from fedjax_lite.updates.quantization import quantize_uniform
-from fedjax_lite.updates.reducers import (
-    coordinate_median,
-    fixed_point,
-    modular_sum,
-    weighted_mean,
-)
+from fedjax_lite.updates.reducers import coordinate_median, weighted_mean
+from fedjax_lite.updates.secure_aggregation import secure_aggregation
 
 __all__ = [
     "cap_weight",
@@ -25,5 +22,6 @@ __all__ = [
     "fixed_point",
     "modular_sum",
     "quantize_uniform",
+    "secure_aggregation",
     "weighted_mean",
 ]
