@@ -1,6 +1,5 @@
 """Updates as integers of so many bits, which add up without loss and can be masked."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from fedjax_lite.base import (
     UpdateTransform,
 )
 from fedjax_lite.updates.pipeline import unmasked
-from fedjax_lite.xla.precision import widen
+from fedjax_lite.xla.precision import squared_norm, widen
 
 
 def fixed_point(
@@ -120,8 +119,8 @@ def fixed_point(
             weight=weight * (max_weight / largest),
             metrics={
                 "bits_up": jnp.asarray(bits_up, float),
-                "elements_above": _count(x > max_value for x in leaves),
-                "elements_below": _count(-x > max_value for x in leaves),
+                "elements_above": _count([x > max_value for x in leaves]),
+                "elements_below": _count([-x > max_value for x in leaves]),
             },
         )
 
@@ -179,8 +178,9 @@ def fixed_point(
     return UpdateTransform(init, client, server, guarantees=guarantees, announce=announce)
 
 
-def _count(conditions: Iterable[jax.Array]) -> jax.Array:
-    return jnp.asarray(sum(jnp.sum(x, dtype=jnp.int32) for x in conditions), float)
+def _count(conditions: list[jax.Array]) -> jax.Array:
+    # Ones and zeros are their own squares, and these are added up fast.
+    return squared_norm([x.astype(float) for x in conditions])
 
 
 def to_ring(x: jax.Array, modulus_bits: int) -> jax.Array:
