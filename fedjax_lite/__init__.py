@@ -57,6 +57,7 @@ from fedjax_lite.runs import (
     sweep,
     train,
 )
+from fedjax_lite.samplers import durations
 from fedjax_lite.updates import *  # noqa: F403
 from fedjax_lite.xla import UnconfiguredCPUWarning, clients_mesh, configure_cpu, replicate
 
@@ -96,6 +97,7 @@ __all__ = [
     "cohort_of",
     "configure_cpu",
     "data",
+    "durations",
     "evaluate",
     "evaluate_clients",
     "evaluate_fine_tuned",

@@ -186,6 +186,7 @@ class Client(NamedTuple):
       entry: What it kept from the last round that it took part in, or
         `ClientUpdate.entry(server)` before its first; `()` if clients keep nothing.
       key: A typed key of its own for this round.
+      staleness: How many rounds old the params are that it starts from, int32 scalar.
     """
 
     id: jax.Array
@@ -193,6 +194,7 @@ class Client(NamedTuple):
     num_steps: jax.Array
     entry: PyTree
     key: jax.Array
+    staleness: Any = 0
 
 
 class ClientResult(NamedTuple):
@@ -305,6 +307,8 @@ class Received(NamedTuple):
       weights: `[clients]`, the weights of the cohort's clients, 0 of those who are left out. A
         server half that cannot read the aggregate sets all of them to 0: the round is skipped.
       cohort: The cohort, without examples.
+      drift: `drift() -> aggregate`, what an additive reducer makes, in place of the updates, of how
+        far the server's params have moved from those that each client started from.
     """
 
     aggregate: PyTree
@@ -312,6 +316,7 @@ class Received(NamedTuple):
     sensitivity: Any = None
     weights: Any = None
     cohort: Any = None
+    drift: Any = None
 
 
 def _nothing_known(before: Guarantees, state: PyTree) -> Guarantees:

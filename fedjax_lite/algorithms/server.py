@@ -1,6 +1,7 @@
 """The server's half of a round, and what makes it an algorithm."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Literal, Unpack
 
@@ -30,7 +31,7 @@ from fedjax_lite.engine.execution import Execution
 from fedjax_lite.engine.file_store import around_files
 from fedjax_lite.engine.runner import ON_NONFINITE, run_clients
 from fedjax_lite.engine.store import STORES, create_store
-from fedjax_lite.engine.waves import Versions
+from fedjax_lite.engine.waves import CohortResult, Versions
 from fedjax_lite.models.model import Model
 from fedjax_lite.updates.pipeline import announced, check_reducer, first_entry, send_through
 from fedjax_lite.updates.reducers import weighted_mean
@@ -260,6 +261,7 @@ def federated_algorithm(
             if pipeline.broadcast is not None:
                 params, bits_down = pipeline.broadcast(key_server, shown, server.params)
                 received = dataclasses.replace(received, params=params)
+        versions = _read_versions(state, cohort, num_versions)
         stores = state.store if pipeline is None else (state.store, state.pipeline_store)
         result = run_clients(
             client_update,
@@ -268,7 +270,7 @@ def federated_algorithm(
             key,
             batching=adapt_batch_size(cohort, batching, batch_size),
             store=stores,
-            versions=_read_versions(state, cohort, num_versions),
+            versions=versions,
             frozen=state.frozen,
             last_aggregate=state.last_aggregate,
             on_nonfinite=options["on_nonfinite"],
@@ -302,6 +304,7 @@ def federated_algorithm(
                 reducer.sensitivity(bounds),
                 result.clients["weight"],
                 without_examples,
+                functools.partial(_drift, server, versions, reducer, result, weight),
             )
             sent, pipeline_state, told = pipeline.server(key_server, server.pipeline_state, sent)
             _validate.instance("what the server half of the pipeline returned", sent, Received)
@@ -366,7 +369,33 @@ def _read_versions(state: ServerState, cohort: Cohort, number: int) -> Versions 
         )
     # None is older than the first one, nor than those that are kept.
     age = jnp.clip(cohort.staleness, 0, jnp.minimum(number - 1, state.round))
-    return Versions(state.versions, (state.round - age) % number)
+    return Versions(state.versions, (state.round - age) % number, age)
+
+
+def _drift(
+    server: ServerState,
+    versions: Versions | None,
+    reducer: Reducer,
+    result: CohortResult,
+    weight: jax.Array,
+) -> PyTree:
+    """What `Received.drift` returns."""
+    if versions is None:
+        return optax.tree.zeros_like(server.params)
+    if reducer.finish is None:
+        raise ValueError(
+            "reducer looks at single updates, and the pipeline asks for a mean of where clients"
+            " started; choose one that adds up, such as fl.weighted_mean()."
+        )
+    past, weights = versions.fields["params"], result.clients["weight"]
+    number = jax.tree.leaves(past)[0].shape[0]
+    of_versions = jnp.zeros(number, weights.dtype).at[versions.places].add(weights)
+    moved = jax.tree.map(
+        lambda new, old: of_versions.sum() * new - jnp.tensordot(of_versions, old, 1),
+        server.params,
+        past,
+    )
+    return reducer.finish(moved, weight)
 
 
 def _write_version(state: ServerState, after: ServerState, number: int) -> PyTree:

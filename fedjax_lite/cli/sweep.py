@@ -241,7 +241,8 @@ def _run(runs: Sequence[Settings]) -> list[fl.History]:
 
     def algorithm(**numbers: Any) -> fl.FederatedAlgorithm:
         by_place = {tuple(name.split(".")): number for name, number in numbers.items()}
-        return algorithm_of(with_numbers(built.calls, by_place), built.settings, built.model)
+        calls = with_numbers(built.calls, by_place)
+        return algorithm_of(calls, built.settings, built.model, built.sampler)
 
     numbers = {
         ".".join(at): np.array([numbers[at] for numbers in of_runs], np.float32) for at in varying

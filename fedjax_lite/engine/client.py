@@ -61,6 +61,7 @@ class Trainee(NamedTuple):
       keys: Its keys of this round `[3]`, by purpose.
       entry: What it kept.
       received: Fields of what the server broadcasts that it starts from in place of the newest.
+      staleness: How many rounds old these are, int32.
     """
 
     slot: Slot
@@ -68,13 +69,15 @@ class Trainee(NamedTuple):
     keys: jax.Array
     entry: PyTree
     received: dict[str, PyTree]
+    staleness: jax.Array
 
     @property
     def client(self) -> Client:
         """What a client update sees of it."""
         slot = self.slot
         return Client(
-            slot.id, slot.num_examples, self.num_steps, self.entry, self.keys[..., KEY_INIT]
+            *(slot.id, slot.num_examples, self.num_steps, self.entry),
+            *(self.keys[..., KEY_INIT], self.staleness),
         )
 
 

@@ -45,23 +45,25 @@ class Versions(NamedTuple):
     Attributes:
       fields: By name of a field of what the server broadcasts, arrays `[versions, ...]`.
       places: Which version each client reads, int32 `[clients]`.
+      staleness: How many rounds old that is, int32 `[clients]`.
     """
 
     fields: dict[str, PyTree]
     places: jax.Array
+    staleness: jax.Array
 
 
 def schedule(
     cohort: Cohort, num_steps: jax.Array, table: jax.Array, versions: Versions | None = None
 ) -> jax.Array:
-    """What is to be known of the clients in a table of slots, int32 `[waves, lanes, 4 or 5]`.
+    """What is to be known of the clients in a table of slots, int32 `[waves, lanes, 4 or 6]`.
 
-    Id, number of examples, offset, number of steps, and version if there are several: one array, of
-    which a wave reads one row, and not four.
+    Id, number of examples, offset, number of steps, and version and staleness if there are several
+    versions: one array, of which a wave reads one row, and not four.
     """
     fields = [cohort.client_ids, cohort.num_examples, cohort.offsets, num_steps]
     if versions is not None:
-        fields.append(versions.places)
+        fields += [versions.places, versions.staleness]
     # A slot that is none takes no step.
     return jnp.stack(fields, 1).at[table].get(mode="fill", fill_value=0)
 
@@ -75,7 +77,8 @@ def _trainee(
     keys = client_key(key, client_id[..., None], purposes)
     received = {} if versions is None else read(versions.fields, version[0])
     slot = Slot(client_id, num_examples, offset)
-    return Trainee(slot, num_steps, keys, read(store, place), received)
+    staleness = version[1] if version else jnp.zeros_like(num_steps)
+    return Trainee(slot, num_steps, keys, read(store, place), received, staleness)
 
 
 def _repeat(

@@ -130,8 +130,8 @@ def build(settings: Settings, datasets: tuple[FederatedDataset, ...] | None = No
         calls = calls._replace(model=_default_model(loaded))
     calls = calls._replace(model=_with_vocabulary(calls.model, calls.dataset))
     model = _model(calls.model, loaded)
-    algorithm = algorithm_of(calls, settings, model)
     sampler, calls = _sampler(settings, calls, loaded)
+    algorithm = algorithm_of(calls, settings, model, sampler)
     metrics = _metrics(calls, loaded)
     on_device = replicate({name: jnp.asarray(x) for name, x in loaded.examples.items()})
 
@@ -181,7 +181,9 @@ def _server_has_all(model: Model, algorithm: FederatedAlgorithm) -> bool:
     return shapes[0] == shapes[1]
 
 
-def algorithm_of(calls: Calls, settings: Settings, model: Model) -> FederatedAlgorithm:
+def algorithm_of(
+    calls: Calls, settings: Settings, model: Model, sampler: Sampler
+) -> FederatedAlgorithm:
     """The algorithm, in whose calls numbers may be traced."""
     if isinstance(calls.algorithm, FederatedAlgorithm):
         return calls.algorithm
@@ -190,6 +192,7 @@ def algorithm_of(calls: Calls, settings: Settings, model: Model) -> FederatedAlg
         "client_optimizer": _client_optimizer(calls.client_optimizer),
         "server_optimizer": _made("server_optimizer", calls.server_optimizer),
         "lanes": settings.lanes,
+        "max_staleness": sampler.max_staleness,
     }
     updates = calls.updates
     if isinstance(updates, list):
@@ -312,7 +315,8 @@ def _sampler(settings: Settings, calls: Calls, loaded: Loaded) -> tuple[Sampler,
             call = call.with_arguments(rate=size / num_clients)
             call = expressions.complete(call, ROLES["sampler"].known)
             calls = calls._replace(sampler=call)
-    sampler = _made("sampler", call, {"num_clients": num_clients, "num_examples": sizes})
+    known = {"num_clients": num_clients, "num_examples": sizes, "num_rounds": settings.rounds}
+    sampler = _made("sampler", call, known)
     _validate.instance("what sampler returned", sampler, samplers.Sampler)
     return sampler, calls
 

@@ -332,10 +332,10 @@ def build(role: Role, call: Call, known: Mapping[str, Any] | None = None) -> Any
     """
     parameters = call.parameters
     filled = {name: value for name, value in (known or {}).items() if name in parameters}
-    arguments = {name: _built(role, value) for name, value in call.arguments.items()}
+    arguments = {name: _built(role, value, known) for name, value in call.arguments.items()}
     arguments = {**filled, **arguments}
     check_required(role, call, arguments)
-    more = [_built(role, value) for value in call.more]
+    more = [_built(role, value, known) for value in call.more]
     try:
         return call.function(*more, **arguments)
     except Exception as error:
@@ -349,13 +349,13 @@ def build(role: Role, call: Call, known: Mapping[str, Any] | None = None) -> Any
         raise
 
 
-def _built(role: Role, value: Any) -> Any:
+def _built(role: Role, value: Any, known: Mapping[str, Any] | None) -> Any:
     if isinstance(value, Call):
-        return build(role, value)
+        return build(role, value, known)
     if isinstance(value, (tuple, list)):
-        return type(value)(_built(role, one) for one in value)
+        return type(value)(_built(role, one, known) for one in value)
     if isinstance(value, dict):
-        return {name: _built(role, one) for name, one in value.items()}
+        return {name: _built(role, one, known) for name, one in value.items()}
     return value
 
 

@@ -13,6 +13,7 @@ from fedjax_lite.base import FederatedAlgorithm, Reducer, UpdateTransform
 from fedjax_lite.data import partition
 from fedjax_lite.evaluation import metrics
 from fedjax_lite.experiments.expressions import Role, Table
+from fedjax_lite.samplers import durations
 
 
 def _functions(module: ModuleType, *left_out: str) -> dict[str, Callable[..., Any]]:
@@ -69,6 +70,7 @@ def _role(setting: str, table: Table, plural: str, *known: str) -> Role:
     return Role(setting, table, plural, frozenset(known))
 
 
+_SAMPLERS = _functions(samplers)
 _WITHOUT_A_MODEL = ("gaussian_mixture", "k_means")
 _OPTIMIZERS_AND_SCHEDULES = {**OPTIMIZERS, **SCHEDULES}
 ROLES: Mapping[str, Role] = {
@@ -89,18 +91,27 @@ ROLES: Mapping[str, Role] = {
             _returning(FederatedAlgorithm, algorithms, *_WITHOUT_A_MODEL, "federated_algorithm"),
             "algorithms",
             *("model", "client_optimizer", "server_optimizer", "pipeline", "reducer"),
-            *("lanes", "mesh"),
+            *("lanes", "mesh", "max_staleness"),
         ),
         _role("client_optimizer", _OPTIMIZERS_AND_SCHEDULES, "optimizers"),
         _role("server_optimizer", _OPTIMIZERS_AND_SCHEDULES, "optimizers"),
         _role("updates", _returning(UpdateTransform, updates, "chain"), "updates"),
         _role("reducer", _returning(Reducer, updates), "reducers"),
-        _role("sampler", _functions(samplers), "samplers", "num_clients", "num_examples"),
+        _role(
+            "sampler",
+            {**_SAMPLERS, **_functions(durations)},
+            "samplers",
+            *("num_clients", "num_examples", "num_rounds"),
+        ),
         _role("metrics", _functions(metrics, "mean"), "metrics", "num_classes"),
     )
 }
 LISTED: Mapping[str, Role] = {
     **{role.plural: role for role in ROLES.values()},
+    "samplers": _role(
+        "sampler", _SAMPLERS, "samplers", "num_clients", "num_examples", "num_rounds"
+    ),
+    "durations": _role("sampler", _functions(durations), "durations"),
     "optimizers": _role("client_optimizer", OPTIMIZERS, "optimizers"),
     "schedules": _role("client_optimizer", SCHEDULES, "schedules"),
 }

@@ -66,6 +66,8 @@ def identify(
     identity |= forms(state)
     for name in ("scheme", "num_clients", "capacity", "rate", "num_groups"):
         identity[f"sampler.{name}"] = getattr(sampler, name)
+    if sampler.schedule is not None:
+        identity["sampler.schedule"] = digest(vars(sampler.schedule))
     identity["population.num_clients"] = population.num_clients
     if not isinstance(population, GeneratedPopulation):
         offsets = np.asarray(population.offsets, np.int64)

@@ -6,7 +6,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,8 +56,8 @@ class Ledger:
         if self._on_resume is not None:
             self._on_resume(history)
 
-    def add_round(self, round: int, info: RoundInfo, num_dropped: jax.Array) -> None:
-        metrics = numbers_of(info, num_dropped)
+    def add_round(self, round: int, info: RoundInfo, selected: Mapping[str, jax.Array]) -> None:
+        metrics = numbers_of(info, selected)
         self._add(metrics, functools.partial(self._record_round, round, info))
         self.settle(_ROUNDS_AHEAD)
 
@@ -87,7 +87,7 @@ class Ledger:
         self._pending.append(arrive)
 
     def _record_round(self, round: int, info: RoundInfo, numbers: Row) -> None:
-        row = {"round": round, **numbers}
+        row = with_clock({"round": round, **numbers}, self.history.rounds)
         self.history.rounds.append(row)
         if not self._has_warned and "loss" in info.clients and not row["skipped"]:
             self._has_warned = self._warn(row, info)
@@ -149,9 +149,17 @@ def without_extras(state: ServerState) -> ServerState:
     )
 
 
-def numbers_of(info: RoundInfo, num_dropped: jax.Array) -> dict[str, jax.Array]:
+def with_clock(row: Row, before: Sequence[Row]) -> Row:
+    """The row of a round with the simulated clock, if the sampler tells how long rounds take."""
+    if "round_seconds" not in row:
+        return row
+    begun = before[-1]["wall_clock"] if before else 0.0
+    return {**row, "wall_clock": begun + row["round_seconds"]}
+
+
+def numbers_of(info: RoundInfo, selected: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """What a row of `History.rounds` is made of."""
-    numbers = {**vars(info), **info.metrics, "num_dropped": num_dropped}
+    numbers = {**vars(info), **info.metrics, **selected}
     del numbers["clients"], numbers["metrics"]
     for way in ("down", "up"):
         numbers[f"bytes_{way}"] = jnp.ceil(info.clients[f"bits_{way}"].sum() / 8)

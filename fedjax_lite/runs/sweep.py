@@ -13,8 +13,8 @@ from jax.typing import ArrayLike
 from fedjax_lite import _validate
 from fedjax_lite.base import FederatedAlgorithm, PyTree, ServerState
 from fedjax_lite.data.population import Population
-from fedjax_lite.runs.ledger import flatten, numbers_of
-from fedjax_lite.runs.step import play_round
+from fedjax_lite.runs.ledger import flatten, numbers_of, with_clock
+from fedjax_lite.runs.step import check_length, play_round
 from fedjax_lite.runs.stopping import History, Row
 from fedjax_lite.samplers import Sampler
 from fedjax_lite.xla.mesh import AXIS, clients_mesh
@@ -91,6 +91,7 @@ def sweep(
     if lanes is not None:
         lanes = _validate.integer("lanes", lanes, minimum=1)
     num_rounds = _validate.integer("num_rounds", num_rounds, minimum=0)
+    check_length(sampler, num_rounds)
     eval_every = _validate.integer("eval_every", eval_every, minimum=1)
     _validate.key("keys", keys, single=False)
     hosted = [np.asarray(values) for values in (numbers or {}).values()]
@@ -149,8 +150,8 @@ def _program(
         keys = (key_sampler, key_rounds)
 
         def round(state: ServerState, _: None) -> tuple[ServerState, PyTree]:
-            state, info, num_dropped = play_round(algorithm, sampler, keys, state, population)
-            return state, numbers_of(info, num_dropped)
+            state, info, selected = play_round(algorithm, sampler, keys, state, population)
+            return state, numbers_of(info, selected)
 
         def leg(state: ServerState, num_rounds: int) -> tuple[ServerState, PyTree]:
             """Rounds up to the next evaluation, and that one."""
@@ -202,8 +203,8 @@ def _zip(*trees: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def _rows(columns: Mapping[str, np.ndarray], rounds: Iterable[int]) -> list[Row]:
-    return [
-        {"round": round, **{name: x[i].tolist() for name, x in columns.items()}}
-        for i, round in enumerate(rounds)
-        if columns
-    ]
+    rows: list[Row] = []
+    for i, round in enumerate(rounds if columns else ()):
+        row = {"round": round, **{name: x[i].tolist() for name, x in columns.items()}}
+        rows.append(with_clock(row, rows))
+    return rows

@@ -25,7 +25,7 @@ from fedjax_lite.runs.identity import identify
 from fedjax_lite.runs.interrupts import first_signal
 from fedjax_lite.runs.ledger import Ledger, trained, without_extras
 from fedjax_lite.runs.result import InterruptedTraining, TrainResult
-from fedjax_lite.runs.step import Carry, Keys, build_step, draw
+from fedjax_lite.runs.step import Carry, Keys, build_step, check_length, draw
 from fedjax_lite.runs.stopping import History, Row, StopRule
 from fedjax_lite.samplers import Sampler
 from fedjax_lite.xla.memory import memory_errors
@@ -135,6 +135,7 @@ def train(
     example = "fl.fed_avg(model, optax.sgd(0.1))"
     _validate.instance("algorithm", algorithm, FederatedAlgorithm, example)
     _validate.instance("sampler", sampler, Sampler, "fl.samplers.uniform(num_clients, 10)")
+    check_length(sampler, num_rounds)
     if state is not None:
         _validate.instance("state", state, ServerState, "algorithm.init(key)")
     if callable(stop):
@@ -269,10 +270,10 @@ class _Run:
         """The source of the next round, whose clients' entries are fetched if they lie in files."""
         if not self.courier:
             return source
-        cohort, num_dropped = source
+        cohort, selected = source
         state, cohort = self.courier.fetch(self.carry.state, cohort)
         self.carry = self.carry._replace(state=state)
-        return cohort, num_dropped
+        return cohort, selected
 
     def advance(self, source: Any) -> None:
         """One more round."""
@@ -281,11 +282,11 @@ class _Run:
             # Ahead of the call, which on a CPU may run the round before it returns.
             self.step.lower(self.carry, self.keys, source).compile()
             self.compiled = time.perf_counter()
-        self.carry, info, num_dropped = self.step(self.carry, self.keys, source)
+        self.carry, info, selected = self.step(self.carry, self.keys, source)
         if self.courier:
             self.courier.bring(self.carry.state, source[0])
         self.done += 1
-        self.ledger.add_round(self.done, info, num_dropped)
+        self.ledger.add_round(self.done, info, selected)
 
     def state(self) -> ServerState:
         """The state after the last round."""

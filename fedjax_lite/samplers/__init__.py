@@ -21,20 +21,35 @@ independent draws. Where clients keep something between rounds, draw without rep
 """
 
 from fedjax_lite.samplers._select import Sampler, Selection
+from fedjax_lite.samplers.asynchronous import Schedule, fed_buff
 from fedjax_lite.samplers.by_chance import poisson, uniform
 from fedjax_lite.samplers.by_turn import cyclic, everyone, minimise_reuse, round_robin, sequential
 from fedjax_lite.samplers.by_weight import importance, weighted
+from fedjax_lite.samplers.stragglers import (
+    by_day_and_night,
+    dropping_out,
+    over_selected,
+    timed,
+    timed_out,
+)
 
 __all__ = [
     "Sampler",
+    "Schedule",
     "Selection",
+    "by_day_and_night",
     "cyclic",
+    "dropping_out",
     "everyone",
+    "fed_buff",
     "importance",
     "minimise_reuse",
+    "over_selected",
     "poisson",
     "round_robin",
     "sequential",
+    "timed",
+    "timed_out",
     "uniform",
     "weighted",
 ]

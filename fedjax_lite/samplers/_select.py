@@ -28,11 +28,20 @@ class Selection(NamedTuple):
         estimate of the sum over the population (Horvitz and Thompson, 1952), as long as
         `num_dropped` is zero.
       num_dropped: How many more clients were chosen than there are slots, int32 scalar.
+      max_steps: `[capacity]`, int32, the most local steps that each takes; `None` if nothing bounds
+        them.
+      staleness: `[capacity]`, int32, how many rounds old the params are that each starts from;
+        `None` if all start from the newest.
+      metrics: Scalars by name that records have beside those of the round, such as
+        `round_seconds`, which add up to the simulated clock `wall_clock`.
     """
 
     client_ids: jax.Array
     probabilities: jax.Array
     num_dropped: jax.Array
+    max_steps: jax.Array | None = None
+    staleness: jax.Array | None = None
+    metrics: dict[str, jax.Array] = {}  # noqa: RUF012, which no one changes
 
     def __repr__(self) -> str:
         return record(self, self._asdict())
@@ -54,6 +63,11 @@ class Sampler(NamedTuple):
         where it is traced or varies from round to round.
       num_groups: A client may take part in one of so many rounds; 1 unless the sampler is
         `cyclic`.
+      max_staleness: The largest staleness that can occur, for which an algorithm is built with
+        `max_staleness`.
+      num_rounds: How many rounds there are; of later ones, all slots are empty. `None` if there is
+        no end.
+      schedule: Who trains when, if that is computed before.
     """
 
     select: Callable[[jax.Array, ArrayLike], Selection]
@@ -62,6 +76,9 @@ class Sampler(NamedTuple):
     scheme: str | None = None
     rate: float | None = None
     num_groups: int = 1
+    max_staleness: int = 0
+    num_rounds: int | None = None
+    schedule: Any = None
 
 
 class Choice(NamedTuple):

@@ -11,6 +11,12 @@ from fedjax_lite.updates.pipeline import chain, downlink
 from fedjax_lite.updates.quantization import quantize_uniform
 from fedjax_lite.updates.reducers import coordinate_median, weighted_mean
 from fedjax_lite.updates.secure_aggregation import secure_aggregation
+from fedjax_lite.updates.staleness import (
+    hinge_staleness,
+    mix_models,
+    polynomial_staleness,
+    threshold_staleness,
+)
 
 __all__ = [
     "cap_weight",
@@ -20,8 +26,12 @@ __all__ = [
     "downlink",
     "error_feedback",
     "fixed_point",
+    "hinge_staleness",
+    "mix_models",
     "modular_sum",
+    "polynomial_staleness",
     "quantize_uniform",
     "secure_aggregation",
+    "threshold_staleness",
     "weighted_mean",
 ]

@@ -1,0 +1,244 @@
+"""How long clients take: distributions of simulated seconds.
+
+Of one that is `per_example`, what it gives is multiplied with the client's number of examples. If
+it is `persistent`, a client takes as long in every round, as a slow device does; else it is drawn
+anew.
+
+>>> import jax, jax.numpy as jnp
+>>> slow_and_fast = log_normal(1.0, persistent=True)
+>>> keys = jax.random.split(jax.random.key(0), 2)
+>>> seconds = [slow_and_fast.seconds(key, jnp.int32(7), jnp.int32(20)) for key in keys]
+>>> bool(seconds[0] == seconds[1])
+True
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from fedjax_lite import _validate
+from fedjax_lite.xla import random
+
+_PERSISTENT = 0x5EC0  # The seed of what a client draws once and for all.
+
+
+__all__ = [
+    "Durations",
+    "constant",
+    "exponential",
+    "half_normal",
+    "log_normal",
+    "normal",
+    "of_devices",
+    "uniform_between",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class Durations(NamedTuple):
+    """How long clients take.
+
+    Attributes:
+      seconds: `seconds(key, client_id, num_examples) -> seconds`, not negative, float32 scalar, for
+        one client that trains with a typed key of its own; a pure function.
+    """
+
+    seconds: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def constant(seconds: float = 1.0, *, per_example: bool = False) -> Durations:
+    """The same for all clients, or for all examples.
+
+    Args:
+      seconds: How long, positive.
+      per_example: See the module.
+
+    Raises:
+      ValueError: `seconds` is not positive.
+    """
+    seconds = _validate.number("seconds", seconds, positive=True)
+    return _drawn(lambda key: jnp.full((), seconds, jnp.float32), per_example, persistent=False)
+
+
+def uniform_between(
+    least: float, most: float, *, per_example: bool = False, persistent: bool = False
+) -> Durations:
+    """Uniform between two bounds.
+
+    Args:
+      least: The lower bound, not negative.
+      most: The upper bound, above `least`.
+      per_example: See the module.
+      persistent: See the module.
+
+    Raises:
+      ValueError: A bound is out of range.
+    """
+    least, most = _validate.number("least", least), _validate.number("most", most)
+    if not least < most:
+        raise ValueError(f"most is {most}, beside least {least}; choose a number above it.")
+    return _drawn(
+        lambda key: jax.random.uniform(key, (), jnp.float32, least, most), per_example, persistent
+    )
+
+
+def exponential(
+    mean: float = 1.0, *, per_example: bool = False, persistent: bool = False
+) -> Durations:
+    """Exponential.
+
+    Args:
+      mean: The mean, positive.
+      per_example: See the module.
+      persistent: See the module.
+
+    Raises:
+      ValueError: `mean` is not positive.
+    """
+    mean = _validate.number("mean", mean, positive=True)
+    return _drawn(
+        lambda key: mean * jax.random.exponential(key, (), jnp.float32), per_example, persistent
+    )
+
+
+def normal(
+    mean: float, std: float, *, per_example: bool = False, persistent: bool = False
+) -> Durations:
+    """Normal, and zero where that is negative.
+
+    Args:
+      mean: The mean, not negative, of the normal distribution.
+      std: Its standard deviation, positive.
+      per_example: See the module.
+      persistent: See the module.
+
+    Raises:
+      ValueError: A number is out of range.
+    """
+    mean, std = _validate.number("mean", mean), _validate.number("std", std, positive=True)
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jnp.maximum(mean + std * jax.random.normal(key, (), jnp.float32), 0)
+
+    return _drawn(draw, per_example, persistent)
+
+
+def half_normal(
+    std: float, least: float = 0.0, *, per_example: bool = False, persistent: bool = False
+) -> Durations:
+    r"""$t_{min} + |z|$ with $z$ normal of mean zero.
+
+    Source: Nguyen et al. (2022), "Federated Learning with Buffered Asynchronous Aggregation", whose
+    devices are of this kind.
+
+    Args:
+      std: The standard deviation of $z$, positive.
+      least: $t_{min}$, not negative.
+      per_example: See the module.
+      persistent: See the module.
+
+    Raises:
+      ValueError: A number is out of range.
+    """
+    std, least = _validate.number("std", std, positive=True), _validate.number("least", least)
+
+    def draw(key: jax.Array) -> jax.Array:
+        return least + std * jnp.abs(jax.random.normal(key, (), jnp.float32))
+
+    return _drawn(draw, per_example, persistent)
+
+
+def log_normal(
+    sigma: float, median: float = 1.0, *, per_example: bool = False, persistent: bool = False
+) -> Durations:
+    r"""$m \, e^{\sigma z}$ with $z$ standard normal.
+
+    Args:
+      sigma: $\sigma$, not negative.
+      median: The median $m$, positive.
+      per_example: See the module.
+      persistent: See the module.
+
+    Raises:
+      ValueError: A number is out of range.
+    """
+    sigma = _validate.number("sigma", sigma)
+    median = _validate.number("median", median, positive=True)
+
+    def draw(key: jax.Array) -> jax.Array:
+        return median * jnp.exp(sigma * jax.random.normal(key, (), jnp.float32))
+
+    return _drawn(draw, per_example, persistent)
+
+
+def of_devices(
+    seconds_per_example: ArrayLike,
+    *,
+    upload: ArrayLike = jnp.inf,
+    download: ArrayLike = jnp.inf,
+    bytes_up: float = 0.0,
+    bytes_down: float = 0.0,
+) -> Durations:
+    r"""As a trace of devices has them: $n_i c_i + b_\downarrow / d_i + b_\uparrow / u_i$.
+
+    Args:
+      seconds_per_example: $c_i$, `[clients]`, not negative, for all epochs of a round.
+      upload: $u_i$, bytes a second, positive, a number or `[clients]`; infinite by default.
+      download: $d_i$, likewise.
+      bytes_up: $b_\uparrow$, what a client sends in a round, such as `bytes_up` of a record divided
+        by the number of clients.
+      bytes_down: $b_\downarrow$, what it is sent.
+
+    Raises:
+      ValueError: An argument is out of range.
+
+    >>> import jax, jax.numpy as jnp
+    >>> devices = of_devices([0.5, 2.0], upload=100.0, bytes_up=300.0)
+    >>> float(devices.seconds(jax.random.key(0), jnp.int32(1), jnp.int32(10)))
+    23.0
+    """
+    each = np.asarray(seconds_per_example, np.float64)
+    rates = {"upload": np.asarray(upload, float), "download": np.asarray(download, float)}
+    if each.ndim != 1 or each.size == 0 or not (np.isfinite(each) & (each >= 0)).all():
+        raise ValueError(
+            f"seconds_per_example has shape {each.shape}; pass a finite number from 0 for each"
+            " client, [clients]."
+        )
+    for name, rate in rates.items():
+        if rate.shape not in ((), each.shape) or not (rate > 0).all():
+            raise ValueError(
+                f"{name} has shape {rate.shape}; pass a positive number, or one for each of the"
+                f" {each.size} clients."
+            )
+    sizes = _validate.number("bytes_up", bytes_up), _validate.number("bytes_down", bytes_down)
+    travel = sizes[0] / rates["upload"] + sizes[1] / rates["download"]
+    compute, travel = np.float32(each), np.broadcast_to(np.float32(travel), each.shape)
+
+    def seconds(key: jax.Array, client_id: jax.Array, num_examples: jax.Array) -> jax.Array:
+        del key
+        return jnp.asarray(compute)[client_id] * num_examples + jnp.asarray(travel)[client_id]
+
+    return Durations(seconds)
+
+
+def _drawn(
+    draw: Callable[[jax.Array], jax.Array], per_example: bool, persistent: bool
+) -> Durations:
+    """`draw(key)`, by the client's own key if it is persistent."""
+    _validate.choice("per_example", per_example, (True, False))
+    _validate.choice("persistent", persistent, (True, False))
+
+    def seconds(key: jax.Array, client_id: jax.Array, num_examples: jax.Array) -> jax.Array:
+        if persistent:
+            key = random.fold_in_pair(jax.random.key(_PERSISTENT), 0, client_id)
+        drawn = draw(key)
+        return drawn * num_examples if per_example else drawn
+
+    return Durations(seconds)

@@ -1,0 +1,372 @@
+"""Asynchronous training against an event-driven simulation, and rounds with stragglers."""
+
+import functools
+import heapq
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import SIZES, everyone, regression_dataset, regression_model
+
+import fedjax_lite as fl
+from fedjax_lite.samplers.asynchronous import _Candidates
+
+KEY = jax.random.key(3)
+RATE, SERVER_RATE = 0.05, 0.7
+START = {"w": np.array([0.5, -1.0, 2.0]), "b": np.array(0.25)}
+# With ties, and clients that take no time at all.
+SECONDS = np.array([1.0, 2.0, 1.0, 5.0, 2.0, 3.0, 1.0, 0.0, 8.0, 2.0])
+
+
+@pytest.fixture
+def in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@functools.cache
+def dataset():
+    return regression_dataset().map(lambda own: {k: np.asarray(v, float) for k, v in own.items()})
+
+
+def local_delta(client, params):
+    """Two epochs of full batches."""
+    w = params.copy()
+    x, y = dataset()[client]["x"], dataset()[client]["y"]
+    inputs = np.column_stack([x, np.ones(len(x))])
+    for _ in range(2 if len(x) else 0):
+        w -= RATE * inputs.T @ (inputs @ w - y) / len(x)
+    return params - w
+
+
+class Server:
+    """Takes updates one by one, as an event-driven simulator does."""
+
+    def __init__(self, buffer_size, discount, normalise, mixes):
+        self.params, self.version = np.append(START["w"], START["b"]), 0
+        self.buffer, self.buffer_size = [], buffer_size
+        self.discount, self.normalise, self.mixes = discount, normalise, mixes
+
+    def receive(self, client, version, started_from):
+        delta = local_delta(client, started_from)
+        if self.mixes:
+            delta = self.params - (started_from - delta)
+        weight = SIZES[client] * self.discount(self.version - version)
+        self.buffer.append((weight, delta))
+        if len(self.buffer) == self.buffer_size:
+            weights = np.array([weight for weight, _ in self.buffer])
+            total = sum(weight * delta for weight, delta in self.buffer)
+            by = {"weights": weights.sum(), "count": self.buffer_size, "none": 1}[self.normalise]
+            if weights.sum():
+                self.params = self.params - SERVER_RATE * total / by
+            self.version, self.buffer = self.version + 1, []
+            return True
+        return False
+
+
+def simulate(server, num_rounds, concurrency, arrivals, most, seed):
+    """The params after each step, by a heap of events."""
+    sizes = np.array(SIZES)
+    candidates = _Candidates(10, fl.durations.of_devices(SECONDS), sizes, seed)
+    events, order, busy, found = [], itertools.count(), set(), []
+
+    def start(now):
+        client, seconds = candidates.next(busy)
+        busy.add(client)
+        row = (now + seconds, 0, next(order), client, server.version, server.params.copy())
+        heapq.heappush(events, row)
+
+    if arrivals is None:
+        for _ in range(concurrency):
+            start(0.0)
+    else:
+        for i in range(1, 400):
+            heapq.heappush(events, (i * arrivals, 1, next(order), None, None, None))
+    due, last = 0, 0.0
+    while len(found) < num_rounds:
+        if due and (not events or events[0][0] > last):
+            # At one moment, all end before others start.
+            for _ in range(due):
+                start(last)
+            due = 0
+            continue
+        now, _, _, client, version, params = heapq.heappop(events)
+        last = now
+        if client is None:
+            if len(busy) < concurrency:
+                start(now)
+            continue
+        busy.discard(client)
+        due += arrivals is None
+        if most is not None and server.version - version > most:
+            continue
+        if server.receive(client, version, params):
+            found.append(server.params.copy())
+    return found
+
+
+CASES = {
+    # Concurrency, buffer, arrivals, the most staleness, weight by staleness, division, mixing.
+    "FedAsync": (6, 1, None, None, lambda s: (1 + s) ** -0.5, "none", True),
+    "FedBuff": (6, 3, None, None, lambda s: (1 + s) ** -0.5, "count", False),
+    "a buffer larger than the concurrency": (2, 5, None, None, lambda s: 1.0, "weights", False),
+    "everyone at once": (10, 3, None, None, lambda s: 1.0 if s <= 2 else 0.25, "none", False),
+    "arrivals, some too stale": (
+        4,
+        2,
+        0.75,
+        1,
+        lambda s: 1 / (2 * max(s - 1, 0) + 1),
+        "weights",
+        False,
+    ),
+}
+TRANSFORMS = {
+    "FedAsync": fl.polynomial_staleness(0.5),
+    "FedBuff": fl.polynomial_staleness(0.5),
+    "a buffer larger than the concurrency": fl.threshold_staleness(100),
+    "everyone at once": fl.threshold_staleness(2, 0.25),
+    "arrivals, some too stale": fl.hinge_staleness(2.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rounds_are_those_of_a_simulation_by_events(name, in_float64):
+    concurrency, buffer_size, arrivals, most, discount, normalise, mixes = CASES[name]
+    num_rounds = 12
+    sampler = fl.samplers.fed_buff(
+        10,
+        num_rounds,
+        concurrency=concurrency,
+        buffer_size=buffer_size,
+        durations=fl.durations.of_devices(SECONDS),
+        max_staleness=most,
+        num_examples=SIZES,
+        seed=4,
+        **({} if arrivals is None else {"arrivals": "constant", "rate": 1 / arrivals}),
+    )
+    denominator = {"weights": None, "count": float(buffer_size), "none": 1.0}[normalise]
+    transforms = [TRANSFORMS[name], *([fl.mix_models()] if mixes else [])]
+    algorithm = fl.fed_avg(
+        *(regression_model(), optax.sgd(RATE), optax.sgd(SERVER_RATE)),
+        batch_size=16,
+        num_epochs=2,
+        pipeline=fl.chain(*transforms),
+        reducer=fl.weighted_mean(denominator),
+        max_staleness=sampler.max_staleness,
+        mesh=fl.clients_mesh(min(2, jax.device_count())),
+        lanes=2,
+    )
+    server = Server(buffer_size, discount, normalise, mixes)
+    expected = simulate(server, num_rounds, concurrency, arrivals, most, seed=4)
+    population = dataset().resident(fl.clients_mesh(min(2, jax.device_count())))
+    state = algorithm.init(START)
+    seen = 0
+    for r in range(num_rounds):
+        chosen = sampler.select(KEY, r)
+        cohort = fl.cohort_of(population, chosen.client_ids, staleness=chosen.staleness)
+        state, _ = algorithm.round(KEY, state, cohort)
+        actual = np.append(state.params["w"], state.params["b"])
+        np.testing.assert_allclose(actual, expected[r], rtol=1e-9, atol=1e-12)
+        seen = max(seen, int(chosen.staleness.max()))
+    assert algorithm.round._cache_size() == 1
+    assert seen == sampler.max_staleness > 0
+    assert most is None or (seen <= most and sampler.schedule.num_stale.sum() > 0)
+
+
+def test_equal_durations_and_a_full_buffer_are_synchronous(in_float64):
+    sampler = fl.samplers.fed_buff(
+        10, 5, concurrency=10, buffer_size=10, durations=fl.durations.constant(3.0)
+    )
+    assert sampler.max_staleness == 0
+    algorithm = fl.fed_avg(regression_model(), optax.sgd(RATE), batch_size=4)
+    population = dataset().resident()
+    state = plain = algorithm.init(START)
+    for r in range(5):
+        chosen = sampler.select(KEY, r)
+        state, _ = algorithm.round(KEY, state, fl.cohort_of(population, chosen.client_ids))
+        plain, _ = algorithm.round(KEY, plain, everyone(population))
+        chex.assert_trees_all_close(state.params, plain.params, rtol=1e-9)
+        assert chosen.metrics["round_seconds"] == 3.0
+        assert chosen.metrics["concurrency"] == 10
+
+
+@functools.cache
+def late_sampler(num_rounds=8):
+    return fl.samplers.fed_buff(
+        10,
+        num_rounds,
+        concurrency=5,
+        buffer_size=2,
+        durations=fl.durations.log_normal(1.0),
+        seed=1,
+    )
+
+
+def averaging(exponent=0.5, max_staleness=None):
+    return fl.fed_avg(
+        *(regression_model(), optax.sgd(RATE)),
+        batch_size=4,
+        pipeline=fl.polynomial_staleness(exponent),
+        max_staleness=late_sampler().max_staleness if max_staleness is None else max_staleness,
+    )
+
+
+def test_runs_are_recorded_and_go_on_where_they_were_cut(tmp_path):
+    algorithm, population = averaging(), regression_dataset().resident()
+    options = {"num_rounds": 8, "key": KEY}
+    straight = fl.train(algorithm, population, late_sampler(), **options)
+    rows = straight.history.rounds
+    clock = late_sampler().schedule.ended.max(1)
+    np.testing.assert_allclose([row["wall_clock"] for row in rows], clock, rtol=1e-5)
+    staleness = late_sampler().schedule.staleness.mean(1)
+    np.testing.assert_allclose([row["staleness"] for row in rows], staleness, rtol=1e-6)
+    options |= {"checkpoints": fl.Checkpoints(tmp_path, every=3)}
+    fl.train(algorithm, population, late_sampler(), **{**options, "num_rounds": 4})
+    resumed = fl.train(algorithm, population, late_sampler(), **options)
+    chex.assert_trees_all_equal(resumed.state.params, straight.state.params)
+    assert [row["wall_clock"] for row in resumed.history.rounds] == [
+        row["wall_clock"] for row in rows
+    ]
+    swept = fl.sweep(
+        averaging,
+        population,
+        late_sampler(),
+        8,
+        keys=jnp.stack([KEY, KEY]),
+        numbers={"exponent": [0.5, 2.0]},
+    )
+    first, second = swept.histories
+    np.testing.assert_allclose(first.rounds[-1]["wall_clock"], clock[-1], rtol=1e-5)
+    params = jax.tree.map(lambda x: x[0], swept.states.params)
+    chex.assert_trees_all_close(params, straight.state.params, rtol=1e-5)
+    assert first.rounds[-1]["loss"] != second.rounds[-1]["loss"]
+
+
+def test_what_does_not_fit_together_is_refused():
+    population = regression_dataset().resident()
+    with pytest.raises(ValueError, match=r"num_rounds is 9, and sampler has 8 rounds"):
+        fl.train(averaging(), population, late_sampler(), 9, key=KEY)
+    with pytest.raises(ValueError, match="max_staleness of the algorithm is 1, and that of"):
+        fl.train(averaging(max_staleness=1), population, late_sampler(), 2, key=KEY)
+    build = functools.partial(
+        fl.samplers.fed_buff, 10, 2, concurrency=2, buffer_size=2, durations=fl.durations.constant()
+    )
+    with pytest.raises(ValueError, match="rate is None with arrivals='poisson'"):
+        build(arrivals="poisson")
+    with pytest.raises(ValueError, match=r"rate is 2\.0 with arrivals='as_one_ends'"):
+        build(rate=2.0)
+    with pytest.raises(ValueError, match="durations are between nan"):
+        build(durations=fl.durations.Durations(lambda key, client_id, n: jnp.nan))
+    median = fl.fed_avg(
+        *(regression_model(), optax.sgd(RATE)),
+        pipeline=fl.mix_models(),
+        reducer=fl.coordinate_median(),
+        max_staleness=2,
+    )
+    cohort = fl.cohort_of(population, [0, 2], staleness=np.array([0, 1]))
+    with pytest.raises(ValueError, match="reducer looks at single updates"):
+        median.round(KEY, median.init(START), cohort)
+
+
+def test_arrivals_come_at_their_rate_and_no_more_than_may_train():
+    sampler = fl.samplers.fed_buff(
+        1000,
+        200,
+        concurrency=20,
+        buffer_size=10,
+        durations=fl.durations.exponential(2.0),
+        arrivals="poisson",
+        rate=8.0,
+    )
+    schedule = sampler.schedule
+    # By Little's law, 16 clients on average, of an Erlang loss system with 20 places.
+    assert 12 < schedule.concurrency.mean() <= 20
+    assert schedule.num_refused.sum() > 0
+    begun = np.sort(schedule.started.ravel())
+    rate = begun.size / begun[-1]
+    assert 6.0 < rate < 8.2
+    assert (np.diff(schedule.ended.max(1)) >= 0).all()
+    assert (schedule.ended >= schedule.started).all()
+    # Nobody trains twice at a time.
+    for client in np.unique(schedule.client_ids)[:50]:
+        own = schedule.client_ids == client
+        times = np.array(sorted(zip(schedule.started[own], schedule.ended[own], strict=True)))
+        assert (times[1:, 0] >= times[:-1, 1]).all()
+
+
+DRAWS = {
+    "constant": (fl.durations.constant(2.0), 2.0, 0.0),
+    "uniform_between": (fl.durations.uniform_between(1.0, 3.0), 2.0, 3**-0.5),
+    "exponential": (fl.durations.exponential(2.0), 2.0, 2.0),
+    "normal": (fl.durations.normal(10.0, 1.0), 10.0, 1.0),
+    "half_normal": (
+        fl.durations.half_normal(1.0, 0.5),
+        0.5 + (2 / np.pi) ** 0.5,
+        (1 - 2 / np.pi) ** 0.5,
+    ),
+    "log_normal": (
+        fl.durations.log_normal(0.5, 2.0),
+        2 * np.exp(0.125),
+        2 * np.exp(0.125) * np.expm1(0.25) ** 0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_durations_have_their_mean_and_spread(name):
+    durations, mean, std = DRAWS[name]
+    keys = jax.random.split(KEY, 20_000)
+    drawn = jax.vmap(lambda key: durations.seconds(key, jnp.int32(0), jnp.int32(7)))(keys)
+    np.testing.assert_allclose(drawn.mean(), mean, atol=5 * std / 20_000**0.5 + 1e-6)
+    np.testing.assert_allclose(drawn.std(), std, rtol=0.05, atol=1e-6)
+
+
+def test_stragglers_are_left_behind_cut_or_gone():
+    samplers, durations = fl.samplers, fl.durations.of_devices(SECONDS)
+    everyone = samplers.everyone(10)
+    clocked = samplers.timed(everyone, durations).select(KEY, 0)
+    assert clocked.metrics["round_seconds"] == SECONDS.max()
+    fast = samplers.over_selected(everyone, durations, keep=4).select(KEY, 3)
+    assert sorted(SECONDS[fast.client_ids]) == sorted(SECONDS)[:4]
+    assert fast.metrics["round_seconds"] == sorted(SECONDS)[3]
+    assert fast.metrics["num_late"] == 6
+    cut = samplers.timed_out(everyone, durations, 2.0, num_steps=np.arange(10) + 1).select(KEY, 0)
+    with np.errstate(divide="ignore"):
+        expected = np.floor((np.arange(10) + 1) * np.minimum(1, 2 / SECONDS))
+    np.testing.assert_array_equal(cut.max_steps, expected[cut.client_ids])
+    assert cut.metrics["num_cut"] == (SECONDS > 2).sum()
+    assert cut.metrics["round_seconds"] == 2.0
+    both = samplers.dropping_out(samplers.timed_out(everyone, durations, 2.0, num_steps=3), 0.5)
+    selections = [both.select(KEY, r) for r in range(40)]
+    counts = [int((s.client_ids >= 0).sum()) for s in selections]
+    assert 4 < np.mean(counts) < 6
+    assert len(set(counts)) > 3
+    for s, count in zip(selections, counts, strict=True):
+        assert s.metrics["num_left"] == 10 - count
+        assert (s.client_ids[:count] >= 0).all()
+        own = s.client_ids[:count]
+        expected = np.floor(3 * np.minimum(1, 2 / np.maximum(SECONDS[own], 1e-9)))
+        np.testing.assert_array_equal(s.max_steps[:count], expected)
+        np.testing.assert_array_equal(s.probabilities, np.where(s.client_ids >= 0, 0.5, 1.0))
+    night = samplers.by_day_and_night(everyone, 8, awake=0.25)
+    there = np.array([np.isin(np.arange(10), night.select(KEY, r).client_ids) for r in range(16)])
+    np.testing.assert_array_equal(there[:8], there[8:])
+    np.testing.assert_array_equal(there[:8].sum(0), np.full(10, 2))
+
+
+def test_a_late_client_counts_for_what_it_did():
+    """A run with time-outs on the clock: partial work weighs what was processed."""
+    population = regression_dataset().resident()
+    steps = -(-np.array(SIZES) // 4)
+    sampler = fl.samplers.timed_out(
+        fl.samplers.everyone(10), fl.durations.of_devices(SECONDS), 2.0, num_steps=steps
+    )
+    algorithm = fl.fed_avg(regression_model(), optax.sgd(RATE), batch_size=4, weighting="processed")
+    result = fl.train(algorithm, population, sampler, 3, key=KEY)
+    assert [row["wall_clock"] for row in result.history.rounds] == [2.0, 4.0, 6.0]
+    assert [row["num_cut"] for row in result.history.rounds] == [3, 3, 3]
