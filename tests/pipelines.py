@@ -18,6 +18,21 @@ PIPELINES = {
     "coordinate_median": lambda _: {"reducer": fl.coordinate_median()},
     # Compression.
     "quantize_uniform": lambda _: {"pipeline": fl.quantize_uniform(4)},
+    "half_precision": lambda _: {"pipeline": fl.half_precision()},
+    "quantize_scalar": lambda _: {"pipeline": fl.quantize_scalar(4, per_channel=True)},
+    "rotated": lambda _: {"pipeline": fl.rotated(fl.quantize_uniform(16))},
+    "drive": lambda _: {"pipeline": fl.drive()},
+    "eden": lambda _: {"pipeline": fl.eden(2)},
+    "sign_sgd": lambda _: {"pipeline": fl.sign_sgd(), "weighting": "uniform"},
+    "scaled_sign": lambda _: {"pipeline": fl.scaled_sign(per_array=True)},
+    "terngrad": lambda x: {"pipeline": fl.terngrad(1.2 * x)},
+    "qsgd": lambda _: {"pipeline": fl.qsgd(3, bucket_size=3, encoding="elias")},
+    "top_k": lambda _: {"pipeline": fl.error_feedback(fl.top_k(0.5), decay=0.9, max_age=1)},
+    "random_k": lambda _: {"pipeline": fl.random_k(2)},
+    "product_quantization": lambda _: {"pipeline": fl.product_quantization(2, 2)},
+    "low_rank": lambda _: {"pipeline": fl.low_rank(1)},
+    "power_sgd": lambda _: {"pipeline": fl.error_feedback(fl.power_sgd(1))},
+    "ef21": lambda _: {"pipeline": fl.ef21(fl.top_k(2))},
     # Privacy.
     # Secure aggregation.
     "fixed_point": lambda x: {

@@ -120,3 +120,51 @@ def test_permuted_sends_every_pair_everywhere():
     freedom = pairs.size - 1
     statistic = ((pairs - pairs.mean()) ** 2 / pairs.mean()).sum()
     assert abs(statistic - freedom) < 6 * np.sqrt(2 * freedom)
+
+
+def test_hashed_bits_pass_for_random_ones():
+    keys = jax.random.split(jax.random.key(7), 64)
+    bits = jax.vmap(lambda key: fl_random.hashed_bits(key, (4096,)))(keys)
+    drawn = np.asarray(bits)
+    # Each byte of a word, by chi-square with 255 degrees of freedom, whose deviation is 22.6.
+    for shift in (0, 8, 16, 24):
+        counts = np.bincount(((drawn >> shift) & 255).ravel(), minlength=256)
+        expected = drawn.size / 256
+        assert abs(np.square(counts - expected).sum() / expected - 255) < 5 * 22.6
+    # Neighbours, and what two keys draw at the same place or one apart, differ in half of the bits.
+    count = lambda x: np.bitwise_count(x).mean() / 32
+    for pair in (
+        *((drawn[:, 1:], drawn[:, :-1]), (drawn[1:], drawn[:-1])),
+        *((drawn[1:, 1:], drawn[:-1, :-1]), (drawn[:, 2048:], drawn[:, :2048])),
+    ):
+        # The deviation is that of one in 8 million, 1.8e-4, or twice that.
+        assert abs(count(pair[0] ^ pair[1]) - 0.5) < 1.5e-3
+    # No two keys draw the same words anywhere: 64 x 4096 of them meet by chance 8 times.
+    assert drawn.size - np.unique(drawn).size < 30
+
+
+def test_hashed_bits_depend_on_key_and_place_alone():
+    key = jax.random.key(3)
+    flat = fl_random.hashed_bits(key, (24,))
+    np.testing.assert_array_equal(fl_random.hashed_bits(key, (2, 3, 4)).ravel(), flat)
+    np.testing.assert_array_equal(fl_random.hashed_bits(fl_random.fast(key), (24,)), flat)
+    many = jax.vmap(lambda key: fl_random.hashed_bits(key, (24,)))(key[None])
+    np.testing.assert_array_equal(many[0], flat)
+
+
+def test_hashed_numbers_are_uniform_and_round_right_on_average():
+    key = jax.random.key(9)
+    x = np.asarray(fl_random.hashed_uniform(key, (2**18,)), float)
+    assert 0 <= x.min() < x.max() < 1
+    # Kolmogorov and Smirnov: more than 1.95 once in a thousand keys.
+    distance = np.abs(np.sort(x) - (np.arange(x.size) + 0.5) / x.size).max()
+    assert distance * np.sqrt(x.size) < 1.95
+    signs = np.asarray(fl_random.random_signs(key, (2**18,)))
+    assert set(signs) == {-1.0, 1.0}
+    assert abs(signs.mean()) < 5 / 2**9
+    values = jnp.array([-1.25, 0.0, 3.0, 0.9])
+    keys = jax.random.split(key, 20000)
+    rounded = np.asarray(jax.vmap(lambda key: fl_random.rounded(key, values))(keys))
+    assert set(rounded[:, 0]) == {-2.0, -1.0}
+    # The deviation is at most 0.5 / sqrt(20000).
+    np.testing.assert_allclose(rounded.mean(0), values, atol=0.015)

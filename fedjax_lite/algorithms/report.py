@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fedjax_lite.base import Cohort, PyTree, RoundInfo, ServerState
 from fedjax_lite.engine.waves import MEASURED, CohortResult
+from fedjax_lite.updates.vector import num_bits as num_bits
 from fedjax_lite.xla.precision import squared_norm
 
 NOT_AVERAGED = {
@@ -75,8 +76,3 @@ def round_info(
         clients=clients,
         metrics={**told, **metrics},
     )
-
-
-def num_bits(tree: PyTree) -> float:
-    """The size of arrays."""
-    return sum(8.0 * x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -5,12 +5,18 @@ for the server; `chain` composes them.
 """
 
 from fedjax_lite.updates.clipping import cap_weight, clip_by_norm
-from fedjax_lite.updates.feedback import error_feedback
+from fedjax_lite.updates.feedback import ef21, error_feedback
 from fedjax_lite.updates.fixed_point import fixed_point, modular_sum
+from fedjax_lite.updates.low_rank import low_rank, power_sgd
 from fedjax_lite.updates.pipeline import chain, downlink
-from fedjax_lite.updates.quantization import quantize_uniform
+from fedjax_lite.updates.product_quantization import product_quantization
+from fedjax_lite.updates.qsgd import qsgd
+from fedjax_lite.updates.quantization import half_precision, quantize_scalar, quantize_uniform
 from fedjax_lite.updates.reducers import coordinate_median, weighted_mean
+from fedjax_lite.updates.rotation import drive, eden, rotated
 from fedjax_lite.updates.secure_aggregation import secure_aggregation
+from fedjax_lite.updates.signs import scaled_sign, sign_sgd, terngrad
+from fedjax_lite.updates.sparsification import random_k, top_k
 from fedjax_lite.updates.staleness import (
     hinge_staleness,
     mix_models,
@@ -24,14 +30,29 @@ __all__ = [
     "clip_by_norm",
     "coordinate_median",
     "downlink",
+    "drive",
+    "eden",
+    "ef21",
     "error_feedback",
     "fixed_point",
+    "half_precision",
     "hinge_staleness",
+    "low_rank",
     "mix_models",
     "modular_sum",
     "polynomial_staleness",
+    "power_sgd",
+    "product_quantization",
+    "qsgd",
+    "quantize_scalar",
     "quantize_uniform",
+    "random_k",
+    "rotated",
+    "scaled_sign",
     "secure_aggregation",
+    "sign_sgd",
+    "terngrad",
     "threshold_staleness",
+    "top_k",
     "weighted_mean",
 ]

@@ -208,13 +208,15 @@ def downlink(transform: UpdateTransform) -> UpdateTransform:
     its own params.
 
     Args:
-      transform: One that keeps nothing with clients, and whose server half does nothing.
+      transform: One that keeps nothing, neither with clients nor on the server, whose half of it is
+        not run.
 
     Returns:
       The `UpdateTransform`. Updates pass it as they are. `bits_down` is the size that it reports.
 
     Raises:
-      ValueError: `transform` keeps something with clients.
+      ValueError: `transform` keeps something with clients, at once; or on the server, in
+        `algorithm.init`.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
     >>> model = fl.function_model(lambda w, batch: jnp.sum((w - batch["x"]) ** 2, -1))
@@ -233,6 +235,15 @@ def downlink(transform: UpdateTransform) -> UpdateTransform:
             " pass one without an entry."
         )
 
+    def init(params: PyTree) -> PyTree:
+        state = transform.init(params)
+        if jax.tree.leaves(state):
+            raise ValueError(
+                "transform keeps a state on the server that only updates renew, and what is"
+                " broadcast would never change it; pass one without a state."
+            )
+        return state
+
     def broadcast(key: jax.Array, state: PyTree, params: PyTree) -> tuple[PyTree, Any]:
         message = Message(params, jnp.ones(()))
         nobody = Client(jnp.int32(-1), jnp.int32(0), jnp.int32(0), (), key)
@@ -240,7 +251,7 @@ def downlink(transform: UpdateTransform) -> UpdateTransform:
         return sent.update, sent.metrics.get("bits_up")
 
     untouched = stateless(lambda key, message: message, lambda before: before)
-    return untouched._replace(init=transform.init, broadcast=broadcast, announce=transform.announce)
+    return untouched._replace(init=init, broadcast=broadcast, announce=transform.announce)
 
 
 def send_through(pipeline: UpdateTransform, client_update: ClientUpdate) -> ClientUpdate:

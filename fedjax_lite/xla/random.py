@@ -136,6 +136,55 @@ def permuted(
     return x.astype(jnp.int32)
 
 
+def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Random bits by hashes of counters, a third of the time that threefry takes.
+
+    Good for statistics and not for cryptography. They do not depend on lanes, nor on the shape:
+    arrays of as many entries have the same ones in the same order.
+
+    Args:
+      key: Typed key, scalar.
+      shape: The shape.
+
+    Returns:
+      uint32 array.
+
+    >>> import jax
+    >>> bool((hashed_bits(jax.random.key(0), (6,)) == hashed_bits(jax.random.key(0), (6,))).all())
+    True
+    """
+    words = jax.random.key_data(fast(key))
+    # Twice, with a word of the key each: the bits of all keys would be pieces of one sequence else.
+    return _mix(_mix(_counter(shape) * jnp.uint32(_GOLDEN) + words[0]) ^ words[1])
+
+
+def hashed_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Multiples of 2^-24 in [0, 1), uniform, from `hashed_bits`."""
+    # Through int32, which CPUs turn into floats by one instruction.
+    return (hashed_bits(key, shape) >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
+
+
+def rounded(key: jax.Array, x: jax.Array) -> jax.Array:
+    """The integer above or below each entry, at random, whose mean is the entry."""
+    below = jnp.floor(x)
+    return below + (hashed_uniform(key, x.shape) < x - below)
+
+
+def random_signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """1 and -1, as likely, from `hashed_bits`."""
+    return jnp.where(hashed_bits(key, shape) >> 31, 1.0, -1.0)
+
+
+def _counter(shape: tuple[int, ...]) -> jax.Array:
+    """0, 1, 2 and so on in an array, uint32."""
+    # A counter per axis, and not a reshaped flat one, keeps the loop vectorised.
+    counter = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = jnp.uint32(math.prod(shape[axis + 1 :]))
+        counter += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    return counter
+
+
 def _mix(x: jax.Array) -> jax.Array:
     """The finaliser of MurmurHash3, a bijection of 32 bits (Appleby)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
@@ -167,12 +216,7 @@ def _random_bits(key_data: jax.Array, bit_width: int, shape: tuple[int, ...]) ->
         return jax.random.bits(_standard(key_data), shape, dtype=f"uint{bit_width}")
 
     def draw() -> jax.Array:
-        # A counter per axis, and not a reshaped flat one, keeps the loop vectorised.
-        counter = jnp.zeros(shape, jnp.uint32)
-        for axis in range(len(shape)):
-            stride = jnp.uint32(math.prod(shape[axis + 1 :]))
-            counter += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-        x0, x1 = _threefry2x32(key_data, counter)
+        x0, x1 = _threefry2x32(key_data, _counter(shape))
         return x0 ^ x1
 
     return apart(draw, key_data[0])
