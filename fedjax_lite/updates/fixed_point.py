@@ -18,6 +18,7 @@ from fedjax_lite.base import (
     UpdateTransform,
 )
 from fedjax_lite.updates.pipeline import unmasked
+from fedjax_lite.xla import random
 from fedjax_lite.xla.precision import squared_norm, widen
 
 
@@ -98,11 +99,8 @@ def fixed_point(
     def integers(key: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
         scaled = weight * jnp.clip(x / max_value, -1, 1)
         scaled = jnp.where(jnp.isnan(scaled), 0, scaled)
-        if rounding == "nearest":
-            return to_ring(jnp.round(scaled), modulus_bits)
-        below = jnp.floor(scaled)
-        is_up = jax.random.uniform(key, x.shape, jnp.float32) < scaled - below
-        return to_ring(below + is_up, modulus_bits)
+        whole = jnp.round(scaled) if rounding == "nearest" else random.rounded(key, scaled)
+        return to_ring(whole, modulus_bits)
 
     def client(key: jax.Array, state: PyTree, message: Message, client: Client) -> Message:
         del state, client
