@@ -46,4 +46,15 @@ PIPELINES = {
         ),
         "reducer": fl.modular_sum(),
     },
+    "common_rotation": lambda x: {
+        "pipeline": fl.common_rotation(fl.fixed_point(0.5 * x, 4.0, rounding="nearest")),
+        "reducer": fl.modular_sum(),
+    },
+    "discrete_gaussian_noise": lambda x: {
+        "pipeline": fl.discrete_gaussian_noise(
+            *(0.3 * x, 8, fl.clip_by_norm(0.5)),
+            fl.common_rotation(fl.fixed_point(0.5, 1.0, num_bits=10, denominator=8.0)),
+        ),
+        "reducer": fl.modular_sum(),
+    },
 }

@@ -189,7 +189,9 @@ NAMES = {
     "Reducer": ["summand", "finish", "stacked", "sensitivity", "keeps_last"],
     "Stack": ["updates", "weights", "client_ids", "is_hostile", "last", "key", "total"],
     "cap_weight": ["max_weight"],
+    "common_rotation": ["transform"],
     "coordinate_median": [],
+    "discrete_gaussian_noise": ["noise_multiplier", "num_clients", "transforms"],
     "downlink": ["transform"],
     "error_feedback": ["transform", "decay", "max_age"],
     "fixed_point": [

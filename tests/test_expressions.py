@@ -238,7 +238,7 @@ def test_names_are_those_of_the_python_api():
     assert set(ROLES["partition"].table) == set(dir(fl.partition))
     assert set(ROLES["updates"].table) == {
         *("clip_by_norm", "downlink", "error_feedback", "fixed_point", "quantize_uniform"),
-        *("cap_weight", "secure_aggregation"),
+        *("cap_weight", "common_rotation", "discrete_gaussian_noise", "secure_aggregation"),
     }
     assert set(ROLES["reducer"].table) == {"coordinate_median", "modular_sum", "weighted_mean"}
     for name in ("sgd", "adam", "lamb", "lars", "yogi", "chain", "clip_by_global_norm", "adamw"):

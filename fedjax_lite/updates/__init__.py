@@ -5,6 +5,8 @@ for the server; `chain` composes them.
 """
 
 from fedjax_lite.updates.clipping import cap_weight, clip_by_norm
+from fedjax_lite.updates.common_rotation import common_rotation
+from fedjax_lite.updates.discrete_noise import discrete_gaussian_noise
 from fedjax_lite.updates.feedback import ef21, error_feedback
 from fedjax_lite.updates.fixed_point import fixed_point, modular_sum
 from fedjax_lite.updates.low_rank import low_rank, power_sgd
@@ -28,7 +30,9 @@ __all__ = [
     "cap_weight",
     "chain",
     "clip_by_norm",
+    "common_rotation",
     "coordinate_median",
+    "discrete_gaussian_noise",
     "downlink",
     "drive",
     "eden",

@@ -1,0 +1,173 @@
+"""Noise of whole numbers, of which each client adds its part before anyone sees its update."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from fedjax_lite import _validate
+from fedjax_lite.base import (
+    Client,
+    Cohort,
+    Guarantees,
+    Message,
+    PyTree,
+    Received,
+    UpdateTransform,
+)
+from fedjax_lite.updates.fixed_point import to_ring
+from fedjax_lite.updates.pipeline import announced, chain
+from fedjax_lite.xla import random
+
+_KEY_NOISE, _KEY_TRANSFORMS = range(2)
+Draws = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def discrete_gaussian_noise(
+    noise_multiplier: ArrayLike, num_clients: ArrayLike, *transforms: UpdateTransform
+) -> UpdateTransform:
+    r"""Has each client add discrete normal noise to its integers, which sums up to that of a round.
+
+    The transforms come first, on clients, and make integers of L2 norm $\Delta$ at most, such as
+    `fl.clip_by_norm` and `fl.fixed_point`; with $n$ the number of clients that are expected, each
+    then adds to each of them
+
+    $$\mathcal{N}_\mathbb{Z}(0, \sigma^2), \quad \sigma = z \Delta / \sqrt n, \qquad
+      P(k) \propto e^{-k^2 / 2 \sigma^2}.$$
+
+    Under masks the server sees the sum alone, whose noise has the deviation $z \Delta$. With
+    $\tau = 10 \sum_{k=1}^{n-1} e^{-2 \pi^2 \sigma^2 k / (k + 1)}$ and $d$ integers, a round
+    is $\frac{1}{2} \epsilon^2$-concentrated differentially private, by whether a client takes part,
+    with $\epsilon = \min(\sqrt{1 / z^2 + 2 \tau d}, 1 / z + \tau \sqrt d)$: for $\sigma$ of 2 or
+    more, that of a Gaussian mechanism of multiplier $z$. Of clients that drop out, the noise is
+    missing.
+
+    The server reports `noise_multiplier`, $z$ times the root of how many have arrived over $n$;
+    `noise_std`, the deviation of each entry of the aggregate; and `modulus_margin`, by how many
+    deviations of the noise the largest sum stays away from where it would wrap around, of which 6
+    suffice. Samples are exact but for the precision of floats, and drawn with JAX's generators: a
+    simulation, not for releasing data of real people.
+
+    Sources: Kairouz, Liu and Steinke (2021), "The Distributed Discrete Gaussian Mechanism for
+    Federated Learning with Secure Aggregation"; Canonne, Kamath and Steinke (2020), "The
+    Discrete Gaussian for Differential Privacy", algorithm 3, for samples.
+
+    Args:
+      noise_multiplier: $z$, not negative; may be traced.
+      num_clients: $n$, positive; may be traced. Of fewer than arrive, the noise is larger.
+      *transforms: What makes integers, with `fl.fixed_point(..., denominator=...)` for its end.
+
+    Raises:
+      ValueError: A number is out of range; the transforms make no integers, or do not bound them.
+
+    >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
+    >>> noise = discrete_gaussian_noise(
+    ...     0.5, 2, fl.clip_by_norm(2.0), fl.fixed_point(2.0, 1.0, denominator=2.0)
+    ... )
+    >>> model = fl.function_model(lambda w, batch: -w @ batch["x"].T)
+    >>> algorithm = fl.fed_avg(model, optax.sgd(1.0), pipeline=noise, reducer=fl.modular_sum())
+    >>> dataset = fl.FederatedDataset.from_clients([{"x": [[3.0, 4.0]]}, {"x": [[3.0, 4.0]]}])
+    >>> both = fl.cohort_of(dataset.resident(), [0, 1])
+    >>> state, info = algorithm.round(jax.random.key(0), algorithm.init(jnp.zeros(2)), both)
+    >>> float(info.metrics["noise_multiplier"]), round(float(info.metrics["noise_std"]), 4)
+    (0.5, 0.5)
+    """
+    multiplier = _validate.number("noise_multiplier", noise_multiplier)
+    num_clients = _validate.number("num_clients", num_clients, positive=True)
+    inner = chain(*transforms)
+    known = inner.guarantees(Guarantees(), None)
+    if known.modulus_bits is None or known.sensitivity is None:
+        missing = "bound" if known.modulus_bits is not None else "make"
+        raise ValueError(
+            f"transforms do not {missing} integers; end them with fl.clip_by_norm(max_norm) and"
+            " fl.fixed_point(max_value, max_weight, denominator=100)."
+        )
+    modulus_bits: int = known.modulus_bits
+
+    def sensitivity_of(state: PyTree) -> jax.Array:
+        return jnp.asarray(inner.guarantees(Guarantees(), state).sensitivity, float)
+
+    def announce(key: jax.Array, state: PyTree, cohort: Cohort) -> PyTree:
+        key_inner = random.fold_in_pair(key, _KEY_TRANSFORMS, 0)
+        std = multiplier * sensitivity_of(state) / jnp.sqrt(num_clients)
+        return announced(inner, key_inner, state, cohort), jax.lax.stop_gradient(std)
+
+    def client(key: jax.Array, state: PyTree, message: Message, client: Client) -> Message:
+        state, std = state
+        sent = inner.client(random.fold_in_pair(key, _KEY_TRANSFORMS, 0), state, message, client)
+        leaves, structure = jax.tree.flatten(sent.update)
+        keys = random.fold_in_pair(key, _KEY_NOISE, jnp.arange(len(leaves)))
+        noisy = [
+            to_ring(x.astype(jnp.int32) + discrete_gaussian(own, x.shape, std), modulus_bits)
+            for own, x in zip(keys, leaves, strict=True)
+        ]
+        return sent._replace(update=jax.tree.unflatten(structure, noisy))
+
+    def server(
+        key: jax.Array, state: PyTree, received: Received
+    ) -> tuple[Received, PyTree, dict[str, jax.Array]]:
+        arrived = (received.weights != 0).sum()
+        reached = multiplier * jnp.sqrt(arrived / num_clients)
+        in_integers = sensitivity_of(state)
+        key_inner = random.fold_in_pair(key, _KEY_TRANSFORMS, 0)
+        received, state, info = inner.server(key_inner, state, received)
+        room = 2.0 ** (modulus_bits - 1) - arrived * in_integers
+        return (
+            received,
+            state,
+            {
+                **info,
+                "noise_multiplier": reached,
+                "noise_std": reached * received.sensitivity,
+                "modulus_margin": room / (reached * in_integers),
+            },
+        )
+
+    def guarantees(before: Guarantees, state: PyTree) -> Guarantees:
+        return inner.guarantees(before, state)._replace(is_private=True)
+
+    return inner._replace(client=client, server=server, guarantees=guarantees, announce=announce)
+
+
+def discrete_gaussian(key: jax.Array, shape: tuple[int, ...], std: ArrayLike) -> jax.Array:
+    r"""Whole numbers $k$ of probability $\propto e^{-k^2 / 2 \sigma^2}$.
+
+    Differences of two geometric numbers, of which some are taken; the others are drawn again. All
+    are 0 where $\sigma$ is, or is not finite.
+
+    Args:
+      key: Typed key.
+      shape: The shape.
+      std: $\sigma$, scalar, which is the standard deviation from 1 on, nearly.
+
+    Returns:
+      int32 array.
+
+    >>> import jax
+    >>> draws = discrete_gaussian(jax.random.key(0), (10_000,), 4.0)
+    >>> round(float(draws.std()), 1)
+    4.0
+    """
+    std = jnp.asarray(std, float)
+    variance = jnp.square(std)
+    # The best scale of the two-sided geometric numbers: three of four draws are taken.
+    scale = jnp.floor(std) + 1
+
+    def geometric(key: jax.Array) -> jax.Array:
+        # In (0, 1], of which the logarithm is finite.
+        share = 1 - random.hashed_uniform(key, shape)
+        return jnp.floor(-scale * jnp.log(share))
+
+    def draw(carry: Draws) -> Draws:
+        number, drawn, is_drawn = carry
+        one, other, taken = (random.fold_in_pair(key, purpose, number) for purpose in range(3))
+        new = geometric(one) - geometric(other)
+        excess = jnp.square(jnp.abs(new) - variance / scale)
+        is_taken = random.hashed_uniform(taken, shape) < jnp.exp(-excess / (2 * variance))
+        drawn = jnp.where(is_drawn, drawn, new)
+        return number + 1, drawn, is_drawn | is_taken
+
+    # Of what is no deviation, no draw would ever be taken.
+    is_drawn = jnp.broadcast_to(~((variance > 0) & jnp.isfinite(variance)), shape)
+    start = jnp.int32(0), jnp.zeros(shape, std.dtype), is_drawn
+    _, drawn, _ = jax.lax.while_loop(lambda carry: ~carry[2].all(), draw, start)
+    return drawn.astype(jnp.int32)
