@@ -11,6 +11,7 @@ from problems import SIZES, everyone, regression_dataset, regression_model
 from reference import secure
 
 import fedjax_lite as fl
+from fedjax_lite.updates.discrete_noise import discrete_gaussian
 
 KEY = jax.random.key(3)
 # One client fills two slots, and one slot is empty.
@@ -374,7 +375,8 @@ NOISE = fl.UpdateTransform(
 
 
 def averaging(pipeline, reducer=None):
-    return fl.fed_avg(regression_model(), optax.sgd(0.1), pipeline=pipeline, reducer=reducer)
+    options = {"pipeline": pipeline, "reducer": reducer, "mesh": fl.clients_mesh(1)}
+    return fl.fed_avg(regression_model(), optax.sgd(0.1), **options)
 
 
 @pytest.mark.parametrize(
@@ -411,6 +413,17 @@ def averaging(pipeline, reducer=None):
         ),
         (lambda: fl.chain(NOISE, FIXED), "denominator is None, and noise for privacy comes before"),
         (
+            lambda: fl.discrete_gaussian_noise(1.0, 5, fl.clip_by_norm(1.0)),
+            "transforms do not make integers",
+        ),
+        (lambda: fl.discrete_gaussian_noise(1.0, 5, FIXED), "transforms do not bound integers"),
+        (lambda: fl.discrete_gaussian_noise(-1.0, 5, FIXED), "noise_multiplier is -1.0; choose"),
+        (lambda: fl.discrete_gaussian_noise(1.0, 0, FIXED), "num_clients is 0; choose a number"),
+        (
+            lambda: fl.common_rotation(fl.error_feedback(fl.quantize_uniform())),
+            "transform keeps something with each client",
+        ),
+        (
             lambda: averaging(FIXED, fl.coordinate_median()),
             "reducer looks at single updates, and pipeline makes integers of them",
         ),
@@ -427,7 +440,7 @@ def test_what_makes_no_sense_is_refused_when_it_is_built(build, message):
 
 def test_integers_are_added_up_by_a_sum_of_integers():
     algorithm = averaging(FIXED)
-    cohort = everyone(regression_dataset().resident())
+    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)))
     with pytest.raises(ValueError, match=r"is of dtype float32, .* such as fl.modular_sum\(\)"):
         jax.eval_shape(algorithm.round, KEY, algorithm.init(START), cohort)
 
@@ -440,9 +453,127 @@ def test_noise_on_the_server_is_scaled_by_a_bound_that_includes_rounding():
     algorithm = averaging(
         fl.chain(fl.clip_by_norm(0.4), NOISE._replace(server=server), fixed), fl.modular_sum()
     )
-    cohort = everyone(regression_dataset().resident())
+    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)))
     _, info = algorithm.round(KEY, algorithm.init(START), cohort)
     # Of 4 elements, half a unit of 0.5 / 31 each, times the largest weight.
     expected = (0.4 + 4**0.5 / 2 * 0.5 / 31) * 2 / 5
     np.testing.assert_allclose(info.metrics["bound"], expected, rtol=1e-6)
     assert not info.skipped
+
+
+@pytest.mark.parametrize("std", [0.4, 1.0, 3.7, 40.0])
+def test_discrete_normal_numbers_have_their_probabilities(std):
+    number = 200_000
+    drawn = np.asarray(jax.jit(discrete_gaussian, static_argnums=1)(KEY, (number,), std))
+    values = np.arange(-int(9 * std) - 3, int(9 * std) + 4)
+    expected = np.exp(-(values**2) / (2 * std**2))
+    expected *= number / expected.sum()
+    counts = np.array([(drawn == value).sum() for value in values])
+    assert counts.sum() == number
+    often = expected > 20
+    chi_square = ((counts - expected)[often] ** 2 / expected[often]).sum()
+    assert abs(chi_square - often.sum()) < 5 * np.sqrt(2 * often.sum())
+    assert counts[~often].sum() < expected[~often].sum() + 5 * np.sqrt(expected[~often].sum() + 1)
+    # Of another deviation it would be seen.
+    wider = np.exp(-(values**2) / (2 * (1.03 * std) ** 2))
+    wider *= number / wider.sum()
+    assert ((counts - wider)[often] ** 2 / wider[often]).sum() > 2 * often.sum()
+
+
+@pytest.mark.parametrize("std", [0.0, np.nan, np.inf])
+def test_without_a_deviation_there_is_no_noise(std):
+    assert not discrete_gaussian(KEY, (5,), std).any()
+
+
+def test_the_noise_of_a_sum_has_the_deviation_that_is_told():
+    """Of four clients, of whom three arrive, with updates of zero."""
+    fixed = fl.fixed_point(1.0, 2.0, num_bits=12, rounding="nearest", denominator=5.0)
+    noise = fl.discrete_gaussian_noise(0.7, 4, fl.clip_by_norm(0.5), fixed)
+    hidden = fl.chain(noise, fl.secure_aggregation(2, masks=True, threshold=0.1))
+    params = {"a": jnp.zeros((20, 10)), "b": jnp.float32(0)}
+    state, cohort = hidden.init(params), cohort_of(np.arange(4))
+    arrived = jnp.array([1.0, 1.0, 0.0, 1.0])
+
+    @jax.jit
+    @jax.vmap
+    def exchange(key):
+        shown = hidden.announce(key, state, cohort)
+
+        def send(own_key, client_id):
+            client = fl.Client(client_id, jnp.int32(1), jnp.int32(1), (), own_key)
+            return hidden.client(own_key, shown, fl.Message(params, jnp.float32(2)), client)
+
+        sent = jax.vmap(send)(jax.random.split(key, 4), jnp.arange(4))
+        total = jax.tree.map(
+            lambda x: jnp.einsum("c,c...->...", arrived.astype(jnp.uint32), x), sent.update
+        )
+        bound = fl.modular_sum().sensitivity(hidden.guarantees(fl.Guarantees(), state))
+        received = fl.Received(total, ((((), ()), ()), ()), bound, arrived, cohort)
+        received, _, info = hidden.server(key, state, received)
+        return received.aggregate, info
+
+    aggregate, info = exchange(jax.random.split(KEY, 300))
+    # 0.5 and the rounding of 201 numbers, half a unit of 1 / 2047 each; times 2 / 5.
+    sensitivity = (0.5 + np.sqrt(201) / 2 / 2047) * 2 / 5
+    expected = 0.7 * np.sqrt(3 / 4) * sensitivity
+    np.testing.assert_allclose(info["noise_std"], expected, rtol=1e-5)
+    np.testing.assert_allclose(info["noise_multiplier"], 0.7 * np.sqrt(3 / 4), rtol=1e-6)
+    room = (2**31 - 3 * sensitivity * 2047 * 5 / 2) / (expected * 2047 * 5 / 2)
+    np.testing.assert_allclose(info["modulus_margin"], room, rtol=1e-5)
+    samples = np.asarray(aggregate["a"], np.float64).reshape(300, -1)
+    np.testing.assert_allclose(samples.std(), expected, rtol=4 / np.sqrt(2 * samples.size))
+    assert abs(samples.mean()) < 4 * expected / np.sqrt(samples.size)
+    # Anew in each round, and for each entry.
+    correlation = np.corrcoef(samples)
+    assert np.abs(correlation - np.eye(300)).max() < 6 / np.sqrt(200)
+
+
+def test_a_lost_round_is_skipped_though_who_takes_part_is_private():
+    fixed = fl.fixed_point(1.0, 1.0, denominator=5.0)
+    noise = fl.discrete_gaussian_noise(1.0, 5, fl.clip_by_norm(1.0), fixed)
+    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)))
+
+    @jax.jit
+    def round(dropout_rate):
+        hidden = fl.chain(noise, fl.secure_aggregation(dropout_rate=dropout_rate, threshold=0.9))
+        algorithm = averaging(hidden, fl.modular_sum())
+        return algorithm.round(KEY, algorithm.init(START), cohort)[1]
+
+    for dropout_rate, is_lost in ((0.0, False), (0.5, True), (1.0, False)):
+        info = round(dropout_rate)
+        assert (info.skipped, info.metrics["sum_lost"]) == (is_lost, is_lost)
+        arrived = (info.clients["weight"] > 0).sum()
+        assert (arrived == 9 * (1 - dropout_rate)) if dropout_rate != 0.5 else 0 < arrived < 8
+
+
+def test_a_rotation_is_common_to_all_and_taken_back_from_their_sum():
+    """The 5 entries become 8, and one that is large is spread over all of them."""
+    params = {"a": np.zeros((2, 2), np.float32), "b": np.zeros((), np.float32)}
+    seen = fl.UpdateTransform(
+        lambda params: jnp.asarray(sum(jnp.size(x) for x in jax.tree.leaves(params)), float),
+        lambda key, state, message, client: message,
+        lambda key, state, received: (received, state, {}),
+        guarantees=lambda before, state: before._replace(sensitivity=state),
+    )
+    rotation = fl.common_rotation(seen)
+    state, cohort = rotation.init(params), cohort_of(np.arange(3))
+    assert rotation.guarantees(fl.Guarantees(), state).sensitivity == 8
+    rng = np.random.default_rng(4)
+    updates = jax.tree.map(lambda x: rng.normal(size=(3, *x.shape)).astype(np.float32), params)
+    updates["a"][0], updates["b"][0] = [[0.0, 8.0], [0.0, 0.0]], 0.0
+
+    def send(own_key, update):
+        shown = rotation.announce(KEY, state, cohort)
+        return rotation.client(own_key, shown, fl.Message(update, 1.0), None).update
+
+    sent = jax.vmap(send)(jax.random.split(KEY, 3), updates)
+    alone, rest = jax.tree.map(lambda x: np.asarray(x[0]), sent)
+    flat = np.concatenate([alone["a"].ravel(), [alone["b"]], rest])
+    np.testing.assert_allclose(np.abs(flat), np.full(8, 8 / np.sqrt(8)), rtol=1e-6)
+    total = jax.tree.map(lambda x: x.sum(0), sent)
+    received, _, _ = rotation.server(KEY, state, fl.Received(total))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y.sum(0), rtol=1e-5, atol=1e-5),
+        received.aggregate,
+        updates,
+    )
