@@ -49,7 +49,7 @@ def discrete_gaussian_noise(
 
     Sources: Kairouz, Liu and Steinke (2021), "The Distributed Discrete Gaussian Mechanism for
     Federated Learning with Secure Aggregation"; Canonne, Kamath and Steinke (2020), "The
-    Discrete Gaussian for Differential Privacy", algorithm 3, for samples.
+    Discrete Gaussian for Differential Privacy".
 
     Args:
       noise_multiplier: $z$, not negative; may be traced.
@@ -131,13 +131,17 @@ def discrete_gaussian_noise(
 def discrete_gaussian(key: jax.Array, shape: tuple[int, ...], std: ArrayLike) -> jax.Array:
     r"""Whole numbers $k$ of probability $\propto e^{-k^2 / 2 \sigma^2}$.
 
-    Differences of two geometric numbers, of which some are taken; the others are drawn again. All
-    are 0 where $\sigma$ is, or is not finite.
+    A normal number $x$ of deviation $s = \max(\sigma, 1)$ is rounded to $k$, and taken with the
+    probability
+    $e^{k^2 (s^{-2} - \sigma^{-2}) / 2} \, e^{((x - k)^2 - 1/4) / 2 s^2} \, a / \sinh a$ with
+    $a = k / 2 s^2$; else another one is drawn. But for a constant, this times the density of $x$ is
+    $e^{-k^2 / 2 \sigma^2} e^{-k (x - k) / s^2} a / \sinh a$, whose integral over all $x$ that are
+    rounded to $k$ is the first factor. From $\sigma = 2$ on, more than 95 of 100 are taken.
 
     Args:
       key: Typed key.
       shape: The shape.
-      std: $\sigma$, scalar, which is the standard deviation from 1 on, nearly.
+      std: $\sigma$, scalar; where it is 0 or not finite, all are 0.
 
     Returns:
       int32 array.
@@ -147,27 +151,23 @@ def discrete_gaussian(key: jax.Array, shape: tuple[int, ...], std: ArrayLike) ->
     >>> round(float(draws.std()), 1)
     4.0
     """
-    std = jnp.asarray(std, float)
-    variance = jnp.square(std)
-    # The best scale of the two-sided geometric numbers: three of four draws are taken.
-    scale = jnp.floor(std) + 1
-
-    def geometric(key: jax.Array) -> jax.Array:
-        # In (0, 1], of which the logarithm is finite.
-        share = 1 - random.hashed_uniform(key, shape)
-        return jnp.floor(-scale * jnp.log(share))
+    variance = jnp.square(jnp.asarray(std, jnp.float32))
+    wide = jnp.maximum(variance, 1)
 
     def draw(carry: Draws) -> Draws:
         number, drawn, is_drawn = carry
-        one, other, taken = (random.fold_in_pair(key, purpose, number) for purpose in range(3))
-        new = geometric(one) - geometric(other)
-        excess = jnp.square(jnp.abs(new) - variance / scale)
-        is_taken = random.hashed_uniform(taken, shape) < jnp.exp(-excess / (2 * variance))
-        drawn = jnp.where(is_drawn, drawn, new)
-        return number + 1, drawn, is_drawn | is_taken
+        key_normal, key_taken = random.fold_in_pair(key, jnp.arange(2), number)
+        x = jnp.sqrt(wide) * jax.random.normal(key_normal, shape, jnp.float32)
+        new = jnp.round(x)
+        a = new / (2 * wide)
+        ratio = jnp.where(new == 0, 1, a / jnp.sinh(jnp.where(new == 0, 1, a)))
+        exponent = jnp.square(new) * (1 / wide - 1 / variance)
+        exponent += (jnp.square(x - new) - 0.25) / wide
+        is_taken = random.hashed_uniform(key_taken, shape) < ratio * jnp.exp(exponent / 2)
+        return number + 1, jnp.where(is_drawn, drawn, new), is_drawn | is_taken
 
     # Of what is no deviation, no draw would ever be taken.
     is_drawn = jnp.broadcast_to(~((variance > 0) & jnp.isfinite(variance)), shape)
-    start = jnp.int32(0), jnp.zeros(shape, std.dtype), is_drawn
+    start = jnp.int32(0), jnp.zeros(shape, jnp.float32), is_drawn
     _, drawn, _ = jax.lax.while_loop(lambda carry: ~carry[2].all(), draw, start)
     return drawn.astype(jnp.int32)
