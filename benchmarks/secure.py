@@ -27,7 +27,7 @@ CLIP, VALUE, WEIGHT = 1.0, 0.05, 100.0
 def _private() -> fl.UpdateTransform:
     """One weight for all, and coordinates in which no entry of an update of norm 1 is large."""
     fixed = fl.fixed_point(VALUE, 1.0, num_bits=12, modulus_bits=20, denominator=100.0)
-    return fl.discrete_gaussian_noise(0.5, 100, fl.clip_by_norm(CLIP), fl.common_rotation(fixed))
+    return fl.discrete_gaussian_noise(CLIP, 0.5, 100, fl.common_rotation(fixed))
 
 
 def _masked(num_neighbours: int | None, dropout_rate: float = 0.0) -> fl.UpdateTransform:

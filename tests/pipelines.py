@@ -52,7 +52,7 @@ PIPELINES = {
     },
     "discrete_gaussian_noise": lambda x: {
         "pipeline": fl.discrete_gaussian_noise(
-            *(0.3 * x, 8, fl.clip_by_norm(0.5)),
+            *(0.5, 0.3 * x, 8),
             fl.common_rotation(fl.fixed_point(0.5, 1.0, num_bits=10, denominator=8.0)),
         ),
         "reducer": fl.modular_sum(),

@@ -191,7 +191,7 @@ NAMES = {
     "cap_weight": ["max_weight"],
     "common_rotation": ["transform"],
     "coordinate_median": [],
-    "discrete_gaussian_noise": ["noise_multiplier", "num_clients", "transforms"],
+    "discrete_gaussian_noise": ["max_norm", "noise_multiplier", "num_clients", "transform"],
     "downlink": ["transform"],
     "error_feedback": ["transform", "decay", "max_age"],
     "fixed_point": [

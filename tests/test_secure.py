@@ -413,12 +413,13 @@ def averaging(pipeline, reducer=None):
         ),
         (lambda: fl.chain(NOISE, FIXED), "denominator is None, and noise for privacy comes before"),
         (
-            lambda: fl.discrete_gaussian_noise(1.0, 5, fl.clip_by_norm(1.0)),
-            "transforms do not make integers",
+            lambda: fl.discrete_gaussian_noise(1.0, 1.0, 5, fl.quantize_uniform()),
+            "transform makes no integers",
         ),
-        (lambda: fl.discrete_gaussian_noise(1.0, 5, FIXED), "transforms do not bound integers"),
-        (lambda: fl.discrete_gaussian_noise(-1.0, 5, FIXED), "noise_multiplier is -1.0; choose"),
-        (lambda: fl.discrete_gaussian_noise(1.0, 0, FIXED), "num_clients is 0; choose a number"),
+        (lambda: fl.discrete_gaussian_noise(1.0, 1.0, 5, FIXED), "transform has no denominator"),
+        (lambda: fl.discrete_gaussian_noise(0.0, 1.0, 5, FIXED), "max_norm is 0.0; choose"),
+        (lambda: fl.discrete_gaussian_noise(1.0, -1.0, 5, FIXED), "noise_multiplier is -1.0;"),
+        (lambda: fl.discrete_gaussian_noise(1.0, 1.0, 0, FIXED), "num_clients is 0; choose"),
         (
             lambda: fl.common_rotation(fl.error_feedback(fl.quantize_uniform())),
             "transform keeps something with each client",
@@ -488,7 +489,7 @@ def test_without_a_deviation_there_is_no_noise(std):
 def test_the_noise_of_a_sum_has_the_deviation_that_is_told():
     """Of four clients, of whom three arrive, with updates of zero."""
     fixed = fl.fixed_point(1.0, 2.0, num_bits=12, rounding="nearest", denominator=5.0)
-    noise = fl.discrete_gaussian_noise(0.7, 4, fl.clip_by_norm(0.5), fixed)
+    noise = fl.discrete_gaussian_noise(0.5, 0.7, 4, fixed)
     hidden = fl.chain(noise, fl.secure_aggregation(2, masks=True, threshold=0.1))
     params = {"a": jnp.zeros((20, 10)), "b": jnp.float32(0)}
     state, cohort = hidden.init(params), cohort_of(np.arange(4))
@@ -530,7 +531,7 @@ def test_the_noise_of_a_sum_has_the_deviation_that_is_told():
 
 def test_a_lost_round_is_skipped_though_who_takes_part_is_private():
     fixed = fl.fixed_point(1.0, 1.0, denominator=5.0)
-    noise = fl.discrete_gaussian_noise(1.0, 5, fl.clip_by_norm(1.0), fixed)
+    noise = fl.discrete_gaussian_noise(1.0, 1.0, 5, fixed)
     cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)))
 
     @jax.jit

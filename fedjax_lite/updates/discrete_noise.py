@@ -14,6 +14,7 @@ from fedjax_lite.base import (
     Received,
     UpdateTransform,
 )
+from fedjax_lite.updates.clipping import clip_by_norm
 from fedjax_lite.updates.fixed_point import to_ring
 from fedjax_lite.updates.pipeline import announced, chain
 from fedjax_lite.xla import random
@@ -23,13 +24,16 @@ Draws = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def discrete_gaussian_noise(
-    noise_multiplier: ArrayLike, num_clients: ArrayLike, *transforms: UpdateTransform
+    max_norm: ArrayLike,
+    noise_multiplier: ArrayLike,
+    num_clients: ArrayLike,
+    transform: UpdateTransform,
 ) -> UpdateTransform:
     r"""Has each client add discrete normal noise to its integers, which sums up to that of a round.
 
-    The transforms come first, on clients, and make integers of L2 norm $\Delta$ at most, such as
-    `fl.clip_by_norm` and `fl.fixed_point`; with $n$ the number of clients that are expected, each
-    then adds to each of them
+    Clients scale their updates down to an L2 norm of $C$, as `fl.clip_by_norm(max_norm)` does, and
+    the transform makes integers of them, of norm $\Delta$ at most. With $n$ the number of clients
+    that are expected, each then adds to each integer
 
     $$\mathcal{N}_\mathbb{Z}(0, \sigma^2), \quad \sigma = z \Delta / \sqrt n, \qquad
       P(k) \propto e^{-k^2 / 2 \sigma^2}.$$
@@ -52,17 +56,17 @@ def discrete_gaussian_noise(
     Discrete Gaussian for Differential Privacy".
 
     Args:
+      max_norm: $C$, positive; may be traced.
       noise_multiplier: $z$, not negative; may be traced.
-      num_clients: $n$, positive; may be traced. Of fewer than arrive, the noise is larger.
-      *transforms: What makes integers, with `fl.fixed_point(..., denominator=...)` for its end.
+      num_clients: $n$, positive; may be traced. Where more arrive, the noise is larger.
+      transform: What makes integers: `fl.fixed_point` with a denominator, or that inside of
+        `fl.common_rotation`.
 
     Raises:
-      ValueError: A number is out of range; the transforms make no integers, or do not bound them.
+      ValueError: A number is out of range; the transform makes no integers, or has no denominator.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
-    >>> noise = discrete_gaussian_noise(
-    ...     0.5, 2, fl.clip_by_norm(2.0), fl.fixed_point(2.0, 1.0, denominator=2.0)
-    ... )
+    >>> noise = discrete_gaussian_noise(2.0, 0.5, 2, fl.fixed_point(2.0, 1.0, denominator=2.0))
     >>> model = fl.function_model(lambda w, batch: -w @ batch["x"].T)
     >>> algorithm = fl.fed_avg(model, optax.sgd(1.0), pipeline=noise, reducer=fl.modular_sum())
     >>> dataset = fl.FederatedDataset.from_clients([{"x": [[3.0, 4.0]]}, {"x": [[3.0, 4.0]]}])
@@ -73,13 +77,14 @@ def discrete_gaussian_noise(
     """
     multiplier = _validate.number("noise_multiplier", noise_multiplier)
     num_clients = _validate.number("num_clients", num_clients, positive=True)
-    inner = chain(*transforms)
+    _validate.instance("transform", transform, UpdateTransform, "fl.fixed_point(0.1, 1.0)")
+    inner = chain(clip_by_norm(max_norm), transform)
     known = inner.guarantees(Guarantees(), None)
     if known.modulus_bits is None or known.sensitivity is None:
-        missing = "bound" if known.modulus_bits is not None else "make"
+        failing = "has no denominator" if known.modulus_bits else "makes no integers"
         raise ValueError(
-            f"transforms do not {missing} integers; end them with fl.clip_by_norm(max_norm) and"
-            " fl.fixed_point(max_value, max_weight, denominator=100)."
+            f"transform {failing}; pass fl.fixed_point(max_value, max_weight, denominator=100),"
+            " with the expected sum of weights."
         )
     modulus_bits: int = known.modulus_bits
 
