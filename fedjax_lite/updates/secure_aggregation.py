@@ -203,28 +203,29 @@ def _unmasked(total: PyTree, ring: _Ring, arrived: jax.Array) -> PyTree:
       ring: The clients.
       arrived: `[clients]`, how many slots of each of them have arrived.
     """
+    missing = arrived < ring.slots
+    # Those of whom something is missing come first.
+    places = jnp.argsort(~missing)
 
-    def take(total: PyTree, factor: jax.Array, key: jax.Array) -> PyTree:
-        return jax.lax.cond(factor != 0, lambda: _plus(total, -factor, key), lambda: total)
+    def take_own(place: jax.Array, total: PyTree) -> PyTree:
+        key = random.fold_in_pair(ring.key, _KEY_OWN, ring.ids[place])
+        return _plus(total, -arrived[place], key)
 
-    def take_those_of(place: jax.Array, total: PyTree) -> PyTree:
-        own_id = ring.ids[place]
+    def take_pair(number: jax.Array, total: PyTree) -> PyTree:
+        place = places[number // ring.degree]
+        other = ring.neighbour(place, number % ring.degree)
+        own_id, other_id = ring.ids[place], ring.ids[other]
+        left = arrived[place] * ring.slots[other] - arrived[other] * ring.slots[place]
+        # Of two that are missing, one takes the masks of the pair.
+        factor = jnp.where(missing[other] & (other_id < own_id), 0, left)
+        factor *= jnp.sign(own_id - other_id)
+        return _plus(total, factor, _pair_key(ring.key, own_id, other_id))
 
-        def take_pair(number: jax.Array, total: PyTree) -> PyTree:
-            other = ring.neighbour(place, number)
-            other_id = ring.ids[other]
-            # Of two that are missing, one takes the masks of the pair.
-            is_others = (arrived[other] < ring.slots[other]) & (other_id < own_id)
-            left = arrived[place] * ring.slots[other] - arrived[other] * ring.slots[place]
-            factor = jnp.where(is_others, 0, jnp.sign(other_id - own_id) * left)
-            return take(total, factor, _pair_key(ring.key, own_id, other_id))
-
-        total = take(total, arrived[place], random.fold_in_pair(ring.key, _KEY_OWN, own_id))
-        num_pairs = jnp.where(arrived[place] < ring.slots[place], ring.degree, 0)
-        return jax.lax.fori_loop(0, num_pairs, take_pair, total)
-
+    # One loop for all pairs: XLA:CPU may lose a copy of what nested ones carry, with the flags of
+    # `configure_cpu`.
     total = jax.tree.map(lambda x: x.astype(jnp.uint32), total)
-    return jax.lax.fori_loop(0, ring.size, take_those_of, total)
+    total = jax.lax.fori_loop(0, ring.size, take_own, total)
+    return jax.lax.fori_loop(0, missing.sum() * ring.degree, take_pair, total)
 
 
 def _pair_key(key: jax.Array, one_id: jax.Array, other_id: jax.Array) -> jax.Array:
