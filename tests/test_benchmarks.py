@@ -5,6 +5,8 @@ from pathlib import Path
 
 from test_algorithms import ALGORITHMS
 
+from benchmarks import secure
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -39,3 +41,10 @@ def test_what_is_compiled_ahead_of_time_has_a_row_for_each_target():
     for target in ("h100 x1", "h100 x4", "tpu-v5e x1", "tpu-v5e x4"):
         for name in ("quickstart", "dense", "resnet18", *ALGORITHMS):
             assert {(name, target, 1), (name, target, 8)} <= asked
+
+
+def test_secure_aggregation_is_measured():
+    rows = list(secure.measure(["ideal"], num_clients=2, repeats=1))
+    assert [row["setting"] for row in rows] == ["fed_avg", "ideal"]
+    assert [row["bits"] for row in rows] == [32.0, 32.0]
+    assert all(row["round_s"] > 0 for row in rows)
