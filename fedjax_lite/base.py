@@ -296,6 +296,8 @@ class Guarantees(NamedTuple):
       released: What transforms release of clients beside the aggregate: the sum of $1 / z^2$ over
         it, if each has normal noise of $z$ times what one client can change, a number that may be
         traced. Of the noise multiplier of a whole round, the aggregate gets what this leaves.
+      modulus_bits: The number of bits b, if its update is integers modulo 2^b, which are added up
+        as they are; `None` if it is floats.
     """
 
     sensitivity: Any = None
@@ -305,6 +307,7 @@ class Guarantees(NamedTuple):
     noise_multiplier: Any = None
     min_separation: int = 1
     released: Any = 0.0
+    modulus_bits: int | None = None
 
 
 class Received(NamedTuple):
@@ -315,7 +318,8 @@ class Received(NamedTuple):
       statistics: The sum over clients of what the transform sent beside.
       sensitivity: Upper bound of the L2 norm by which one client can change the aggregate, who is
         there or not; a number that may be traced, or `None` if there is none.
-      weights: `[clients]`, the weights of the cohort's clients, 0 of those who are left out.
+      weights: `[clients]`, the weights of the cohort's clients, 0 of those who are left out. A
+        server half that cannot read the aggregate sets all of them to 0: the round is skipped.
       cohort: The cohort, without examples.
       drift: `drift() -> aggregate`, what an additive reducer makes, in place of the updates, of how
         far the server's params have moved from those that each client started from; `None` where

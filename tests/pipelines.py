@@ -93,7 +93,25 @@ PIPELINES = {
     "local_laplace_noise": lambda x: {"pipeline": fl.local_laplace_noise(0.2 * x, 2.0)},
     # Secure aggregation.
     "fixed_point": lambda x: {
-        "pipeline": fl.fixed_point(2.0**10 * x),
+        "pipeline": fl.fixed_point(0.2 * x, 4.0, num_bits=12, modulus_bits=16),
+        "reducer": fl.modular_sum(),
+    },
+    "secure_aggregation": lambda x: {
+        "pipeline": fl.chain(
+            fl.fixed_point(1.0, 4.0, rounding="nearest", denominator=20.0 * x),
+            fl.secure_aggregation(4, threshold=0.1, dropout_rate=0.2, masks=True),
+        ),
+        "reducer": fl.modular_sum(),
+    },
+    "common_rotation": lambda x: {
+        "pipeline": fl.common_rotation(fl.fixed_point(0.5 * x, 4.0, rounding="nearest")),
+        "reducer": fl.modular_sum(),
+    },
+    "discrete_gaussian_noise": lambda x: {
+        "pipeline": fl.discrete_gaussian_noise(
+            *(0.5, 0.3 * x, 8),
+            fl.common_rotation(fl.fixed_point(0.5, 1.0, num_bits=10, denominator=8.0)),
+        ),
         "reducer": fl.modular_sum(),
     },
 }

@@ -125,7 +125,11 @@ ROUNDS = {
         optax.sgd(0.1, momentum=0.9),
         mu=0.1,
         num_epochs=2,
-        pipeline=fl.chain(fl.clip_by_norm(1.0), fl.fixed_point(2.0**20)),
+        pipeline=fl.chain(
+            fl.clip_by_norm(1.0),
+            fl.fixed_point(1.0, 100.0, num_bits=16),
+            fl.secure_aggregation(4, dropout_rate=0.1, masks=True),
+        ),
         reducer=fl.modular_sum(),
         **where,
     ),

@@ -112,9 +112,8 @@ ALGORITHMS = {
     "modular_sum": lambda model, **kw: fl.fed_avg(
         model,
         optax.sgd(0.1),
-        optax.sgd(0.2),
         batch_size=3,
-        pipeline=fl.chain(fl.clip_by_norm(1.0), fl.fixed_point(2.0**20)),
+        pipeline=fl.chain(fl.clip_by_norm(1.0), fl.fixed_point(1.0, 10.0, rounding="nearest")),
         reducer=fl.modular_sum(),
         **kw,
     ),

@@ -235,14 +235,21 @@ NAMES = {
     "mix_models": [],
     "polynomial_staleness": ["exponent"],
     "threshold_staleness": ["threshold", "value"],
+    "common_rotation": ["transform"],
     "coordinate_median": [],
+    "discrete_gaussian_noise": ["max_norm", "noise_multiplier", "num_clients", "transform"],
     "downlink": ["transform"],
     "error_feedback": ["transform", "decay", "max_age"],
     "dp_sgd": ["model", "max_norm", "noise_multiplier", "report_clipped"],
-    "fixed_point": ["scale"],
     "local_gaussian_noise": ["max_norm", "noise_multiplier"],
     "local_laplace_noise": ["max_norm", "epsilon"],
+    "fixed_point": [
+        *("max_value", "max_weight", "num_bits", "modulus_bits", "rounding", "denominator"),
+    ],
     "modular_sum": [],
+    "secure_aggregation": [
+        *("num_neighbours", "threshold", "dropout_rate", "modulus_bits", "masks"),
+    ],
     "weighted_mean": ["denominator"],
     "ClientEvaluation": ["clients", "num_examples", "pooled"],
     "ClientResult": [

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from test_algorithms import ALGORITHMS
 
+from benchmarks import secure
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -91,3 +93,10 @@ def test_defences_are_measured_under_every_attack():
     assert len(set(accuracy.values())) > len(accuracy) / 2  # They are different ones.
     assert accuracy["none"] > accuracy["inner_product_10"] + 0.2
     assert accuracy["none"] > accuracy["scaled"] + 0.2
+
+
+def test_secure_aggregation_is_measured():
+    rows = list(secure.measure(["ideal"], num_clients=2, repeats=1))
+    assert [row["setting"] for row in rows] == ["fed_avg", "ideal"]
+    assert [row["bits"] for row in rows] == [32.0, 32.0]
+    assert all(row["round_s"] > 0 for row in rows)

@@ -166,14 +166,14 @@ def test_a_modular_sum_wraps_around(num_devices):
         regression_model(),
         optax.sgd(0.1),
         batch_size=4,
-        pipeline=fl.chain(fl.fixed_point(2.0**16), masks),
+        pipeline=fl.chain(fl.fixed_point(8.0, 1.0, rounding="nearest", denominator=1.0), masks),
         reducer=fl.modular_sum(),
         mesh=mesh,
     )
     state = algorithm.init(start())
     after, info = algorithm.round(KEY, state, fl.cohort_of(dataset.resident(mesh), range(8)))
     expected = flat(state.params) - deltas(dataset, state.params).sum(0)
-    np.testing.assert_allclose(flat(after.params), expected, atol=8 * 2.0**-17 + 1e-5)
+    np.testing.assert_allclose(flat(after.params), expected, atol=8 / 2 * 8 / (2**19 - 1) + 1e-9)
     assert info.clients["bits_up"].tolist() == [32.0 * 4] * 8
 
 
@@ -355,7 +355,10 @@ MASK = fl.UpdateTransform(
     [
         (lambda: fl.chain(MASK, fl.quantize_uniform(4)), "quantize_uniform comes after a mask"),
         (lambda: fl.chain(MASK, fl.clip_by_norm(1.0)), "clip_by_norm comes after a mask"),
-        (lambda: fl.chain(fl.chain(MASK), fl.fixed_point(2.0)), "fixed_point comes after a mask"),
+        (
+            lambda: fl.chain(fl.chain(MASK), fl.fixed_point(2.0, 1.0)),
+            "fixed_point comes after a mask",
+        ),
         (
             lambda: fl.fed_avg(
                 *(regression_model(), optax.sgd(0.1)),
@@ -365,7 +368,6 @@ MASK = fl.UpdateTransform(
             "reducer looks at single updates, and pipeline hides them in masks",
         ),
         (lambda: fl.weighted_mean(0.0), "denominator is 0.0; choose a number above 0"),
-        (lambda: fl.fixed_point(-1.0), "scale is -1.0; choose a number above 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused_when_it_is_built(build, message):

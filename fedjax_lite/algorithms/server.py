@@ -322,6 +322,7 @@ def federated_algorithm(
             sent, pipeline_state, told = pipeline.server(key_server, server.pipeline_state, sent)
             _validate.instance("what the server half of the pipeline returned", sent, Received)
             aggregate, metrics = sent.aggregate, metrics | told
+            skip |= ~is_empty & ~jnp.any(sent.weights != 0)
             after = dataclasses.replace(after, pipeline_state=pipeline_state)
         model_state = _mean_state(result.model_state, weight, is_empty, server.model_state)
         aggregate = _like_params(aggregate, server.params)

@@ -23,9 +23,19 @@ from fedjax_lite.updates.clipping import (
     clip_per_array,
     zero_by_norm,
 )
+from fedjax_lite.updates.common_rotation import (
+    common_rotation,
+)
+from fedjax_lite.updates.discrete_noise import (
+    discrete_gaussian_noise,
+)
 from fedjax_lite.updates.feedback import (
     ef21,
     error_feedback,
+)
+from fedjax_lite.updates.fixed_point import (
+    fixed_point,
+    modular_sum,
 )
 from fedjax_lite.updates.geometric_median import (
     centered_clipping,
@@ -79,8 +89,6 @@ from fedjax_lite.updates.quantization import (
     quantize_uniform,
 )
 from fedjax_lite.updates.reducers import (
-    fixed_point,
-    modular_sum,
     weighted_mean,
 )
 from fedjax_lite.updates.robust import (
@@ -92,6 +100,9 @@ from fedjax_lite.updates.rotation import (
     drive,
     eden,
     rotated,
+)
+from fedjax_lite.updates.secure_aggregation import (
+    secure_aggregation,
 )
 from fedjax_lite.updates.signs import (
     scaled_sign,
@@ -121,7 +132,9 @@ __all__ = [
     "client_momentum",
     "clip_by_norm",
     "clip_per_array",
+    "common_rotation",
     "coordinate_median",
+    "discrete_gaussian_noise",
     "downlink",
     "drive",
     "eden",
@@ -158,6 +171,7 @@ __all__ = [
     "rotated",
     "scaled_sign",
     "scaled_update",
+    "secure_aggregation",
     "sign_flip",
     "sign_sgd",
     "terngrad",

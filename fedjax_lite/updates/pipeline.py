@@ -138,12 +138,17 @@ def unmasked(name: str, before: Guarantees) -> Guarantees:
     """What is known before a transform that reads or changes single updates.
 
     Raises:
-      ValueError: They are hidden in masks.
+      ValueError: They are hidden in masks, or integers of a modulus.
     """
     if before.is_masked:
         raise ValueError(
             f"{name} comes after a mask, and would change what only the sum over clients unmasks;"
             " put it before the mask."
+        )
+    if before.modulus_bits is not None:
+        raise ValueError(
+            f"{name} comes after fixed_point, and would change integers modulo"
+            f" {2**before.modulus_bits} as if they were floats; put it before fixed_point."
         )
     return before
 
@@ -157,13 +162,14 @@ def check_reducer(known: Guarantees, reducer: Reducer, *, drop: bool) -> None:
       drop: Whether updates that are not finite are left out.
 
     Raises:
-      ValueError: It looks at single updates, which are hidden in masks; or noise is to be added,
-        and nothing bounds what one client can change.
+      ValueError: It looks at single updates, which are hidden in masks or integers of a modulus; or
+        noise is to be added, and nothing bounds what one client can change.
     """
-    if known.is_masked and reducer.stacked is not None:
+    if reducer.stacked is not None and (known.is_masked or known.modulus_bits is not None):
+        made = "hides them in masks" if known.is_masked else "makes integers of them"
         raise ValueError(
-            "reducer looks at single updates, and pipeline hides them in masks; choose one that"
-            " adds up, such as fl.modular_sum()."
+            f"reducer looks at single updates, and pipeline {made}; choose one that adds up, such"
+            " as fl.modular_sum()."
         )
     if not known.is_private or (drop and reducer.sensitivity(known) is not None):
         return
