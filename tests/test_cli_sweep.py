@@ -73,7 +73,7 @@ def test_numbers_inside_of_calls_vary(tmp_path, capsys):
         *(capsys, "sweep", *SMALL, f"--client-optimizer={client}", "--out", tmp_path / "other"),
         *("--vary", "client_optimizer.learning_rate.decay_rate=0.5,0.9", "--vary", "seed=0:2"),
     )
-    for one in swept["runs"]:
+    for one in swept["runs"][::3]:  # Both rates, and both seeds.
         rate = one["client_optimizer.learning_rate.decay_rate"]
         client = f"sgd(exponential_decay(0.1, 2, {rate}))"
         out = tmp_path / f"{rate} {one['seed']}"
