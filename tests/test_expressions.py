@@ -231,9 +231,9 @@ def test_names_are_those_of_the_python_api():
     }
     for name, function in ALGORITHM.table.items():
         assert getattr(fl, name) is function
-    for name, module in (("model", fl.models), ("sampler", fl.samplers)):
+    for name, *modules in (("model", fl.models), ("sampler", fl.samplers, fl.durations)):
         assert set(ROLES[name].table) == {
-            n for n in dir(module) if inspect.isfunction(vars(module)[n])
+            n for module in modules for n in dir(module) if inspect.isfunction(vars(module)[n])
         }
     assert set(ROLES["partition"].table) == set(dir(fl.partition))
     for setting, kind in (("updates", fl.UpdateTransform), ("reducer", fl.Reducer)):
