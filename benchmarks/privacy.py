@@ -216,7 +216,7 @@ def _summary(found: dict[str, list[Row]]) -> Row:
         summary |= {name: row[name] for name in ("epsilon_claimed", "audit_lower_bound")}
     for row in found.get("overhead", []):
         if row["mechanism"] == "gaussian_noise":
-            summary["private_over_plain"] = row["cost"]
+            summary["overhead"] = row["cost"]
     return summary
 
 

@@ -197,7 +197,7 @@ NAMES = {
     "Client": ["id", "num_examples", "num_steps", "entry", "key", "staleness"],
     "Guarantees": [
         *("sensitivity", "max_weight", "is_masked", "is_private", "noise_multiplier"),
-        *("min_separation", "released"),
+        *("min_separation", "released", "modulus_bits"),
     ],
     "LocalState": [
         *("params", "model_state", "opt_state", "loss", "num_examples", "num_steps"),

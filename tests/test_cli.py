@@ -98,7 +98,8 @@ def test_a_missing_command_is_told_in_one_line(capsys):
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fedjax_lite.configure_cpu", lambda: None)  # It is too late for that.
+    # It is too late for that.
+    monkeypatch.setattr("fedjax_lite.cli.quickstart.configure_cpu", lambda: None)
     (tmp_path / "file").write_text("")
     told = refusal(capsys, "quickstart", "--out", tmp_path / "file" / "below")
     assert "cannot be written" in told

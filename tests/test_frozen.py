@@ -304,7 +304,7 @@ def test_fed_ex_lora_refuses_what_it_cannot_average():
         fl.fed_ex_lora(model, optax.sgd(0.1), max_staleness=1)
     with pytest.raises(ValueError, match="reducer is Reducer"):
         fl.fed_ex_lora(model, optax.sgd(0.1), reducer=fl.coordinate_median())
-    hide = lambda before: before._replace(is_masked=True)
+    hide = lambda before, state: before._replace(is_masked=True)
     masked = fl.clip_by_norm(1.0)._replace(guarantees=hide)
     with pytest.raises(ValueError, match="fed_ex_lora comes after a mask"):
         fl.fed_ex_lora(model, optax.sgd(0.1), pipeline=masked)

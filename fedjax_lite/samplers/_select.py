@@ -44,7 +44,7 @@ class Selection(NamedTuple):
     metrics: dict[str, jax.Array] = {}  # noqa: RUF012, which no one changes
 
     def __repr__(self) -> str:
-        return record(self, self._asdict())
+        return record(self, {**self._asdict(), "metrics": self.metrics or None})
 
 
 class Sampler(NamedTuple):
