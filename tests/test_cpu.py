@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import warnings
@@ -48,6 +49,34 @@ print(len(results))
 def test_calls_that_nobody_waits_for_do_not_come_to_a_standstill(program, calls):
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout.strip() == calls, run.stderr[-500:]
+
+
+LOOPS = """
+import fedjax_lite as fl
+fl.configure_cpu(1)
+import jax, jax.numpy as jnp, numpy as np
+
+def drawn(i, j):
+    return jax.random.bits(jax.random.fold_in(jax.random.key(1), 100 * i + j), (3,), jnp.uint32)
+
+@jax.jit
+def total(outer, inner):
+    def add(i, x):
+        def add_some(j, x):
+            return jax.lax.cond((i + j) % 3 != 0, lambda: x + drawn(i, j), lambda: x)
+        return jax.lax.fori_loop(0, jnp.where(i % 2 == 0, inner, 0), add_some, x + drawn(i, 99))
+    return jax.lax.fori_loop(0, outer, add, jnp.zeros(3, jnp.uint32))
+
+pairs = [(i, 99) for i in range(5)]
+pairs += [(i, j) for i in range(0, 5, 2) for j in range(4) if (i + j) % 3]
+np.testing.assert_array_equal(total(5, 4), sum(np.asarray(drawn(*pair)) for pair in pairs))
+"""
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the flags are a CPU's")
+def test_loops_in_loops_over_few_numbers_are_right_with_the_flags():
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    subprocess.run([sys.executable, "-c", LOOPS], env=environment, check=True)
 
 
 @pytest.fixture

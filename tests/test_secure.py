@@ -1,10 +1,6 @@
 """Fixed point and secure aggregation, against integers that never wrap around."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -582,31 +578,3 @@ def test_a_rotation_is_common_to_all_and_taken_back_from_their_sum():
         received.aggregate,
         updates,
     )
-
-
-AS_USERS_DO = """
-import fedjax_lite as fl
-fl.configure_cpu()
-import jax, numpy as np, optax
-population = fl.data.halfspace(num_clients=12, batch_size=4)
-model = fl.models.halfspace_classifier()
-params = []
-for masks in (False, True):
-    hidden = fl.secure_aggregation(4, dropout_rate=0.5, threshold=0.0, masks=masks)
-    pipeline = fl.chain(fl.fixed_point(1.0, 4.0), hidden)
-    algorithm = fl.fed_avg(
-        model, optax.sgd(0.1), num_steps=1, pipeline=pipeline, reducer=fl.modular_sum()
-    )
-    cohort = fl.cohort(jax.random.key(1), population, 12)
-    state, info = algorithm.round(jax.random.key(2), algorithm.init(jax.random.key(0)), cohort)
-    assert info.metrics["clients_missing"] > 1 and not info.skipped
-    params.append(jax.device_get(state.params))
-jax.tree.map(np.testing.assert_array_equal, *params)
-"""
-
-
-def test_masks_cancel_with_the_flags_for_cpus():
-    """Of nested loops over few numbers, XLA:CPU loses a copy with them."""
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    command = [sys.executable, "-c", AS_USERS_DO]
-    subprocess.run(command, env=environment, check=True, cwd=Path(fl.__file__).parents[1])

@@ -12,15 +12,15 @@ import jax
 from fedjax_lite import _validate
 
 _FLAGS = {
-    # A loop over small arrays becomes one function, not one thread-pool task per operation.
+    # A loop over small arrays becomes one function, not one thread-pool task per operation. Beside
+    # --xla_cpu_copy_insertion_use_region_analysis=true, which saves copies, loops in such loops
+    # come out wrong.
     "--xla_backend_extra_options": "xla_cpu_small_while_loop_byte_threshold=1000000",
     # AVX-512 where there is AVX-512; XLA stops at 256 bits on its own.
     "--xla_cpu_prefer_vector_width": "512",
     # Small matrix products and reductions by YNNPACK, but not convolutions: as XLA's own, a step of
     # the EMNIST CNN takes 17.5 ms on a core and not 20.2.
     "--xla_cpu_experimental_ynn_fusion_type": "individual_dot,reduce",
-    # Params that a step reads and then updates need no copy, if reads can be put first.
-    "--xla_cpu_copy_insertion_use_region_analysis": "true",
     # A device may have to wait for another one's clients longer than the 40 seconds after which
     # XLA takes them for stuck, and aborts.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "86400",
