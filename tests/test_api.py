@@ -343,6 +343,7 @@ SAMPLERS = {
     "sequential": ["num_clients", "cohort_size"],
     "uniform": ["num_clients", "cohort_size", "replace", "capacity"],
     "weighted": ["weights", "cohort_size", "capacity"],
+    "available": ["sampler", "trace"],
     "by_day_and_night": ["sampler", "period", "awake", "by_client"],
     "dropping_out": ["sampler", "probability"],
     "fed_buff": [

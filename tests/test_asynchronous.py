@@ -359,6 +359,25 @@ def test_stragglers_are_left_behind_cut_or_gone():
     np.testing.assert_array_equal(there[:8].sum(0), np.full(10, 2))
 
 
+def test_devices_come_from_a_file(tmp_path):
+    path = tmp_path / "devices.csv"
+    path.write_text("client_id,seconds_per_example,upload\nb,2,100\na,0.5,\n")
+    devices = fl.durations.from_file(path, ["a", "b"], bytes_up=50)
+    seconds = [float(devices.seconds(KEY, jnp.int32(i), jnp.int32(4))) for i in range(2)]
+    assert seconds == [2.0, 8.5]
+    with pytest.raises(ValueError, match="without 2 of 2 clients, such as '0'"):
+        fl.durations.from_file(path)
+    path.write_text("client_id,seconds_per_example\na,x\n")
+    with pytest.raises(ValueError, match="in whose column 'seconds_per_example'"):
+        fl.durations.from_file(path, ["a"])
+    path.write_text("client_id,seconds_per_example\na,1\na,2\n")
+    with pytest.raises(ValueError, match="several lines of a client"):
+        fl.durations.from_file(path, ["a"])
+    path.write_text("client\na\n")
+    with pytest.raises(ValueError, match="no column 'client_id'"):
+        fl.durations.from_file(path)
+
+
 def test_a_late_client_counts_for_what_it_did():
     """A run with time-outs on the clock: partial work weighs what was processed."""
     population = regression_dataset().resident()

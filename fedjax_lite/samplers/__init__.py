@@ -26,6 +26,7 @@ from fedjax_lite.samplers.by_chance import poisson, uniform
 from fedjax_lite.samplers.by_turn import cyclic, everyone, minimise_reuse, round_robin, sequential
 from fedjax_lite.samplers.by_weight import importance, weighted
 from fedjax_lite.samplers.stragglers import (
+    available,
     by_day_and_night,
     dropping_out,
     over_selected,
@@ -37,6 +38,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Selection",
+    "available",
     "by_day_and_night",
     "cyclic",
     "dropping_out",

@@ -12,8 +12,10 @@ anew.
 True
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import csv
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ __all__ = [
     "Durations",
     "constant",
     "exponential",
+    "from_file",
     "half_normal",
     "log_normal",
     "normal",
@@ -226,6 +229,70 @@ def of_devices(
         return jnp.asarray(compute)[client_id] * num_examples + jnp.asarray(travel)[client_id]
 
     return Durations(seconds)
+
+
+def from_file(
+    path: str | PathLike[str],
+    client_ids: Sequence[Any] | None = None,
+    *,
+    bytes_up: float = 0.0,
+    bytes_down: float = 0.0,
+) -> Durations:
+    r"""Those of a trace of devices in a CSV file, as `of_devices` takes them.
+
+    It has a line for each client, in any order, and the columns `client_id` and
+    `seconds_per_example`; `upload` and `download`, bytes a second, where connections count.
+
+    Args:
+      path: The file.
+      client_ids: The clients of the population in its order, such as `dataset.client_ids`, whose
+        lines are looked for; by default 0, 1, 2 and so on, as many as there are lines.
+      bytes_up: As in `of_devices`.
+      bytes_down: As in `of_devices`.
+
+    Raises:
+      ValueError: A column or a client is missing, a client has two lines, or a number is out of
+        range.
+      OSError: The file cannot be read.
+
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "devices.csv"
+    >>> _ = path.write_text("client_id,seconds_per_example\nb,2.0\na,0.5\n")
+    >>> devices = from_file(path, ["a", "b"])
+    >>> float(devices.seconds(jax.random.key(0), jnp.int32(1), jnp.int32(10)))
+    20.0
+    """
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("client_id", "seconds_per_example"):
+        if not rows or name not in rows[0]:
+            raise ValueError(f"path is {str(path)!r}, which has no column {name!r}; add it.")
+    by_client = {row["client_id"]: row for row in rows}
+    if len(by_client) < len(rows):
+        raise ValueError(
+            f"path is {str(path)!r}, with several lines of a client; keep one of each."
+        )
+    wanted = [str(one) for one in (range(len(rows)) if client_ids is None else client_ids)]
+    if missing := [one for one in wanted if one not in by_client]:
+        raise ValueError(
+            f"path is {str(path)!r}, without {len(missing)} of {len(wanted)} clients, such as"
+            f" {missing[0]!r}; add their lines, or pass client_ids=, as the file has them."
+        )
+
+    def column(name: str) -> ArrayLike:
+        values = [by_client[one].get(name) or "inf" for one in wanted]
+        try:
+            return np.array(values, np.float64)
+        except ValueError as error:
+            raise ValueError(f"path is {str(path)!r}, in whose column {name!r} {error}.") from None
+
+    return of_devices(
+        column("seconds_per_example"),
+        upload=column("upload"),
+        download=column("download"),
+        bytes_up=bytes_up,
+        bytes_down=bytes_down,
+    )
 
 
 def _drawn(

@@ -219,6 +219,42 @@ def by_day_and_night(
     return sampler._replace(select=jax.jit(select), scheme=None, rate=None)
 
 
+def available(sampler: Sampler, trace: ArrayLike) -> Sampler:
+    """Clients take part when a trace says that they are there.
+
+    Args:
+      sampler: Who is asked; those who are not available do not take part.
+      trace: `[times, clients]`, bool: who is there in each round. After the last one it begins
+        anew.
+
+    Returns:
+      The sampler, whose records have `num_left`, those who were asked in vain. Probabilities are
+      those of being asked.
+
+    Raises:
+      ValueError: `trace` is of another shape.
+
+    >>> import jax, fedjax_lite as fl
+    >>> there = available(fl.samplers.everyone(3), [[True, False, True], [False, True, False]])
+    >>> [sorted(there.select(jax.random.key(0), r).client_ids.tolist()) for r in (1, 2)]
+    [[-1, -1, 1], [-1, 0, 2]]
+    """
+    _validate.instance("sampler", sampler, Sampler, "fl.samplers.uniform(num_clients, 10)")
+    table = np.asarray(trace, bool)
+    if table.ndim != 2 or not len(table) or table.shape[1] != sampler.num_clients:
+        raise ValueError(
+            f"trace has shape {table.shape}; pass [times, clients], with {sampler.num_clients}"
+            " clients."
+        )
+
+    def select(key: jax.Array, round: ArrayLike) -> Selection:
+        selection = sampler.select(key, round)
+        there = jnp.asarray(table)[jnp.asarray(round, jnp.uint32) % len(table)]
+        return _without(selection, ~there[selection.client_ids], 1.0)
+
+    return sampler._replace(select=jax.jit(select), scheme=None, rate=None)
+
+
 def _seconds(
     sampler: Sampler, durations: Durations, num_examples: ArrayLike
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
