@@ -37,7 +37,8 @@ def walsh_hadamard(x: jax.Array) -> jax.Array:
             sum(part if sign > 0 else -part for sign, part in zip(row, parts, strict=True))
             for row in _hadamard(radix)
         ]
-        x, stride = jnp.stack(signed, -2), radix * stride
+        # Or XLA:CPU would do the sums of a stage once more for each place where they are used.
+        x, stride = jax.lax.optimization_barrier(jnp.stack(signed, -2)), radix * stride
     return x.reshape(shape)
 
 
