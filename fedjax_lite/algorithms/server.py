@@ -256,17 +256,15 @@ def federated_algorithm(
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
         warn_if_unconfigured()
         check(key, state, cohort)
-        server = dataclasses.replace(
-            state, store=(), pipeline_store=(), last_aggregate=(), versions=(), frozen=()
-        )
+        server = dataclasses.replace(state, store=(), pipeline_store=(), versions=(), frozen=())
         # By the number of the round, too: a caller's key may be that of an earlier one, whose noise
         # a difference of the two would take off.
         key_server = random.fold_in_pair(key, KEY_SERVER, state.round)
         without_examples = dataclasses.replace(cohort, examples={})
-        received, bits_down = server, None
+        received, bits_down = dataclasses.replace(server, last_aggregate=()), None
         if pipeline is not None:
             shown = announced(pipeline, key_server, server.pipeline_state, without_examples)
-            received = dataclasses.replace(server, pipeline_state=shown)
+            received = dataclasses.replace(received, pipeline_state=shown)
             if pipeline.broadcast is not None:
                 params, bits_down = pipeline.broadcast(key_server, shown, server.params)
                 received = dataclasses.replace(received, params=params)
@@ -294,10 +292,10 @@ def federated_algorithm(
         if reducer.finish is not None:
             aggregate = reducer.finish(aggregate, weight)
         metrics = result.reported
-        after = dataclasses.replace(server, last_aggregate=state.last_aggregate)
+        after = server
         if reducer.keeps_last:
             last = _like_params(aggregate, server.params)
-            after = dataclasses.replace(after, last_aggregate=last)
+            after = dataclasses.replace(server, last_aggregate=last)
         if pipeline is not None:
             statistics, of_pipeline = statistics
             if known.is_private and jax.tree.leaves((result.model_state, statistics)):
@@ -327,8 +325,7 @@ def federated_algorithm(
         model_state = _mean_state(result.model_state, weight, is_empty, server.model_state)
         aggregate = _like_params(aggregate, server.params)
         after = _step(optimizer, after, aggregate, model_state, statistics, cohort)
-        before = dataclasses.replace(server, last_aggregate=state.last_aggregate)
-        after = jax.tree.map(lambda new, old: jnp.where(skip, old, new), after, before)
+        after = jax.tree.map(lambda new, old: jnp.where(skip, old, new), after, server)
         store, pipeline_store = (result.store, ()) if pipeline is None else result.store
         after = dataclasses.replace(
             after,
