@@ -15,11 +15,11 @@ from fedjax_lite.base import (
     UpdateTransform,
 )
 from fedjax_lite.updates.pipeline import announced, unmasked
+from fedjax_lite.updates.rotation import padded_size, rotate, rotate_back
 from fedjax_lite.xla import random
-from fedjax_lite.xla.hadamard import walsh_hadamard
 from fedjax_lite.xla.precision import widen
 
-_KEY_SIGNS, _KEY_TRANSFORM = range(2)
+_KEY_TRANSFORM = 1  # The signs of the rotation derive from 0.
 
 
 def common_rotation(transform: UpdateTransform) -> UpdateTransform:
@@ -63,7 +63,8 @@ def common_rotation(transform: UpdateTransform) -> UpdateTransform:
         )
 
     def init(params: PyTree) -> PyTree:
-        return transform.init((params, jnp.zeros(_num_padded(params))))
+        size = sum(x.size for x in jax.tree.leaves(params))
+        return transform.init((params, jnp.zeros(padded_size(size) - size)))
 
     def announce(key: jax.Array, state: PyTree, cohort: Cohort) -> PyTree:
         key_transform = random.fold_in_pair(key, _KEY_TRANSFORM, 0)
@@ -72,8 +73,7 @@ def common_rotation(transform: UpdateTransform) -> UpdateTransform:
     def client(key: jax.Array, state: PyTree, message: Message, client: Client) -> Message:
         key_round, state = state
         vector, unravel = ravel_pytree(widen(message.update))
-        padded = jnp.pad(vector, (0, _num_padded(vector)))
-        turned = walsh_hadamard(_signs(key_round, padded.size) * padded)
+        turned = rotate(key_round, vector)
         # In the shapes of the params, and what is beyond: the server knows these.
         message = message._replace(update=(unravel(turned[: vector.size]), turned[vector.size :]))
         return transform.client(key, state, message, client)
@@ -85,9 +85,8 @@ def common_rotation(transform: UpdateTransform) -> UpdateTransform:
         received, state, info = transform.server(key_transform, state, received)
         turned, rest = received.aggregate
         vector, unravel = ravel_pytree(turned)
-        back = walsh_hadamard(jnp.concatenate([vector, rest]))
-        back = _signs(key, back.size) * back
-        return received._replace(aggregate=unravel(back[: vector.size])), state, info
+        back = rotate_back(key, jnp.concatenate([vector, rest]), vector.size)
+        return received._replace(aggregate=unravel(back)), state, info
 
     def guarantees(before: Guarantees, state: PyTree) -> Guarantees:
         return transform.guarantees(unmasked("common_rotation", before), state)
@@ -95,13 +94,3 @@ def common_rotation(transform: UpdateTransform) -> UpdateTransform:
     return transform._replace(
         init=init, client=client, server=server, guarantees=guarantees, announce=announce
     )
-
-
-def _num_padded(tree: PyTree) -> int:
-    """How many entries are missing to a power of two."""
-    size = sum(x.size for x in jax.tree.leaves(tree))
-    return (1 << max(size - 1, 0).bit_length()) - size
-
-
-def _signs(key: jax.Array, size: int) -> jax.Array:
-    return random.random_signs(random.fold_in_pair(key, _KEY_SIGNS, 0), (size,))

@@ -58,14 +58,14 @@ def rotated(transform: UpdateTransform) -> UpdateTransform:
         )
 
     def init(params: PyTree) -> PyTree:
-        return transform.init(jnp.zeros(_padded_size(vector_of(params)[0].size)))
+        return transform.init(jnp.zeros(padded_size(vector_of(params)[0].size)))
 
     def client(key: jax.Array, state: PyTree, message: Message, client: Client) -> Message:
         vector, restore = vector_of(message.update)
         key_transform = random.fold_in_pair(key, _KEY_TRANSFORM, 0)
-        turned = message._replace(update=_rotate(key, vector))
+        turned = message._replace(update=rotate(key, vector))
         sent = transform.client(key_transform, state, turned, client)
-        return sent._replace(update=restore(_rotate_back(key, sent.update, vector.size)))
+        return sent._replace(update=restore(rotate_back(key, sent.update, vector.size)))
 
     def guarantees(before: Guarantees, state: PyTree) -> Guarantees:
         return transform.guarantees(unmasked("rotated", before), state)
@@ -164,7 +164,7 @@ def _eden(name: str, num_bits: float, *, unbiased: bool) -> UpdateTransform:
         return jnp.zeros_like(x).at[chosen].set(factor * sent), bits
 
     def quantize(key: jax.Array, x: jax.Array) -> tuple[jax.Array, Any]:
-        turned = _rotate(key, x)
+        turned = rotate(key, x)
         squared = jnp.square(turned).sum()
         nearest = _nearest(
             levels, turned * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1) / turned.size)
@@ -174,7 +174,7 @@ def _eden(name: str, num_bits: float, *, unbiased: bool) -> UpdateTransform:
         scale = squared / jnp.where(along > 0, along, 1)
         if not unbiased:
             scale = along / jnp.square(nearest).sum()
-        sent = _rotate_back(key, scale * nearest, x.size)
+        sent = rotate_back(key, scale * nearest, x.size)
         return sent, max(int(num_bits), 1) * turned.size + 32
 
     return compressor(name, compress, shrinks=not unbiased)
@@ -214,13 +214,14 @@ def _nearest(levels: np.ndarray, y: jax.Array) -> jax.Array:
     return jnp.where(y < 0, -size, size)
 
 
-def _rotate(key: jax.Array, x: jax.Array) -> jax.Array:
+def rotate(key: jax.Array, x: jax.Array) -> jax.Array:
     """A vector in random coordinates, with zeros up to a power of two."""
-    padded = jnp.pad(x, (0, _padded_size(x.size) - x.size))
+    padded = jnp.pad(x, (0, padded_size(x.size) - x.size))
     return walsh_hadamard(_signs(key, padded.size) * padded)
 
 
-def _rotate_back(key: jax.Array, turned: jax.Array, size: int) -> jax.Array:
+def rotate_back(key: jax.Array, turned: jax.Array, size: int) -> jax.Array:
+    """So many entries of the vector that `rotate` made this of."""
     return (_signs(key, turned.size) * walsh_hadamard(turned))[:size]
 
 
@@ -228,5 +229,6 @@ def _signs(key: jax.Array, size: int) -> jax.Array:
     return random.random_signs(random.fold_in_pair(key, _KEY_SIGNS, 0), (size,))
 
 
-def _padded_size(size: int) -> int:
+def padded_size(size: int) -> int:
+    """The next power of two."""
     return 1 << max(size - 1, 0).bit_length()
