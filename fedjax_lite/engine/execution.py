@@ -24,7 +24,8 @@ class Execution(NamedTuple):
     Attributes:
       lanes: How many clients a device trains side by side; by default 1 on CPUs and up to 64
         elsewhere.
-      mesh: Mesh with the axis `"clients"`; all devices by default.
+      mesh: Mesh with the axis `"clients"`; all devices by default, or the one that
+        `jax.default_device` names.
       rewrite_convolutions: Whether to rewrite the convolutions of what a client computes and, on
         CPUs, its products (see `xla/rewrite.py`); by default on CPUs, and on GPUs with several
         lanes.
@@ -119,5 +120,7 @@ def choose_rewrite(execution: Execution) -> Rewrite:
 
 
 def _platform(execution: Execution) -> str:
-    mesh = execution.mesh
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if execution.mesh is not None:
+        return execution.mesh.devices.flat[0].platform
+    chosen = jax.config.jax_default_device
+    return chosen.platform if isinstance(chosen, jax.Device) else jax.default_backend()

@@ -35,15 +35,17 @@ def clients_mesh(num_devices: int | None = None) -> Mesh:
 def resolve(mesh: Mesh | None) -> Mesh | None:
     """The mesh to run on: the one given, else all devices; `None` for a single device.
 
-    Inside a `shard_map`, where each device goes its own way, the default is that one device.
+    The default is a single device, too, where `jax.default_device` names one, and inside a
+    `shard_map`, where each device goes its own way.
 
     Raises:
       ValueError: The mesh has not the one axis `"clients"`, of type Auto, or no device of this
         process.
     """
     if mesh is None:
-        alone = jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes
-        return None if alone else clients_mesh()
+        chosen = isinstance(jax.config.jax_default_device, jax.Device)
+        inside = jax.sharding.get_abstract_mesh().manual_axes
+        return None if chosen or inside or jax.device_count() == 1 else clients_mesh()
     _validate.instance("mesh", mesh, Mesh)
     if mesh.axis_names != (AXIS,) or mesh.axis_types != (AxisType.Auto,):
         raise ValueError(
