@@ -11,7 +11,7 @@ from fedjax_lite import _validate
 from fedjax_lite.base import PyTree
 from fedjax_lite.engine.store import MEMORY_KINDS
 from fedjax_lite.xla.hosts import least
-from fedjax_lite.xla.mesh import resolve
+from fedjax_lite.xla.mesh import default_device, resolve
 from fedjax_lite.xla.rewrite import rewritten
 
 _MOST_LANES = 64
@@ -122,5 +122,5 @@ def choose_rewrite(execution: Execution) -> Rewrite:
 def _platform(execution: Execution) -> str:
     if execution.mesh is not None:
         return execution.mesh.devices.flat[0].platform
-    chosen = jax.config.jax_default_device
-    return chosen.platform if isinstance(chosen, jax.Device) else jax.default_backend()
+    device = default_device()
+    return jax.default_backend() if device is None else device.platform

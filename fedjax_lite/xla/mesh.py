@@ -32,6 +32,13 @@ def clients_mesh(num_devices: int | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def default_device() -> jax.Device | None:
+    """The device that `jax.default_device` names, if it names one."""
+    config: Any = jax.config  # Without a type for this one.
+    device = config.jax_default_device
+    return device if isinstance(device, jax.Device) else None
+
+
 def resolve(mesh: Mesh | None) -> Mesh | None:
     """The mesh to run on: the one given, else all devices; `None` for a single device.
 
@@ -43,9 +50,9 @@ def resolve(mesh: Mesh | None) -> Mesh | None:
         process.
     """
     if mesh is None:
-        chosen = isinstance(jax.config.jax_default_device, jax.Device)
         inside = jax.sharding.get_abstract_mesh().manual_axes
-        return None if chosen or inside or jax.device_count() == 1 else clients_mesh()
+        alone = inside or default_device() is not None or jax.device_count() == 1
+        return None if alone else clients_mesh()
     _validate.instance("mesh", mesh, Mesh)
     if mesh.axis_names != (AXIS,) or mesh.axis_types != (AxisType.Auto,):
         raise ValueError(
