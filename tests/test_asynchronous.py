@@ -3,6 +3,7 @@
 import functools
 import heapq
 import itertools
+import shutil
 
 import chex
 import jax
@@ -174,7 +175,7 @@ def test_rounds_are_those_of_a_simulation_by_events(name, in_float64):
         np.testing.assert_allclose(actual, expected[r], rtol=1e-9, atol=1e-12)
         seen = max(seen, int(chosen.staleness.max()))
     assert algorithm.round._cache_size() == 1
-    assert seen == sampler.max_staleness > 0
+    assert sampler.max_staleness >= seen == sampler.schedule.staleness.max() > 0
     assert most is None or (seen <= most and sampler.schedule.num_stale.sum() > 0)
 
 
@@ -196,23 +197,24 @@ def test_equal_durations_and_a_full_buffer_are_synchronous(in_float64):
 
 
 @functools.cache
-def late_sampler(num_rounds=8):
+def late_sampler(num_rounds=8, concurrency=5):
     return fl.samplers.fed_buff(
         10,
         num_rounds,
-        concurrency=5,
+        concurrency=concurrency,
         buffer_size=2,
         durations=fl.durations.log_normal(1.0),
         seed=1,
     )
 
 
-def averaging(exponent=0.5, max_staleness=None):
+def averaging(exponent=0.5, max_staleness=None, **options):
     return fl.fed_avg(
         *(regression_model(), optax.sgd(RATE)),
         batch_size=4,
         pipeline=fl.polynomial_staleness(exponent),
         max_staleness=late_sampler().max_staleness if max_staleness is None else max_staleness,
+        **options,
     )
 
 
@@ -225,8 +227,20 @@ def test_runs_are_recorded_and_go_on_where_they_were_cut(tmp_path):
     np.testing.assert_allclose([row["wall_clock"] for row in rows], clock, rtol=1e-5)
     staleness = late_sampler().schedule.staleness.mean(1)
     np.testing.assert_allclose([row["staleness"] for row in rows], staleness, rtol=1e-6)
+    # A run of four rounds, of which the checkpoint of the third is the last that can be read.
     options |= {"checkpoints": fl.Checkpoints(tmp_path, every=3)}
-    fl.train(algorithm, population, late_sampler(), **{**options, "num_rounds": 4})
+    few = late_sampler(4)
+    assert 0 < few.max_staleness < late_sampler().max_staleness
+    short = averaging(max_staleness=few.max_staleness)
+    fl.train(short, population, few, **{**options, "num_rounds": 4})
+    shutil.rmtree(tmp_path / "4")
+    other = late_sampler(concurrency=6)
+    for_other = averaging(max_staleness=other.max_staleness)
+    with pytest.raises(ValueError, match=r"run: sampler\.concurrency is 5 there and 6 here\. Ch"):
+        fl.train(for_other, population, other, **options)
+    loaded = fl.load_state(tmp_path, fl.fed_avg(regression_model(), optax.sgd(0.1)).init(START))
+    assert int(loaded.round) == 3
+    assert loaded.versions == ()
     resumed = fl.train(algorithm, population, late_sampler(), **options)
     chex.assert_trees_all_equal(resumed.state.params, straight.state.params)
     assert [row["wall_clock"] for row in resumed.history.rounds] == [
@@ -245,6 +259,32 @@ def test_runs_are_recorded_and_go_on_where_they_were_cut(tmp_path):
     params = jax.tree.map(lambda x: x[0], swept.states.params)
     chex.assert_trees_all_close(params, straight.state.params, rtol=1e-5)
     assert first.rounds[-1]["loss"] != second.rounds[-1]["loss"]
+
+
+@pytest.mark.parametrize("arrivals", ["as_one_ends", "poisson"])
+def test_more_rounds_begin_with_the_same_ones(arrivals):
+    """Whatever the length, and with updates that arrive at one moment for several steps."""
+    build = functools.partial(
+        *(fl.samplers.fed_buff, 10),
+        **{"concurrency": 6, "buffer_size": 2, "max_staleness": 3, "arrivals": arrivals},
+        durations=fl.durations.of_devices(SECONDS),
+        rate=None if arrivals == "as_one_ends" else 2.0,
+    )
+    whole = build(40)
+    for num_rounds in (1, 2, 13, 39):
+        few = build(num_rounds)
+        for name, values in vars(few.schedule).items():
+            if name not in ("max_staleness", "settings", "draws"):
+                expected = getattr(whole.schedule, name)[:num_rounds]
+                np.testing.assert_array_equal(values, expected, err_msg=name)
+        assert few.schedule.settings == whole.schedule.settings
+        np.testing.assert_array_equal(few.schedule.draws, whole.schedule.draws)
+        # What starts before the end of the short one and counts later starts from what it keeps.
+        later = np.arange(num_rounds, 40)[:, None] - whole.schedule.staleness[num_rounds:]
+        oldest = later[later <= num_rounds].min(initial=num_rounds)
+        assert num_rounds - oldest <= few.max_staleness <= 3
+    assert whole.schedule.num_stale.sum() > 0
+    assert ((whole.schedule.wasted_seconds > 0) == (whole.schedule.num_stale > 0)).all()
 
 
 def test_what_does_not_fit_together_is_refused():

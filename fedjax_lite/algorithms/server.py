@@ -13,6 +13,7 @@ from fedjax_lite import _validate
 from fedjax_lite.algorithms import local
 from fedjax_lite.algorithms.options import StoreOptions, complete, documented
 from fedjax_lite.algorithms.report import num_bits, round_info
+from fedjax_lite.algorithms.versions import read_versions, with_versions, write_version
 from fedjax_lite.base import (
     Client,
     ClientUpdate,
@@ -205,10 +206,9 @@ def federated_algorithm(
             opt_state=optimizer.init(params),
             pipeline_state=() if pipeline is None else pipeline.init(params),
             last_aggregate=optax.tree.zeros_like(params) if reducer.keeps_last else (),
-            versions=_versions(params, model_state, num_versions) if num_versions > 1 else (),
             frozen=frozen,
         )
-        return state, (entry, pipeline_entry_of(params))
+        return with_versions(state, num_versions), (entry, pipeline_entry_of(params))
 
     def init(
         key_or_params: PyTree,
@@ -268,7 +268,7 @@ def federated_algorithm(
             if pipeline.broadcast is not None:
                 params, bits_down = pipeline.broadcast(key_server, shown, server.params)
                 received = dataclasses.replace(received, params=params)
-        versions = _read_versions(state, cohort, num_versions)
+        versions = read_versions(state, cohort, num_versions)
         stores = state.store if pipeline is None else (state.store, state.pipeline_store)
         result = run_clients(
             client_update,
@@ -332,7 +332,7 @@ def federated_algorithm(
             store=store,
             pipeline_store=pipeline_store,
             round=server.round + 1,
-            versions=_write_version(state, after, num_versions),
+            versions=write_version(state, after, num_versions),
             frozen=state.frozen,
         )
         down = (server.params, server.model_state) if broadcast is None else broadcast(server)
@@ -363,26 +363,6 @@ def _mean_state(
     )
 
 
-def _versions(params: PyTree, model_state: PyTree, number: int) -> dict[str, PyTree]:
-    """The first version, at all places."""
-    fields = {"params": params, "model_state": model_state}
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (number, *x.shape)), fields)
-
-
-def _read_versions(state: ServerState, cohort: Cohort, number: int) -> Versions | None:
-    """What the clients of a cohort start from, if not all of them from the newest."""
-    if cohort.staleness is None:
-        return None
-    if number == 1:
-        raise ValueError(
-            "cohort.staleness is given to an algorithm that keeps no versions; build it with"
-            " max_staleness=, the largest number of rounds that can occur."
-        )
-    # None is older than the first one, nor than those that are kept.
-    age = jnp.clip(cohort.staleness, 0, jnp.minimum(number - 1, state.round))
-    return Versions(state.versions, (state.round - age) % number, age)
-
-
 def _drift(
     server: ServerState,
     versions: Versions | None,
@@ -407,15 +387,6 @@ def _drift(
         past,
     )
     return reducer.finish(moved, weight)
-
-
-def _write_version(state: ServerState, after: ServerState, number: int) -> PyTree:
-    """The versions with that of the next round in place of the oldest."""
-    if number == 1:
-        return state.versions
-    newest = {"params": after.params, "model_state": after.model_state}
-    place = (state.round + 1) % number
-    return jax.tree.map(lambda all_, x: all_.at[place].set(x), state.versions, newest)
 
 
 def _like_params(aggregate: PyTree, params: PyTree) -> PyTree:
