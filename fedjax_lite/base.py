@@ -171,12 +171,16 @@ class FederatedAlgorithm(NamedTuple):
         itself, from its entry in `state.store`; `None` if clients use what the server has.
       guarantees: `guarantees() -> Guarantees`, what the update pipeline guarantees of each client's
         message, and of the noise; `None` without one.
+      message_bits: `message_bits(key_or_params) -> (bits_down, bits_up)`, what a client is sent and
+        sends in a round, as far as it follows from shapes: what is encoded in a size that depends
+        on values counts as it is without. `None` if nothing is known.
     """
 
     init: Callable[..., Any]
     round: Callable[..., tuple[Any, RoundInfo]]
     client_model: Callable[[ServerState, PyTree], tuple[PyTree, PyTree]] | None = None
     guarantees: "Callable[[], Guarantees] | None" = None
+    message_bits: Callable[[PyTree], tuple[float, float]] | None = None
 
 
 class Client(NamedTuple):
@@ -267,7 +271,7 @@ class Message(NamedTuple):
       statistics: Pytree of arrays that the transform sends beside, summed over clients with a
         weight; `()` if it sends nothing.
       metrics: Scalars by name that are reported per client; `bits_up` is the size of the update as
-        it is sent.
+        it is sent, a number of Python if it follows from shapes.
     """
 
     update: PyTree

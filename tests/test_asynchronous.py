@@ -399,6 +399,41 @@ def test_stragglers_are_left_behind_cut_or_gone():
     np.testing.assert_array_equal(there[:8].sum(0), np.full(10, 2))
 
 
+def test_messages_take_their_time():
+    """On the clock as a sum of what was reported, whatever the pipeline does to their size."""
+    model = fl.models.logistic((3,), 2)
+    few, many = (
+        fl.fed_avg(model, optax.sgd(0.1), pipeline=pipeline)
+        for pipeline in (fl.qsgd(3), fl.qsgd(3, encoding="elias"))
+    )
+    down, up = few.message_bits(KEY)
+    assert (down, up) == (8 * 32, 32 + 8 * 3)
+    assert many.message_bits(KEY) == (down, down)  # It depends on values: as it is without.
+    network = functools.partial(fl.durations.with_network, fl.durations.constant(2.0))
+    slow = network(upload=np.arange(1.0, 11), download=4.0, algorithm=few, bytes_down=12)
+    seconds = [float(slow.seconds(KEY, jnp.int32(i), jnp.int32(5))) for i in (0, 9)]
+    np.testing.assert_allclose(seconds, [2 + 7 / 1 + 12 / 4, 2 + 7 / 10 + 12 / 4], rtol=1e-6)
+    assert float(network(algorithm=None).seconds(KEY, jnp.int32(0), jnp.int32(5))) == 2.0
+    with pytest.raises(ValueError, match=r"bytes_down is None, and no algorithm .* bytes_down= as"):
+        network(download=1.0)
+    with pytest.raises(ValueError, match=r"upload has shape \(2,\), and is at least 0; pass a pos"):
+        network(upload=[1.0, 0.0], algorithm=few)
+    with pytest.raises(ValueError, match=r"upload has shape \(3,\); pass .* each of the 2 clients"):
+        fl.durations.of_devices([1.0, 1.0], upload=np.ones(3), algorithm=few)
+    # On the command line, the algorithm is known.
+    experiment = fl.experiment(
+        dataset="synthetic(num_clients=6)",
+        model="logistic",
+        updates="half_precision",
+        sampler="timed(uniform(2), with_network(constant(1.0), upload=100.0))",
+    )
+    _, up = experiment.algorithm.message_bits(KEY)
+    assert up == 16 * (60 + 1) * 10
+    found = experiment.sampler.select(KEY, 0).metrics["round_seconds"]
+    np.testing.assert_allclose(found, 1 + up / 8 / 100, rtol=1e-6)
+    assert "algorithm" not in experiment.settings.sampler
+
+
 def test_devices_come_from_a_file(tmp_path):
     path = tmp_path / "devices.csv"
     path.write_text("client_id,seconds_per_example,upload\nb,2,100\na,0.5,\n")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from fedjax_lite.base import (
 from fedjax_lite.engine.batches import DEFAULT_BATCH_SIZE, KEY_SERVER, Batching, adapt_batch_size
 from fedjax_lite.engine.execution import Execution
 from fedjax_lite.engine.file_store import around_files
+from fedjax_lite.engine.frozen import frozen_given
 from fedjax_lite.engine.runner import ON_NONFINITE, run_clients
 from fedjax_lite.engine.store import STORES, create_store
 from fedjax_lite.engine.waves import CohortResult, Versions
@@ -252,6 +253,52 @@ def federated_algorithm(
             made["last_aggregate"] = lambda params: params
         _check_state(state, made)
 
+    def send_down(key: jax.Array, server: ServerState, cohort: Cohort) -> tuple[ServerState, Any]:
+        """What clients receive of the server, and its bits."""
+        received = dataclasses.replace(server, last_aggregate=())
+        down = (server.params, server.model_state) if broadcast is None else broadcast(server)
+        bits: Any = num_bits(down)
+        if pipeline is None:
+            return received, bits
+        shown = announced(pipeline, key, server.pipeline_state, cohort)
+        received = dataclasses.replace(received, pipeline_state=shown)
+        if pipeline.broadcast is not None:
+            params, encoded = pipeline.broadcast(key, shown, server.params)
+            received = dataclasses.replace(received, params=params)
+            bits += 0 if encoded is None else encoded - num_bits(server.params)
+        return received, bits
+
+    def message_bits(key_or_params: PyTree) -> tuple[float, float]:
+        sizes: list[float] = []
+
+        def send(key: jax.Array, key_or_params: PyTree) -> None:
+            """What a client is sent, and sends, its steps left out, which change no shape."""
+            state, entries = build(key_or_params, None)
+            server = dataclasses.replace(state, versions=(), frozen=())
+            number = jnp.zeros(1, jnp.int32)
+            one = Cohort(
+                client_ids=number, num_examples=number, offsets=number, examples={}, num_clients=1
+            )
+            received, down = send_down(key, server, one)
+            entry = entries[0] if pipeline is None else entries
+            client = Client(number[0], number[0], number[0], entry, key, number[0])
+            with frozen_given(state.frozen):
+                begun = _validate.strong(client_update.init(received, client))
+                result = client_update.final(received, client, begun)
+            plain = num_bits(server.params)
+            up = result.metrics.get("bits_up", plain)
+            beside = num_bits(_validate.strong((result.model_state, result.statistics)))
+            # What is traced depends on values.
+            sizes[:] = [
+                num_bits((server.params, server.model_state))
+                if isinstance(down, jax.core.Tracer)
+                else down,
+                beside + (plain if isinstance(up, jax.core.Tracer) else up),
+            ]
+
+        jax.eval_shape(send, random.fast(jax.random.key(0)), key_or_params)
+        return sizes[0], sizes[1]
+
     @jax.jit
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
         warn_if_unconfigured()
@@ -261,13 +308,7 @@ def federated_algorithm(
         # a difference of the two would take off.
         key_server = random.fold_in_pair(key, KEY_SERVER, state.round)
         without_examples = dataclasses.replace(cohort, examples={})
-        received, bits_down = dataclasses.replace(server, last_aggregate=()), None
-        if pipeline is not None:
-            shown = announced(pipeline, key_server, server.pipeline_state, without_examples)
-            received = dataclasses.replace(received, pipeline_state=shown)
-            if pipeline.broadcast is not None:
-                params, bits_down = pipeline.broadcast(key_server, shown, server.params)
-                received = dataclasses.replace(received, params=params)
+        received, down_bits = send_down(key_server, server, without_examples)
         versions = read_versions(state, cohort, num_versions)
         stores = state.store if pipeline is None else (state.store, state.pipeline_store)
         result = run_clients(
@@ -335,17 +376,14 @@ def federated_algorithm(
             versions=write_version(state, after, num_versions),
             frozen=state.frozen,
         )
-        down = (server.params, server.model_state) if broadcast is None else broadcast(server)
-        down_bits = num_bits(down)
-        if bits_down is not None:
-            down_bits += bits_down - num_bits(server.params)
         nonfinite = result.clients["nonfinite"]
         left_out = nonfinite if drop else jnp.zeros_like(nonfinite)
         info = round_info(cohort, result, aggregate, server, down_bits, skip, left_out, metrics)
         return after, info
 
     guarantees = None if pipeline is None else lambda: known
-    return FederatedAlgorithm(init, Paced(round, check, around_files), own.client_model, guarantees)
+    playing = Paced(round, check, around_files)
+    return FederatedAlgorithm(init, playing, own.client_model, guarantees, message_bits)
 
 
 def _mean_state(

@@ -95,7 +95,13 @@ def two_passes(
         info = dataclasses.replace(info, clients={**info.clients, "bits_up": bits})
         return after, info
 
-    return second._replace(round=Paced(round, check, around_files))
+    def message_bits(key_or_params: PyTree) -> tuple[float, float]:
+        assert second.message_bits is not None
+        down, up = second.message_bits(key_or_params)
+        state = jax.eval_shape(lambda x: second.init(x, num_clients=1), key_or_params)
+        return down, up + num_bits(sent(state.opt_state))
+
+    return second._replace(round=Paced(round, check, around_files), message_bits=message_bits)
 
 
 def summing(

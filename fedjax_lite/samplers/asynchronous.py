@@ -190,8 +190,8 @@ class _Candidates:
         """The next one that does not train."""
         while True:
             if not self._ids:
-                ids, seconds = self.block(self._blocks)
-                self._ids, self._seconds = ids.tolist()[::-1], seconds.tolist()[::-1]
+                block = self.block(self._blocks)
+                self._ids, self._seconds = (values.tolist()[::-1] for values in block)
                 self._blocks += 1
             client, seconds = self._ids.pop(), self._seconds.pop()
             if client not in busy:
