@@ -313,6 +313,31 @@ def test_what_does_not_fit_together_is_refused():
         median.round(KEY, median.init(START), cohort)
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (fl.scaffold, "clients of the algorithm keep something between rounds"),
+        (
+            fl.ada_fed_prox,
+            "clients of the algorithm start from more of the server's state than params",
+        ),
+        (fl.mime_lite, "clients of the algorithm measure something at the newest params"),
+        (
+            functools.partial(fl.fed_avg, pipeline=fl.error_feedback(fl.top_k(1))),
+            "pipeline has clients keep something.* leave error feedback out",
+        ),
+        (
+            functools.partial(fl.fed_avg, pipeline=fl.downlink(fl.half_precision())),
+            "pipeline changes what the server sends",
+        ),
+    ],
+)
+def test_what_late_clients_cannot_do_is_refused_when_built(build, message):
+    with pytest.raises(ValueError, match=f"max_staleness is .*, and {message}"):
+        build(regression_model(), optax.sgd(0.1), max_staleness=2)
+    build(regression_model(), optax.sgd(0.1), max_staleness=0)
+
+
 def test_arrivals_come_at_their_rate_and_no_more_than_may_train():
     sampler = fl.samplers.fed_buff(
         1000,
@@ -432,6 +457,52 @@ def test_messages_take_their_time():
     found = experiment.sampler.select(KEY, 0).metrics["round_seconds"]
     np.testing.assert_allclose(found, 1 + up / 8 / 100, rtol=1e-6)
     assert "algorithm" not in experiment.settings.sampler
+
+
+def test_every_sampler_has_a_clock():
+    """The same clients, and what is known of them, and a round as long as the slowest."""
+    samplers, durations = fl.samplers, fl.durations.of_devices(SECONDS + 1)
+    every = {
+        "cyclic": samplers.cyclic(10, 3, 2),
+        "everyone": samplers.everyone(10),
+        "importance": samplers.importance(SIZES, 3),
+        "minimise_reuse": samplers.minimise_reuse(10, 3),
+        "poisson": samplers.poisson(10, 0.3),
+        "round_robin": samplers.round_robin(10, 3),
+        "sequential": samplers.sequential(10, 3),
+        "uniform": samplers.uniform(10, 3),
+        "weighted": samplers.weighted(np.arange(10.0), 3),
+        "available": samplers.available(samplers.everyone(10), np.eye(4, 10, dtype=bool)),
+        "by_day_and_night": samplers.by_day_and_night(samplers.everyone(10), 4),
+        "dropping_out": samplers.dropping_out(samplers.uniform(10, 5), 0.5),
+    }
+    with_clocks = {"fed_buff", "over_selected", "timed", "timed_out"}
+    names = {name for name in samplers.__all__ if name[0].islower()}
+    assert {*every} == names - with_clocks
+    for name, sampler in every.items():
+        clocked = samplers.timed(sampler, durations)
+        assert clocked._replace(select=None) == sampler._replace(select=None), name
+        told = jax.eval_shape(clocked.select, KEY, 2).metrics
+        assert "round_seconds" in told, name
+        if name not in ("poisson", "dropping_out"):  # Compiling takes its time.
+            continue
+        selection, plain = clocked.select(KEY, 2), sampler.select(KEY, 2)
+        chex.assert_trees_all_equal(selection._replace(metrics=plain.metrics), plain)
+        own = (SECONDS + 1)[plain.client_ids[plain.client_ids >= 0]]
+        assert selection.metrics["round_seconds"] == own.max(initial=0), name
+    some = samplers.over_selected(samplers.everyone(10), durations, 4)
+    for build in (samplers.timed, functools.partial(samplers.over_selected, keep=2)):
+        for sampler in (late_sampler(), some):
+            with pytest.raises(
+                ValueError, match="sampler has a clock of its own; leave one of the"
+            ):
+                build(sampler, durations)
+    with pytest.raises(ValueError, match="sampler has a schedule"):
+        samplers.timed_out(late_sampler(), durations, 2.0, num_steps=3)
+    # Whoever comes first, and no later than at the deadline.
+    both = samplers.timed_out(some, durations, 2.0, num_steps=3).select(KEY, 0)
+    assert both.metrics["round_seconds"] == 2.0
+    assert some.select(KEY, 0).metrics["round_seconds"] == sorted(SECONDS + 1)[3] == 2.0
 
 
 def test_devices_come_from_a_file(tmp_path):

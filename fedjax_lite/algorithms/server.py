@@ -180,6 +180,8 @@ def federated_algorithm(
         return () if pipeline is None else first_entry(pipeline, params)
 
     keeps = own.entry is not None or (pipeline is not None and pipeline.entry is not None)
+    if num_versions > 1:
+        _check_late(own, pipeline, sends_more=broadcast is not None)
 
     @jit_once
     def build(key_or_params: PyTree, model_state: PyTree | None) -> tuple[ServerState, PyTree]:
@@ -384,6 +386,37 @@ def federated_algorithm(
     guarantees = None if pipeline is None else lambda: known
     playing = Paced(round, check, around_files)
     return FederatedAlgorithm(init, playing, own.client_model, guarantees, message_bits)
+
+
+def _check_late(own: ClientUpdate, pipeline: UpdateTransform | None, *, sends_more: bool) -> None:
+    """Refuses what has no meaning for clients that start from past versions of the params.
+
+    Raises:
+      ValueError: They keep something, or start from more than params and model state.
+    """
+    twice = "something between rounds, which one that comes twice in a buffer would read too early"
+    for holds, reason in (
+        (
+            own.entry is not None,
+            f"clients of the algorithm keep {twice}; choose one such as fl.fed_avg.",
+        ),
+        (
+            sends_more,
+            "clients of the algorithm start from more of the server's state than params and model"
+            " state, of which alone there are past versions; choose one such as fl.fed_avg.",
+        ),
+        (
+            pipeline is not None and pipeline.entry is not None,
+            f"pipeline has clients keep {twice}; leave error feedback out.",
+        ),
+        (
+            pipeline is not None and pipeline.broadcast is not None,
+            "pipeline changes what the server sends, of which past versions are kept as they were;"
+            " leave fl.downlink or fl.power_sgd out.",
+        ),
+    ):
+        if holds:
+            raise ValueError(f"max_staleness is above 0, and {reason}")
 
 
 def _mean_state(

@@ -69,6 +69,12 @@ def two_passes(
         return mean, keep(opt_state, mean, statistics)
 
     keeping = optax.GradientTransformationExtraArgs(server_optimizer.init, kept)
+    if options["max_staleness"]:
+        raise ValueError(
+            f"max_staleness is {options['max_staleness']}, and clients of the algorithm measure"
+            " something at the newest params before they train; choose another one, such as"
+            " fl.fed_avg."
+        )
     one_pass = cast(StoreOptions, {**options, **_ONE_PASS})
     first = server.federated_algorithm(model, measuring, keeping, **one_pass)
     second = server.federated_algorithm(
