@@ -197,6 +197,7 @@ def test_a_dry_run_trains_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = report(capsys, "train", *SMALL, "--dry-run")
     assert told["parameters"] == 61 * 10
+    assert told["versions_of_parameters"] == 1
     assert (told["clients"], told["slots_of_a_cohort"], told["lanes"]) == (6, 3, 1)
     assert told["shapes"]["Dense_0/kernel"] == [60, 10]
     assert told["round_s"] > 0
