@@ -116,6 +116,7 @@ CASES = {
     "FedBuff": (6, 3, None, None, lambda s: (1 + s) ** -0.5, "count", False),
     "a buffer larger than the concurrency": (2, 5, None, None, lambda s: 1.0, "weights", False),
     "everyone at once": (10, 3, None, None, lambda s: 1.0 if s <= 2 else 0.25, "none", False),
+    "a buffer for all": (10, 10, None, None, lambda s: (1 + s) ** -0.5, "count", False),
     "arrivals, some too stale": (
         4,
         2,
@@ -131,6 +132,7 @@ TRANSFORMS = {
     "FedBuff": fl.polynomial_staleness(0.5),
     "a buffer larger than the concurrency": fl.threshold_staleness(100),
     "everyone at once": fl.threshold_staleness(2, 0.25),
+    "a buffer for all": fl.polynomial_staleness(0.5),
     "arrivals, some too stale": fl.hinge_staleness(2.0, 1.0),
 }
 
@@ -253,6 +255,7 @@ def test_runs_are_recorded_and_go_on_where_they_were_cut(tmp_path):
         8,
         keys=jnp.stack([KEY, KEY]),
         numbers={"exponent": [0.5, 2.0]},
+        lanes=2,
     )
     first, second = swept.histories
     np.testing.assert_allclose(first.rounds[-1]["wall_clock"], clock[-1], rtol=1e-5)

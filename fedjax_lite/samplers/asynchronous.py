@@ -86,8 +86,8 @@ def fed_buff(
     `fl.polynomial_staleness(0.5)` or another such transform, and divide by what you mean, since
     implementations differ: `reducer=fl.weighted_mean(denominator=B)` is the paper's mean over the
     buffer, `fl.weighted_mean()` divides by the weights (FedScale), and
-    `fl.weighted_mean(denominator=1)` adds up (FLSim). With `buffer_size=1`, `fl.mix_models()` and
-    `optax.sgd(alpha)` it is FedAsync.
+    `fl.weighted_mean(denominator=1)` adds up (FLSim). The latter with `buffer_size=1`,
+    `fl.mix_models()` and `optax.sgd(alpha)` is FedAsync.
 
     Sources: Nguyen et al. (2022), "Federated Learning with Buffered Asynchronous Aggregation"; Xie
     et al. (2019), "Asynchronous Federated Optimization".
