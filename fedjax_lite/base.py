@@ -137,7 +137,8 @@ class RoundInfo:
       clients: Per-client arrays `[clients, ...]` in cohort order, zero in empty slots:
         the metrics that clients report, such as `loss`, and `client_id` (-1 in empty slots),
         `num_examples`, `num_steps`, `update_norm`, `weight`, `nonfinite`, and `bits_down` and
-        `bits_up`, what they are sent and send: params, model state, statistics.
+        `bits_up`, what they are sent and send: params, model state, statistics; `staleness`, if the
+        cohort has it.
       metrics: Of the scalars that clients and transforms report, but for `loss`: the means over the
         clients that were not left out, weighted by their numbers of examples; and what the update
         pipeline reports of its server half.

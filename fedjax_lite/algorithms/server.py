@@ -255,11 +255,13 @@ def federated_algorithm(
             made["last_aggregate"] = lambda params: params
         _check_state(state, made)
 
+    def plain_bits(server: ServerState) -> float:
+        down = (server.params, server.model_state) if broadcast is None else broadcast(server)
+        return num_bits(down)
+
     def send_down(key: jax.Array, server: ServerState, cohort: Cohort) -> tuple[ServerState, Any]:
         """What clients receive of the server, and its bits."""
-        received = dataclasses.replace(server, last_aggregate=())
-        down = (server.params, server.model_state) if broadcast is None else broadcast(server)
-        bits: Any = num_bits(down)
+        received, bits = dataclasses.replace(server, last_aggregate=()), plain_bits(server)
         if pipeline is None:
             return received, bits
         shown = announced(pipeline, key, server.pipeline_state, cohort)
@@ -287,16 +289,11 @@ def federated_algorithm(
             with frozen_given(state.frozen):
                 begun = _validate.strong(client_update.init(received, client))
                 result = client_update.final(received, client, begun)
-            plain = num_bits(server.params)
-            up = result.metrics.get("bits_up", plain)
+            up = result.metrics.get("bits_up")
             beside = num_bits(_validate.strong((result.model_state, result.statistics)))
-            # What is traced depends on values.
-            sizes[:] = [
-                num_bits((server.params, server.model_state))
-                if isinstance(down, jax.core.Tracer)
-                else down,
-                beside + (plain if isinstance(up, jax.core.Tracer) else up),
-            ]
+            # What is no number of Python depends on values.
+            sizes.append(down if isinstance(down, int | float) else plain_bits(server))
+            sizes.append(beside + (up if isinstance(up, int | float) else num_bits(server.params)))
 
         jax.eval_shape(send, random.fast(jax.random.key(0)), key_or_params)
         return sizes[0], sizes[1]
