@@ -192,9 +192,9 @@ def with_network(
     bytes_up: float | None = None,
     bytes_down: float | None = None,
 ) -> Durations:
-    r"""$t + b_\downarrow / d_i + b_\uparrow / u_i$: what clients are sent and send takes its time.
+    r"""Training, and the travel of messages: $t + b_\downarrow / d_i + b_\uparrow / u_i$.
 
-    How much that is follows from the algorithm, its model and its update pipeline, also before it
+    How large these are follows from the algorithm, its model and its update pipeline, also before it
     is known how stale its params may be:
 
         build = functools.partial(fl.fed_avg, model, optax.sgd(0.1), pipeline=fl.drive())
