@@ -194,8 +194,8 @@ def with_network(
 ) -> Durations:
     r"""Training, and the travel of messages: $t + b_\downarrow / d_i + b_\uparrow / u_i$.
 
-    How large these are follows from the algorithm, its model and its update pipeline, also before it
-    is known how stale its params may be:
+    How large these are follows from the algorithm, its model and its pipeline, also before it is
+    known how stale its params may be:
 
         build = functools.partial(fl.fed_avg, model, optax.sgd(0.1), pipeline=fl.drive())
         durations = fl.durations.with_network(computing, upload=1e5, algorithm=build())
