@@ -1,13 +1,15 @@
 """Asynchronous training: what a step of the server costs, and what staleness does to accuracy.
 
-    python -m benchmarks.asynchrony [--rounds N] [--json]
+    python -m benchmarks.asynchrony [--mnist FOLDER] [--trips N] [--small] [--json]
 
 `cost` is the time of a step whose clients start from `ring_versions` different versions of the
 params, interleaved, beside that of a synchronous round of as many clients, on the dense model of
 EMNIST. `schedule_s` is how long the schedule of 1,000,000 trainings takes.
 
-Then digits: how many client trips, and how many simulated seconds, FedAvg and FedBuff take to the
-target, by how many clients train at a time. Buffers of 4, half-normal durations, weights
+Then how many client trips, and how many simulated seconds, FedBuff and FedAvg take to a target, by
+how many clients train at a time: FedAvg has them all in one round, and FedBuff a buffer of a few.
+On digits, of 400 clients, and on MNIST, of 1,000 clients with equal numbers of images, at random
+(`iid`) or in two shards of one class each (`shards`). Half-normal durations, weights
 (1 + staleness) ** -0.5, a server with momentum, as FLSim's examples have them; the median of three
 seeds.
 """
@@ -16,7 +18,8 @@ import argparse
 import functools
 import json
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,9 +28,42 @@ import optax
 import fedjax_lite as fl
 from benchmarks.timing import interleaved, machine
 
-SEEDS, TARGET, NUM_CLIENTS, BUFFER = range(3), 0.9, 400, 4
-CONCURRENCY = (4, 40, 120, 400)  # Staleness is about the concurrency divided by the buffer.
+SEEDS = range(3)
 DURATIONS = fl.durations.half_normal(1.0)
+
+
+class Task(NamedTuple):
+    """What is learned, and by how many clients at a time."""
+
+    name: str
+    dataset: fl.FederatedDataset
+    held_out: dict[str, np.ndarray]
+    model: fl.Model
+    options: dict[str, Any]
+    buffer_size: int
+    concurrency: Sequence[int]  # Staleness is about this divided by the size of the buffer.
+    target: float = 0.9
+
+
+def digits() -> Task:
+    """400 clients with few digits each."""
+    dataset, held_out = fl.data.digits(num_clients=400, alpha=1.0, min_examples=0, seed=0)
+    model, options = fl.models.mlp((64,), (64,), 10), {"batch_size": 4, "num_epochs": 2}
+    return Task("digits", dataset, held_out, model, options, 4, (4, 40, 120, 400))
+
+
+def mnist(folder: str, how: str, num_clients: int = 1000) -> Task:
+    """Clients with equal numbers of images, at random or of two shards."""
+    images, held_out = fl.data.mnist(folder), fl.data.mnist(folder, "test")
+    rows = (
+        fl.partition.iid(len(images["y"]), num_clients, seed=0)
+        if how == "iid"
+        else fl.partition.shards(images["y"], num_clients, shards_per_client=2, seed=0)
+    )
+    dataset = fl.FederatedDataset.from_rows(images, rows)
+    model, options = fl.models.mlp((28, 28, 1), (200,), 10), {"batch_size": 20, "num_epochs": 2}
+    concurrency = tuple(n for n in (10, 100, 300, 1000) if n <= num_clients)
+    return Task(f"mnist, {how}", dataset, held_out, model, options, 10, concurrency)
 
 
 def measure_step(num_clients: int, num_versions: int) -> dict[str, Any]:
@@ -76,62 +112,67 @@ def measure_schedule(num_trainings: int) -> dict[str, Any]:
     began = time.perf_counter()
     fl.samplers.fed_buff(
         10 * num_trainings,
-        num_trainings // BUFFER,
+        num_trainings // 4,
         concurrency=1000,
-        buffer_size=BUFFER,
+        buffer_size=4,
         durations=DURATIONS,
     )
     return {"schedule_s": round(time.perf_counter() - began, 2), "trainings": num_trainings}
 
 
-def measure_training(concurrency: int | None, num_rounds: int) -> dict[str, Any]:
-    """FedBuff on digits, or FedAvg, whose rounds take as long as the slowest client."""
-    dataset, held_out = fl.data.digits(num_clients=NUM_CLIENTS, alpha=1.0, min_examples=0, seed=0)
-    model = fl.models.mlp((64,), (64,), 10)
+def measure_training(
+    task: Task, algorithm_name: str, concurrency: int, num_trips: int, seeds: Sequence[int] = SEEDS
+) -> dict[str, Any]:
+    """Client trips to the target, by FedBuff or by FedAvg."""
+    per_round = task.buffer_size if algorithm_name == "fed_buff" else concurrency
+    num_rounds = max(num_trips // per_round, 1)
     rows = []
-    for seed in SEEDS:
-        sampler = _sampler(concurrency, num_rounds, seed)
+    for seed in seeds:
+        sampler = _sampler(task, algorithm_name, concurrency, num_rounds, seed)
         algorithm = fl.fed_avg(
-            *(model, optax.sgd(0.1), optax.sgd(0.3, momentum=0.9)),
-            batch_size=4,
-            num_epochs=2,
+            *(task.model, optax.sgd(0.1), optax.sgd(0.3, momentum=0.9)),
             weighting="uniform",
             pipeline=fl.polynomial_staleness(0.5),
-            reducer=fl.weighted_mean(denominator=BUFFER),
+            reducer=fl.weighted_mean(denominator=per_round),
             max_staleness=sampler.max_staleness,
+            **task.options,
         )
         result = fl.train(
             algorithm,
-            dataset,
+            task.dataset,
             sampler,
             num_rounds,
             key=jax.random.key(seed),
-            evaluate=lambda state: fl.evaluate(model, state, held_out),
+            evaluate=lambda state: fl.evaluate(task.model, state, task.held_out),
             eval_every=5,
-            stop=[fl.stopping.target("accuracy", TARGET)],
+            stop=[fl.stopping.target("accuracy", task.target)],
         )
         last, reached = result.history.rounds[-1], result.stopped is not None
         rows.append(
             {
-                "client_trips": BUFFER * last["round"] if reached else np.inf,
+                "client_trips": per_round * last["round"] if reached else np.inf,
                 "wall_clock": last["wall_clock"] if reached else np.inf,
+                "accuracy": result.history.evaluations[-1]["accuracy"],
                 "staleness": np.mean([row.get("staleness", 0) for row in result.history.rounds]),
                 "ring_versions": sampler.max_staleness + 1,
             }
         )
     found = {name: float(np.median([row[name] for row in rows])) for name in rows[0]}
-    numbers = {name: round(x, 2) if np.isfinite(x) else None for name, x in found.items()}
-    algorithm_name = "fed_avg" if concurrency is None else "fed_buff"
-    return {"algorithm": algorithm_name, "concurrency": concurrency or BUFFER, **numbers}
+    numbers = {name: round(x, 3) if np.isfinite(x) else None for name, x in found.items()}
+    named = {"task": task.name, "algorithm": algorithm_name, "concurrency": concurrency}
+    return {**named, **numbers}
 
 
-def _sampler(concurrency: int | None, num_rounds: int, seed: int) -> fl.samplers.Sampler:
-    if concurrency is None:
-        return fl.samplers.timed(fl.samplers.uniform(NUM_CLIENTS, BUFFER), DURATIONS)
+def _sampler(
+    task: Task, algorithm_name: str, concurrency: int, num_rounds: int, seed: int
+) -> fl.samplers.Sampler:
+    num_clients = task.dataset.num_clients
+    if algorithm_name == "fed_avg":
+        return fl.samplers.timed(fl.samplers.uniform(num_clients, concurrency), DURATIONS)
     return fl.samplers.fed_buff(
-        *(NUM_CLIENTS, num_rounds),
+        *(num_clients, num_rounds),
         concurrency=concurrency,
-        buffer_size=BUFFER,
+        buffer_size=task.buffer_size,
         durations=DURATIONS,
         seed=seed,
     )
@@ -140,25 +181,37 @@ def _sampler(concurrency: int | None, num_rounds: int, seed: int) -> fl.samplers
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=1000, help="the most rounds on digits")
+    parser.add_argument("--mnist", metavar="FOLDER", help="of MNIST's four IDX files")
+    parser.add_argument("--trips", type=int, default=20_000, help="the most client trips of a run")
     parser.add_argument("--trainings", type=int, default=1_000_000, help="those of the schedule")
+    parser.add_argument("--small", action="store_true", help="the least that runs everything")
     parser.add_argument("--json", action="store_true", help="print JSON objects")
     options = parser.parse_args()
     fl.configure_cpu()
     if options.json:
         print(json.dumps(machine("fedjax_lite", "jax", "optax")), flush=True)
-    for row in (measure_step(20, 10), measure_schedule(options.trainings)):
+    num_trainings = 400 if options.small else options.trainings
+    for row in (measure_step(20, 10), measure_schedule(num_trainings)):
         print(json.dumps(row) if options.json else row, flush=True)
-    if not options.json:
-        print(f"\ndigits, to {TARGET}\n{'':10}clients  staleness  versions   trips  seconds")
-    for concurrency in (None, *CONCURRENCY):
-        row = measure_training(concurrency, options.rounds)
-        if options.json:
-            print(json.dumps(row), flush=True)
-            continue
-        told = [row[name] for name in ("staleness", "ring_versions", "client_trips", "wall_clock")]
-        shown = "".join(f"{'-' if x is None else x:>10}" for x in told)
-        print(f"{row['algorithm']:10}{row['concurrency']:7}{shown}", flush=True)
+    tasks = [digits()]
+    if options.mnist:
+        sizes = {"num_clients": 100} if options.small else {}
+        tasks += [mnist(options.mnist, how, **sizes) for how in ("iid", "shards")]
+    for task in tasks:
+        if not options.json:
+            columns = "concurrency  staleness  versions  accuracy   trips  seconds"
+            print(f"\n{task.name}, to {task.target}\n{'':10}{columns}")
+        for algorithm_name in ("fed_avg", "fed_buff"):
+            for concurrency in task.concurrency[: 2 if options.small else None]:
+                few: Any = (200, [0]) if options.small else (options.trips,)
+                row = measure_training(task, algorithm_name, concurrency, *few)
+                if options.json:
+                    print(json.dumps(row), flush=True)
+                    continue
+                told = ("concurrency", "staleness", "ring_versions", "accuracy", "client_trips")
+                shown = [row[name] for name in (*told, "wall_clock")]
+                line = "".join(f"{'-' if x is None else x:>10}" for x in shown)
+                print(f"{row['algorithm']:10}{line}", flush=True)
 
 
 if __name__ == "__main__":

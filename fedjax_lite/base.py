@@ -137,7 +137,8 @@ class RoundInfo:
       clients: Per-client arrays `[clients, ...]` in cohort order, zero in empty slots:
         the metrics that clients report, such as `loss`, and `client_id` (-1 in empty slots),
         `num_examples`, `num_steps`, `update_norm`, `weight`, `nonfinite`, and `bits_down` and
-        `bits_up`, what they are sent and send: params, model state, statistics.
+        `bits_up`, what they are sent and send: params, model state, statistics; `staleness`, if the
+        cohort has it.
       metrics: Of the scalars that clients and transforms report, but for `loss`: the means over the
         clients that were not left out, weighted by their numbers of examples; and what the update
         pipeline reports of its server half.
@@ -171,12 +172,16 @@ class FederatedAlgorithm(NamedTuple):
         itself, from its entry in `state.store`; `None` if clients use what the server has.
       guarantees: `guarantees() -> Guarantees`, what the update pipeline guarantees of each client's
         message, and of the noise; `None` without one.
+      message_bits: `message_bits(key_or_params) -> (bits_down, bits_up)`, what a client is sent and
+        sends in a round, as far as it follows from shapes: what is encoded in a size that depends
+        on values counts as it is without. `None` if nothing is known.
     """
 
     init: Callable[..., Any]
     round: Callable[..., tuple[Any, RoundInfo]]
     client_model: Callable[[ServerState, PyTree], tuple[PyTree, PyTree]] | None = None
     guarantees: "Callable[[], Guarantees] | None" = None
+    message_bits: Callable[[PyTree], tuple[float, float]] | None = None
 
 
 class Client(NamedTuple):
@@ -267,7 +272,7 @@ class Message(NamedTuple):
       statistics: Pytree of arrays that the transform sends beside, summed over clients with a
         weight; `()` if it sends nothing.
       metrics: Scalars by name that are reported per client; `bits_up` is the size of the update as
-        it is sent.
+        it is sent, a number of Python if it follows from shapes.
     """
 
     update: PyTree

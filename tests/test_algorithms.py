@@ -266,6 +266,8 @@ def test_clients_keep_and_send_what_the_documentation_says(name):
     if "3 numbers a domain" in more:
         expected += 3 * 10
     bits = info.clients["bits_down"] + info.clients["bits_up"]
+    known = built(name).message_bits(jax.random.key(0))
+    assert list(known) == [info.clients["bits_down"].max(), info.clients["bits_up"].max()]
     # Beside these, up to three scalars that the server sums, or sends.
     np.testing.assert_allclose(bits[3] / 32, expected, atol=3)
 

@@ -264,7 +264,7 @@ NAMES = {
         *("settings", "calls", "model", "algorithm", "population", "sampler", "privacy"),
         *("evaluate", "held_out", "personal", "server_has_all"),
     ],
-    "FederatedAlgorithm": ["init", "round", "client_model", "guarantees"],
+    "FederatedAlgorithm": ["init", "round", "client_model", "guarantees", "message_bits"],
     "FederatedDataset": ["examples", "offsets", "client_ids"],
     "History": ["rounds", "evaluations"],
     "InterruptedTraining": ["message", "signal", "result"],
@@ -359,7 +359,7 @@ SAMPLERS = {
     ],
     "Schedule": [
         *("client_ids", "staleness", "started", "ended", "concurrency", "num_stale"),
-        "num_refused",
+        *("wasted_seconds", "num_refused", "max_staleness", "settings", "draws"),
     ],
     "Selection": [
         *("client_ids", "probabilities", "num_dropped", "max_steps", "staleness", "metrics"),

@@ -3,6 +3,7 @@
 import functools
 import heapq
 import itertools
+import shutil
 
 import chex
 import jax
@@ -115,6 +116,7 @@ CASES = {
     "FedBuff": (6, 3, None, None, lambda s: (1 + s) ** -0.5, "count", False),
     "a buffer larger than the concurrency": (2, 5, None, None, lambda s: 1.0, "weights", False),
     "everyone at once": (10, 3, None, None, lambda s: 1.0 if s <= 2 else 0.25, "none", False),
+    "a buffer for all": (6, 10, None, None, lambda s: (1 + s) ** -0.5, "count", False),
     "arrivals, some too stale": (
         4,
         2,
@@ -130,6 +132,7 @@ TRANSFORMS = {
     "FedBuff": fl.polynomial_staleness(0.5),
     "a buffer larger than the concurrency": fl.threshold_staleness(100),
     "everyone at once": fl.threshold_staleness(2, 0.25),
+    "a buffer for all": fl.polynomial_staleness(0.5),
     "arrivals, some too stale": fl.hinge_staleness(2.0, 1.0),
 }
 
@@ -169,12 +172,13 @@ def test_rounds_are_those_of_a_simulation_by_events(name, in_float64):
     for r in range(num_rounds):
         chosen = sampler.select(KEY, r)
         cohort = fl.cohort_of(population, chosen.client_ids, staleness=chosen.staleness)
-        state, _ = algorithm.round(KEY, state, cohort)
+        state, info = algorithm.round(KEY, state, cohort)
+        np.testing.assert_array_equal(info.clients["staleness"], chosen.staleness)
         actual = np.append(state.params["w"], state.params["b"])
         np.testing.assert_allclose(actual, expected[r], rtol=1e-9, atol=1e-12)
         seen = max(seen, int(chosen.staleness.max()))
     assert algorithm.round._cache_size() == 1
-    assert seen == sampler.max_staleness > 0
+    assert sampler.max_staleness >= seen == sampler.schedule.staleness.max() > 0
     assert most is None or (seen <= most and sampler.schedule.num_stale.sum() > 0)
 
 
@@ -196,23 +200,24 @@ def test_equal_durations_and_a_full_buffer_are_synchronous(in_float64):
 
 
 @functools.cache
-def late_sampler(num_rounds=8):
+def late_sampler(num_rounds=8, concurrency=5):
     return fl.samplers.fed_buff(
         10,
         num_rounds,
-        concurrency=5,
+        concurrency=concurrency,
         buffer_size=2,
         durations=fl.durations.log_normal(1.0),
         seed=1,
     )
 
 
-def averaging(exponent=0.5, max_staleness=None):
+def averaging(exponent=0.5, max_staleness=None, **options):
     return fl.fed_avg(
         *(regression_model(), optax.sgd(RATE)),
         batch_size=4,
         pipeline=fl.polynomial_staleness(exponent),
         max_staleness=late_sampler().max_staleness if max_staleness is None else max_staleness,
+        **options,
     )
 
 
@@ -225,8 +230,20 @@ def test_runs_are_recorded_and_go_on_where_they_were_cut(tmp_path):
     np.testing.assert_allclose([row["wall_clock"] for row in rows], clock, rtol=1e-5)
     staleness = late_sampler().schedule.staleness.mean(1)
     np.testing.assert_allclose([row["staleness"] for row in rows], staleness, rtol=1e-6)
+    # A run of four rounds, of which the checkpoint of the third is the last that can be read.
     options |= {"checkpoints": fl.Checkpoints(tmp_path, every=3)}
-    fl.train(algorithm, population, late_sampler(), **{**options, "num_rounds": 4})
+    few = late_sampler(4)
+    assert 0 < few.max_staleness < late_sampler().max_staleness
+    short = averaging(max_staleness=few.max_staleness)
+    fl.train(short, population, few, **{**options, "num_rounds": 4})
+    shutil.rmtree(tmp_path / "4")
+    other = late_sampler(concurrency=6)
+    for_other = averaging(max_staleness=other.max_staleness)
+    with pytest.raises(ValueError, match=r"run: sampler\.concurrency is 5 there and 6 here\. Ch"):
+        fl.train(for_other, population, other, **options)
+    loaded = fl.load_state(tmp_path, fl.fed_avg(regression_model(), optax.sgd(0.1)).init(START))
+    assert int(loaded.round) == 3
+    assert loaded.versions == ()
     resumed = fl.train(algorithm, population, late_sampler(), **options)
     chex.assert_trees_all_equal(resumed.state.params, straight.state.params)
     assert [row["wall_clock"] for row in resumed.history.rounds] == [
@@ -239,12 +256,39 @@ def test_runs_are_recorded_and_go_on_where_they_were_cut(tmp_path):
         8,
         keys=jnp.stack([KEY, KEY]),
         numbers={"exponent": [0.5, 2.0]},
+        lanes=2,
     )
     first, second = swept.histories
     np.testing.assert_allclose(first.rounds[-1]["wall_clock"], clock[-1], rtol=1e-5)
     params = jax.tree.map(lambda x: x[0], swept.states.params)
     chex.assert_trees_all_close(params, straight.state.params, rtol=1e-5)
     assert first.rounds[-1]["loss"] != second.rounds[-1]["loss"]
+
+
+@pytest.mark.parametrize("arrivals", ["as_one_ends", "poisson"])
+def test_more_rounds_begin_with_the_same_ones(arrivals):
+    """Whatever the length, and with updates that arrive at one moment for several steps."""
+    build = functools.partial(
+        *(fl.samplers.fed_buff, 10),
+        **{"concurrency": 6, "buffer_size": 2, "max_staleness": 3, "arrivals": arrivals},
+        durations=fl.durations.of_devices(SECONDS),
+        rate=None if arrivals == "as_one_ends" else 2.0,
+    )
+    whole = build(40)
+    for num_rounds in (1, 2, 13, 39):
+        few = build(num_rounds)
+        for name, values in vars(few.schedule).items():
+            if name not in ("max_staleness", "settings", "draws"):
+                expected = getattr(whole.schedule, name)[:num_rounds]
+                np.testing.assert_array_equal(values, expected, err_msg=name)
+        assert few.schedule.settings == whole.schedule.settings
+        np.testing.assert_array_equal(few.schedule.draws, whole.schedule.draws)
+        # What starts before the end of the short one and counts later starts from what it keeps.
+        later = np.arange(num_rounds, 40)[:, None] - whole.schedule.staleness[num_rounds:]
+        oldest = later[later <= num_rounds].min(initial=num_rounds)
+        assert num_rounds - oldest <= few.max_staleness <= 3
+    assert whole.schedule.num_stale.sum() > 0
+    assert ((whole.schedule.wasted_seconds > 0) == (whole.schedule.num_stale > 0)).all()
 
 
 def test_what_does_not_fit_together_is_refused():
@@ -271,6 +315,31 @@ def test_what_does_not_fit_together_is_refused():
     cohort = fl.cohort_of(population, [0, 2], staleness=np.array([0, 1]))
     with pytest.raises(ValueError, match="reducer looks at single updates"):
         median.round(KEY, median.init(START), cohort)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (fl.scaffold, "clients of the algorithm keep something between rounds"),
+        (
+            fl.ada_fed_prox,
+            "clients of the algorithm start from more of the server's state than params",
+        ),
+        (fl.mime_lite, "clients of the algorithm measure something at the newest params"),
+        (
+            functools.partial(fl.fed_avg, pipeline=fl.error_feedback(fl.top_k(1))),
+            "pipeline has clients keep something.* leave error feedback out",
+        ),
+        (
+            functools.partial(fl.fed_avg, pipeline=fl.downlink(fl.half_precision())),
+            "pipeline changes what the server sends",
+        ),
+    ],
+)
+def test_what_late_clients_cannot_do_is_refused_when_built(build, message):
+    with pytest.raises(ValueError, match=f"max_staleness is .*, and {message}"):
+        build(regression_model(), optax.sgd(0.1), max_staleness=2)
+    build(regression_model(), optax.sgd(0.1), max_staleness=0)
 
 
 def test_arrivals_come_at_their_rate_and_no_more_than_may_train():
@@ -357,6 +426,87 @@ def test_stragglers_are_left_behind_cut_or_gone():
     there = np.array([np.isin(np.arange(10), night.select(KEY, r).client_ids) for r in range(16)])
     np.testing.assert_array_equal(there[:8], there[8:])
     np.testing.assert_array_equal(there[:8].sum(0), np.full(10, 2))
+
+
+def test_messages_take_their_time():
+    """On the clock as a sum of what was reported, whatever the pipeline does to their size."""
+    model = fl.models.logistic((3,), 2)
+    few, many = (
+        fl.fed_avg(model, optax.sgd(0.1), pipeline=pipeline)
+        for pipeline in (fl.qsgd(3), fl.qsgd(3, encoding="elias"))
+    )
+    down, up = few.message_bits(KEY)
+    assert (down, up) == (8 * 32, 32 + 8 * 3)
+    assert many.message_bits(KEY) == (down, down)  # It depends on values: as it is without.
+    network = functools.partial(fl.durations.with_network, fl.durations.constant(2.0))
+    slow = network(upload=np.arange(1.0, 11), download=4.0, algorithm=few, bytes_down=12)
+    seconds = [float(slow.seconds(KEY, jnp.int32(i), jnp.int32(5))) for i in (0, 9)]
+    np.testing.assert_allclose(seconds, [2 + 7 / 1 + 12 / 4, 2 + 7 / 10 + 12 / 4], rtol=1e-6)
+    assert float(network(algorithm=None).seconds(KEY, jnp.int32(0), jnp.int32(5))) == 2.0
+    with pytest.raises(ValueError, match=r"bytes_down is None, and no algorithm .* bytes_down= as"):
+        network(download=1.0)
+    with pytest.raises(ValueError, match=r"upload has shape \(2,\), and is at least 0; pass a pos"):
+        network(upload=[1.0, 0.0], algorithm=few)
+    with pytest.raises(ValueError, match=r"upload has shape \(3,\); pass .* each of the 2 clients"):
+        fl.durations.of_devices([1.0, 1.0], upload=np.ones(3), algorithm=few)
+    # On the command line, the algorithm is known.
+    experiment = fl.experiment(
+        dataset="synthetic(num_clients=6)",
+        model="logistic",
+        updates="half_precision",
+        sampler="timed(uniform(2), with_network(constant(1.0), upload=100.0))",
+    )
+    _, up = experiment.algorithm.message_bits(KEY)
+    assert up == 16 * (60 + 1) * 10
+    found = experiment.sampler.select(KEY, 0).metrics["round_seconds"]
+    np.testing.assert_allclose(found, 1 + up / 8 / 100, rtol=1e-6)
+    assert "algorithm" not in experiment.settings.sampler
+
+
+def test_every_sampler_has_a_clock():
+    """The same clients, and what is known of them, and a round as long as the slowest."""
+    samplers, durations = fl.samplers, fl.durations.of_devices(SECONDS + 1)
+    every = {
+        "cyclic": samplers.cyclic(10, 3, 2),
+        "everyone": samplers.everyone(10),
+        "importance": samplers.importance(SIZES, 3),
+        "minimise_reuse": samplers.minimise_reuse(10, 3),
+        "poisson": samplers.poisson(10, 0.3),
+        "round_robin": samplers.round_robin(10, 3),
+        "sequential": samplers.sequential(10, 3),
+        "uniform": samplers.uniform(10, 3),
+        "weighted": samplers.weighted(np.arange(10.0), 3),
+        "available": samplers.available(samplers.everyone(10), np.eye(4, 10, dtype=bool)),
+        "by_day_and_night": samplers.by_day_and_night(samplers.everyone(10), 4),
+        "dropping_out": samplers.dropping_out(samplers.uniform(10, 5), 0.5),
+    }
+    with_clocks = {"fed_buff", "over_selected", "timed", "timed_out"}
+    names = {name for name in samplers.__all__ if name[0].islower()}
+    assert {*every} == names - with_clocks
+    for name, sampler in every.items():
+        clocked = samplers.timed(sampler, durations)
+        assert clocked._replace(select=None) == sampler._replace(select=None), name
+        told = jax.eval_shape(clocked.select, KEY, 2).metrics
+        assert "round_seconds" in told, name
+        if name not in ("poisson", "dropping_out"):  # Compiling takes its time.
+            continue
+        selection, plain = clocked.select(KEY, 2), sampler.select(KEY, 2)
+        chex.assert_trees_all_equal(selection._replace(metrics=plain.metrics), plain)
+        own = (SECONDS + 1)[plain.client_ids[plain.client_ids >= 0]]
+        assert selection.metrics["round_seconds"] == own.max(initial=0), name
+    some = samplers.over_selected(samplers.everyone(10), durations, 4)
+    for build in (samplers.timed, functools.partial(samplers.over_selected, keep=2)):
+        for sampler in (late_sampler(), some):
+            with pytest.raises(
+                ValueError, match="sampler has a clock of its own; leave one of the"
+            ):
+                build(sampler, durations)
+    with pytest.raises(ValueError, match="sampler has a schedule"):
+        samplers.timed_out(late_sampler(), durations, 2.0, num_steps=3)
+    # Whoever comes first, and no later than at the deadline.
+    both = samplers.timed_out(some, durations, 2.0, num_steps=3).select(KEY, 0)
+    assert both.metrics["round_seconds"] == 2.0
+    assert some.select(KEY, 0).metrics["round_seconds"] == sorted(SECONDS + 1)[3] == 2.0
 
 
 def test_devices_come_from_a_file(tmp_path):

@@ -1,8 +1,10 @@
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_algorithms import ALGORITHMS
 
@@ -59,13 +61,29 @@ def test_compressors_have_a_row_each_and_a_picture(tmp_path):
     assert "<path" in picture.read_text()
 
 
-def test_asynchrony_is_measured():
+def test_asynchrony_is_measured(tmp_path):
     from benchmarks import asynchrony
 
     step = asynchrony.measure_step(3, 2)
     assert step["cost"] > 0
     assert step["ring_versions"] == 2
     assert asynchrony.measure_schedule(400)["schedule_s"] > 0
+    # In the form of MNIST, images of which the label is where they are light.
+    labels = np.arange(200, dtype=np.uint8) % 10
+    images = np.zeros((200, 28, 28), np.uint8)
+    images[np.arange(200), 2 * labels] = 255
+    for split in ("train", "t10k"):
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            (tmp_path / f"{split}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    task = asynchrony.mnist(tmp_path, "shards", num_clients=50)._replace(buffer_size=2)
+    for name in ("fed_avg", "fed_buff"):
+        row = asynchrony.measure_training(task._replace(target=0.3), name, 10, 400, [0])
+        assert row["task"] == "mnist, shards"
+        assert row["accuracy"] >= 0.3
+        assert 0 < row["client_trips"] <= 400
+        assert row["wall_clock"] > 0
+        assert (row["staleness"] > 0) == (row["ring_versions"] > 1) == (name == "fed_buff")
 
 
 def test_privacy_is_measured_and_drawn(tmp_path):

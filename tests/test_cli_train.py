@@ -46,6 +46,24 @@ def rows(folder, kind):
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
+def test_an_asynchronous_run_goes_on_for_more_rounds(tmp_path, capsys):
+    """Also where the longer schedule has clients that are staler."""
+    durations = "with_network(log_normal(2.0), upload=100.0)"
+    setting = {
+        **{"dataset": "synthetic", "num_clients": 9, "model": "logistic", "num_steps": 1},
+        "sampler": f"fed_buff(concurrency=6, buffer_size=1, durations={durations})",
+    }
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in setting.items()]
+    report(capsys, "train", *options, "--rounds=3", "--out", tmp_path / "out")
+    report(capsys, "train", "--resume", tmp_path / "out", "--rounds=12")
+    samplers = [build(Settings(**setting, rounds=rounds)).sampler for rounds in (3, 12)]
+    assert samplers[0].max_staleness < samplers[1].max_staleness
+    found, schedule = rows(tmp_path / "out", "round"), samplers[1].schedule
+    assert [row["staleness"] for row in found] == schedule.staleness[:, 0].tolist()
+    clock = schedule.ended[:, 0].tolist()
+    assert [row["wall_clock"] for row in found] == pytest.approx(clock, rel=1e-5)
+
+
 def test_a_run_is_recorded_resumed_and_evaluated(tmp_path, capsys):
     out, whole = tmp_path / "out", tmp_path / "whole"
     first = report(capsys, "train", *SMALL, "--rounds=5", "--eval-every=2", "--out", out)
@@ -179,6 +197,7 @@ def test_a_dry_run_trains_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = report(capsys, "train", *SMALL, "--dry-run")
     assert told["parameters"] == 61 * 10
+    assert told["versions_of_parameters"] == 1
     assert (told["clients"], told["slots_of_a_cohort"], told["lanes"]) == (6, 3, 1)
     assert told["shapes"]["Dense_0/kernel"] == [60, 10]
     assert told["round_s"] > 0

@@ -16,6 +16,7 @@ from problems import SIZES, everyone, regression_dataset, regression_model
 import fedjax_lite as fl
 from benchmarks.ahead_of_time import traced
 
+VARY = {"qsgd", "power_sgd"}  # In what they send, by its values and from round to round.
 BROKEN = 6  # The labels of this client are not numbers.
 CAPACITY = 12
 COHORTS = [[0, 2, 3, 4, 1, 6, 7, 8], [9, 4, 1, 0, 3]]
@@ -101,6 +102,10 @@ def test_battery(name):
         states, _ = sweep(numbers)
         assert_close(jax.tree.map(lambda x: x[1], states.params), one.params)
         assert not np.allclose(states.params["w"][0], states.params["w"][1], atol=1e-9)
+    # What is sent is known before.
+    sizes = [info.clients[f"bits_{way}"].max() for way in ("down", "up")]
+    if name not in VARY:
+        assert list(algorithm.message_bits(START)) == sizes
     # It can be lowered for accelerators.
     round = traced(algorithm.round, KEYS[0], first, cohort(COHORTS[0]))
     round.lower(lowering_platforms=("cuda", "tpu"))

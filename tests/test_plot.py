@@ -228,7 +228,8 @@ def test_curves_over_another_number_of_the_rounds():
     axes = fl.plot.curves([run, fl.History(run.rounds, run.evaluations[:2])], against="loss")
     assert axes.lines[0].get_xdata().tolist() == [0, 7]
     assert axes.get_xlabel() == "loss"
-    with pytest.raises(ValueError, match="against is 'wall_clock'; choose one of loss, round, sec"):
+    told = "against is 'wall_clock'; choose one of loss, round, seconds; a sampler has a clock by"
+    with pytest.raises(ValueError, match=told):
         fl.plot.curves(run, against="wall_clock")
 
 

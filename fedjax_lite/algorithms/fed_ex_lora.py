@@ -132,7 +132,8 @@ def fed_ex_lora(
             dataclasses.replace(info, clients=clients),
         )
 
-    return training._replace(round=Paced(round, check, around_files))
+    # Which arrays of the base are sent, too, is known of what comes of them.
+    return training._replace(round=Paced(round, check, around_files), message_bits=None)
 
 
 def _name(leaf: int) -> str:

@@ -150,7 +150,7 @@ def ifca(
             metrics={
                 **result.metrics,
                 **{f"cluster_{j}": is_own[j] for j in range(num_clusters)},
-                "bits_up": jnp.asarray(num_bits(result.update), float),
+                "bits_up": num_bits(result.update),
             },
         )
 

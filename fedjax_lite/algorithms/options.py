@@ -80,7 +80,8 @@ class _StepOptions(TypedDict, total=False):
         Option(
             0,
             "How many rounds old the params may be that a client starts from, which a cohort's"
-            " `staleness` says; the state keeps so many more versions of params and model state.",
+            " `staleness` says; the state keeps so many more versions of params and model state."
+            " Not where clients keep something between rounds, or are sent more than these.",
         ),
     ]
     shuffle: Annotated[

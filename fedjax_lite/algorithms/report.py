@@ -12,7 +12,7 @@ from fedjax_lite.xla.precision import squared_norm
 
 NOT_AVERAGED = {
     *("loss", "client_id", "num_examples", "num_steps", "update_norm", "weight", "nonfinite"),
-    *("bits_up", "bits_down"),
+    *("bits_up", "bits_down", "staleness"),
 }
 """What `RoundInfo` has for a round in another form, or not at all."""
 
@@ -49,6 +49,8 @@ def round_info(
         "bits_up": jnp.where(clients["num_steps"] > 0, bits, 0.0),
         "bits_down": jnp.where(cohort.client_ids >= 0, down_bits, 0.0),
     }
+    if cohort.staleness is not None:
+        clients["staleness"] = jnp.where(cohort.client_ids >= 0, cohort.staleness, 0)
     trained = jnp.where(left_out, 0, clients["num_examples"].astype(float))
     owned = jnp.where(left_out, 0, cohort.num_examples.astype(float))
 

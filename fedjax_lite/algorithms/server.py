@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from fedjax_lite import _validate
 from fedjax_lite.algorithms import local
 from fedjax_lite.algorithms.options import StoreOptions, complete, documented
 from fedjax_lite.algorithms.report import num_bits, round_info
+from fedjax_lite.algorithms.versions import read_versions, with_versions, write_version
 from fedjax_lite.base import (
     Client,
     ClientUpdate,
@@ -29,6 +30,7 @@ from fedjax_lite.base import (
 from fedjax_lite.engine.batches import DEFAULT_BATCH_SIZE, KEY_SERVER, Batching, adapt_batch_size
 from fedjax_lite.engine.execution import Execution
 from fedjax_lite.engine.file_store import around_files
+from fedjax_lite.engine.frozen import frozen_given
 from fedjax_lite.engine.runner import ON_NONFINITE, run_clients
 from fedjax_lite.engine.store import STORES, create_store
 from fedjax_lite.engine.waves import CohortResult, Versions
@@ -178,6 +180,8 @@ def federated_algorithm(
         return () if pipeline is None else first_entry(pipeline, params)
 
     keeps = own.entry is not None or (pipeline is not None and pipeline.entry is not None)
+    if num_versions > 1:
+        _check_late(own, pipeline, sends_more=broadcast is not None)
 
     @jit_once
     def build(key_or_params: PyTree, model_state: PyTree | None) -> tuple[ServerState, PyTree]:
@@ -205,10 +209,9 @@ def federated_algorithm(
             opt_state=optimizer.init(params),
             pipeline_state=() if pipeline is None else pipeline.init(params),
             last_aggregate=optax.tree.zeros_like(params) if reducer.keeps_last else (),
-            versions=_versions(params, model_state, num_versions) if num_versions > 1 else (),
             frozen=frozen,
         )
-        return state, (entry, pipeline_entry_of(params))
+        return with_versions(state, num_versions), (entry, pipeline_entry_of(params))
 
     def init(
         key_or_params: PyTree,
@@ -252,6 +255,49 @@ def federated_algorithm(
             made["last_aggregate"] = lambda params: params
         _check_state(state, made)
 
+    def plain_bits(server: ServerState) -> float:
+        down = (server.params, server.model_state) if broadcast is None else broadcast(server)
+        return num_bits(down)
+
+    def send_down(key: jax.Array, server: ServerState, cohort: Cohort) -> tuple[ServerState, Any]:
+        """What clients receive of the server, and its bits."""
+        received, bits = dataclasses.replace(server, last_aggregate=()), plain_bits(server)
+        if pipeline is None:
+            return received, bits
+        shown = announced(pipeline, key, server.pipeline_state, cohort)
+        received = dataclasses.replace(received, pipeline_state=shown)
+        if pipeline.broadcast is not None:
+            params, encoded = pipeline.broadcast(key, shown, server.params)
+            received = dataclasses.replace(received, params=params)
+            bits += 0 if encoded is None else encoded - num_bits(server.params)
+        return received, bits
+
+    def message_bits(key_or_params: PyTree) -> tuple[float, float]:
+        sizes: list[float] = []
+
+        def send(key: jax.Array, key_or_params: PyTree) -> None:
+            """What a client is sent, and sends, its steps left out, which change no shape."""
+            state, entries = build(key_or_params, None)
+            server = dataclasses.replace(state, versions=(), frozen=())
+            number = jnp.zeros(1, jnp.int32)
+            one = Cohort(
+                client_ids=number, num_examples=number, offsets=number, examples={}, num_clients=1
+            )
+            received, down = send_down(key, server, one)
+            entry = entries[0] if pipeline is None else entries
+            client = Client(number[0], number[0], number[0], entry, key, number[0])
+            with frozen_given(state.frozen):
+                begun = _validate.strong(client_update.init(received, client))
+                result = client_update.final(received, client, begun)
+            up = result.metrics.get("bits_up")
+            beside = num_bits(_validate.strong((result.model_state, result.statistics)))
+            # What is no number of Python depends on values.
+            sizes.append(down if isinstance(down, int | float) else plain_bits(server))
+            sizes.append(beside + (up if isinstance(up, int | float) else num_bits(server.params)))
+
+        jax.eval_shape(send, random.fast(jax.random.key(0)), key_or_params)
+        return sizes[0], sizes[1]
+
     @jax.jit
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
         warn_if_unconfigured()
@@ -261,14 +307,8 @@ def federated_algorithm(
         # a difference of the two would take off.
         key_server = random.fold_in_pair(key, KEY_SERVER, state.round)
         without_examples = dataclasses.replace(cohort, examples={})
-        received, bits_down = dataclasses.replace(server, last_aggregate=()), None
-        if pipeline is not None:
-            shown = announced(pipeline, key_server, server.pipeline_state, without_examples)
-            received = dataclasses.replace(received, pipeline_state=shown)
-            if pipeline.broadcast is not None:
-                params, bits_down = pipeline.broadcast(key_server, shown, server.params)
-                received = dataclasses.replace(received, params=params)
-        versions = _read_versions(state, cohort, num_versions)
+        received, down_bits = send_down(key_server, server, without_examples)
+        versions = read_versions(state, cohort, num_versions)
         stores = state.store if pipeline is None else (state.store, state.pipeline_store)
         result = run_clients(
             client_update,
@@ -332,20 +372,48 @@ def federated_algorithm(
             store=store,
             pipeline_store=pipeline_store,
             round=server.round + 1,
-            versions=_write_version(state, after, num_versions),
+            versions=write_version(state, after, num_versions),
             frozen=state.frozen,
         )
-        down = (server.params, server.model_state) if broadcast is None else broadcast(server)
-        down_bits = num_bits(down)
-        if bits_down is not None:
-            down_bits += bits_down - num_bits(server.params)
         nonfinite = result.clients["nonfinite"]
         left_out = nonfinite if drop else jnp.zeros_like(nonfinite)
         info = round_info(cohort, result, aggregate, server, down_bits, skip, left_out, metrics)
         return after, info
 
     guarantees = None if pipeline is None else lambda: known
-    return FederatedAlgorithm(init, Paced(round, check, around_files), own.client_model, guarantees)
+    playing = Paced(round, check, around_files)
+    return FederatedAlgorithm(init, playing, own.client_model, guarantees, message_bits)
+
+
+def _check_late(own: ClientUpdate, pipeline: UpdateTransform | None, *, sends_more: bool) -> None:
+    """Refuses what has no meaning for clients that start from past versions of the params.
+
+    Raises:
+      ValueError: They keep something, or start from more than params and model state.
+    """
+    twice = "something between rounds, which one that comes twice in a buffer would read too early"
+    for holds, reason in (
+        (
+            own.entry is not None,
+            f"clients of the algorithm keep {twice}; choose one such as fl.fed_avg.",
+        ),
+        (
+            sends_more,
+            "clients of the algorithm start from more of the server's state than params and model"
+            " state, of which alone there are past versions; choose one such as fl.fed_avg.",
+        ),
+        (
+            pipeline is not None and pipeline.entry is not None,
+            f"pipeline has clients keep {twice}; leave error feedback out.",
+        ),
+        (
+            pipeline is not None and pipeline.broadcast is not None,
+            "pipeline changes what the server sends, of which past versions are kept as they were;"
+            " leave fl.downlink or fl.power_sgd out.",
+        ),
+    ):
+        if holds:
+            raise ValueError(f"max_staleness is above 0, and {reason}")
 
 
 def _mean_state(
@@ -361,26 +429,6 @@ def _mean_state(
     return jax.tree.map(
         lambda new, old: jnp.where(is_empty, old, _round_like(new, old)), mean, model_state
     )
-
-
-def _versions(params: PyTree, model_state: PyTree, number: int) -> dict[str, PyTree]:
-    """The first version, at all places."""
-    fields = {"params": params, "model_state": model_state}
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (number, *x.shape)), fields)
-
-
-def _read_versions(state: ServerState, cohort: Cohort, number: int) -> Versions | None:
-    """What the clients of a cohort start from, if not all of them from the newest."""
-    if cohort.staleness is None:
-        return None
-    if number == 1:
-        raise ValueError(
-            "cohort.staleness is given to an algorithm that keeps no versions; build it with"
-            " max_staleness=, the largest number of rounds that can occur."
-        )
-    # None is older than the first one, nor than those that are kept.
-    age = jnp.clip(cohort.staleness, 0, jnp.minimum(number - 1, state.round))
-    return Versions(state.versions, (state.round - age) % number, age)
 
 
 def _drift(
@@ -407,15 +455,6 @@ def _drift(
         past,
     )
     return reducer.finish(moved, weight)
-
-
-def _write_version(state: ServerState, after: ServerState, number: int) -> PyTree:
-    """The versions with that of the next round in place of the oldest."""
-    if number == 1:
-        return state.versions
-    newest = {"params": after.params, "model_state": after.model_state}
-    place = (state.round + 1) % number
-    return jax.tree.map(lambda all_, x: all_.at[place].set(x), state.versions, newest)
 
 
 def _like_params(aggregate: PyTree, params: PyTree) -> PyTree:

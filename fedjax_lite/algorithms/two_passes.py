@@ -69,6 +69,12 @@ def two_passes(
         return mean, keep(opt_state, mean, statistics)
 
     keeping = optax.GradientTransformationExtraArgs(server_optimizer.init, kept)
+    if options["max_staleness"]:
+        raise ValueError(
+            f"max_staleness is {options['max_staleness']}, and clients of the algorithm measure"
+            " something at the newest params before they train; choose another one, such as"
+            " fl.fed_avg."
+        )
     one_pass = cast(StoreOptions, {**options, **_ONE_PASS})
     first = server.federated_algorithm(model, measuring, keeping, **one_pass)
     second = server.federated_algorithm(
@@ -95,7 +101,13 @@ def two_passes(
         info = dataclasses.replace(info, clients={**info.clients, "bits_up": bits})
         return after, info
 
-    return second._replace(round=Paced(round, check, around_files))
+    def message_bits(key_or_params: PyTree) -> tuple[float, float]:
+        assert second.message_bits is not None
+        down, up = second.message_bits(key_or_params)
+        state = jax.eval_shape(lambda x: second.init(x, num_clients=1), key_or_params)
+        return down, up + num_bits(sent(state.opt_state))
+
+    return second._replace(round=Paced(round, check, around_files), message_bits=message_bits)
 
 
 def summing(

@@ -271,7 +271,7 @@ def _run(runs: Sequence[Settings]) -> list[fl.History]:
     def algorithm(**numbers: Any) -> fl.FederatedAlgorithm:
         by_place = {tuple(name.split(".")): number for name, number in numbers.items()}
         calls = with_numbers(built.calls, by_place)
-        return algorithm_of(calls, built.settings, built.model, built.sampler)
+        return algorithm_of(calls, built.settings, built.model, built.sampler.max_staleness)
 
     numbers = {
         ".".join(at): np.array([numbers[at] for numbers in of_runs], np.float32) for at in varying

@@ -13,6 +13,7 @@ import rich.console
 import rich.table
 
 import fedjax_lite as fl
+from fedjax_lite.algorithms.versions import count_versions
 from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.hosts import Hosts, join, of_first
@@ -173,7 +174,13 @@ def _dry_run(built: Experiment, settings: dict[str, Any], *, as_json: bool) -> N
     key_init, key_sampler, key = jax.random.split(jax.random.key(built.settings.seed), 3)
     state = built.algorithm.init(key_init, num_clients=built.population.num_clients)
     selection = built.sampler.select(key_sampler, 0)
-    cohort = fl.cohort_of(built.population, selection.client_ids, key=key)
+    cohort = fl.cohort_of(
+        built.population,
+        selection.client_ids,
+        key=key,
+        max_steps=selection.max_steps,
+        staleness=selection.staleness,
+    )
     began = time.perf_counter()
     round: Any = built.algorithm.round
     step = round.lower(key, state, cohort).compile()
@@ -194,6 +201,7 @@ def _dry_run(built: Experiment, settings: dict[str, Any], *, as_json: bool) -> N
             built.sampler.capacity,
         ),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "versions_of_parameters": count_versions(state),
         "shapes": {
             jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
             for path, leaf in jax.tree.leaves_with_path(state.params)
@@ -216,6 +224,7 @@ def _dry_run(built: Experiment, settings: dict[str, Any], *, as_json: bool) -> N
         table.add_row(name, " x ".join(map(str, shape)))
     table.add_section()
     table.add_row("parameters", f"{report['parameters']:,}")
+    table.add_row("versions of them", f"{report['versions_of_parameters']:,}")
     table.add_row("clients", f"{report['clients']:,}")
     table.add_row("slots of a cohort", f"{report['slots_of_a_cohort']:,}")
     table.add_row("lanes on each device", str(report["lanes"]))

@@ -34,6 +34,7 @@ _REPORTED = {
     "weight",
     "nonfinite",
     "bits_down",
+    "staleness",
 }
 
 

@@ -139,10 +139,10 @@ def build(settings: Settings, datasets: tuple[FederatedDataset, ...] | None = No
         calls = calls._replace(model=_default_model(loaded))
     calls = calls._replace(model=_with_vocabulary(calls.model, calls.dataset))
     model = _model(calls.model, loaded)
-    sampler, calls = _sampler(settings, calls, loaded)
+    sampler, calls = _sampler(settings, calls, loaded, model)
     privacy = _made("privacy", calls.privacy)
     calls = _with_noise(calls, privacy, settings.rounds, sampler)
-    algorithm = algorithm_of(calls, settings, model, sampler)
+    algorithm = algorithm_of(calls, settings, model, sampler.max_staleness)
     if privacy is not None:
         ledger_of(privacy, algorithm, sampler, settings.rounds)  # Refuses it at once.
     metrics = _metrics(calls, loaded)
@@ -196,7 +196,7 @@ def _server_has_all(model: Model, algorithm: FederatedAlgorithm) -> bool:
 
 
 def algorithm_of(
-    calls: Calls, settings: Settings, model: Model, sampler: Sampler
+    calls: Calls, settings: Settings, model: Model, max_staleness: int = 0
 ) -> FederatedAlgorithm:
     """The algorithm, in whose calls numbers may be traced."""
     if isinstance(calls.algorithm, FederatedAlgorithm):
@@ -206,7 +206,7 @@ def algorithm_of(
         "client_optimizer": _client_optimizer(calls.client_optimizer),
         "server_optimizer": _made("server_optimizer", calls.server_optimizer),
         "lanes": settings.lanes,
-        "max_staleness": sampler.max_staleness,
+        "max_staleness": max_staleness,
     }
     updates = calls.updates
     if isinstance(updates, list):
@@ -316,7 +316,9 @@ def _model(value: Any, loaded: Loaded) -> Model:
     return model
 
 
-def _sampler(settings: Settings, calls: Calls, loaded: Loaded) -> tuple[Sampler, Calls]:
+def _sampler(
+    settings: Settings, calls: Calls, loaded: Loaded, model: Model
+) -> tuple[Sampler, Calls]:
     num_clients = loaded.population.num_clients
     sizes = np.ones(num_clients) if loaded.train is None else loaded.train.num_examples
     call = calls.sampler
@@ -329,7 +331,14 @@ def _sampler(settings: Settings, calls: Calls, loaded: Loaded) -> tuple[Sampler,
             call = call.with_arguments(rate=size / num_clients)
             call = expressions.complete(call, ROLES["sampler"].known)
             calls = calls._replace(sampler=call)
-    known = {"num_clients": num_clients, "num_examples": sizes, "num_rounds": settings.rounds}
+    known: dict[str, Any] = {
+        "num_clients": num_clients,
+        "num_examples": sizes,
+        "num_rounds": settings.rounds,
+    }
+    if isinstance(call, Call) and _asks_for("algorithm", call):
+        # For the size of its messages, which does not depend on what is still open.
+        known["algorithm"] = algorithm_of(_with_multiplier(calls, 1.0), settings, model)
     sampler = _made("sampler", call, known)
     _validate.instance("what sampler returned", sampler, samplers.Sampler)
     return sampler, calls
@@ -337,26 +346,38 @@ def _sampler(settings: Settings, calls: Calls, loaded: Loaded) -> tuple[Sampler,
 
 def _with_noise(calls: Calls, privacy: Budget | None, num_rounds: int, sampler: Sampler) -> Calls:
     """The calls with the noise that a budget allows, where the updates leave it open."""
-
-    def is_open(call: Any) -> bool:
-        takes = isinstance(call, Call) and call.takes("noise_multiplier")
-        return takes and "noise_multiplier" not in call.arguments
-
     if privacy is None or privacy.epsilon is None or not isinstance(calls.updates, list):
         return calls
-    if not any(map(is_open, calls.updates)):
+    if not any(map(_is_open, calls.updates)):
         return calls
     least = calibrate(
         privacy.epsilon, privacy.delta, num_rounds, sampler, accountant=privacy.accountant
     )
-    rounded = math.ceil(1e4 * least) / 1e4  # As it is recorded.
+    return _with_multiplier(calls, math.ceil(1e4 * least) / 1e4)  # As it is recorded.
+
+
+def _with_multiplier(calls: Calls, noise_multiplier: float) -> Calls:
+    """The calls with a noise multiplier, where the updates leave it open."""
+    if not isinstance(calls.updates, list):
+        return calls
     updates = [
-        expressions.complete(call.with_arguments(noise_multiplier=rounded))
-        if is_open(call)
+        expressions.complete(call.with_arguments(noise_multiplier=noise_multiplier))
+        if _is_open(call)
         else call
         for call in calls.updates
     ]
     return calls._replace(updates=updates)
+
+
+def _is_open(call: Any) -> bool:
+    takes = isinstance(call, Call) and call.takes("noise_multiplier")
+    return takes and "noise_multiplier" not in call.arguments
+
+
+def _asks_for(name: str, call: Call) -> bool:
+    """Whether a function takes an argument, or one inside its call."""
+    inside = (value for _, value in call.inside() if isinstance(value, Call))
+    return call.takes(name) or any(_asks_for(name, value) for value in inside)
 
 
 def _metrics(calls: Calls, loaded: Loaded) -> dict[str, Any]:

@@ -280,13 +280,13 @@ def complete(call: Call, known: Mapping[str, Any] | frozenset[str] = frozenset()
     ordered += [name for name in arguments if name not in ordered]
     return dataclasses.replace(
         call,
-        arguments={name: _completed(arguments[name]) for name in ordered},
-        more=tuple(map(_completed, call.more)),
+        arguments={name: _completed(arguments[name], known) for name in ordered},
+        more=tuple(_completed(value, known) for value in call.more),
     )
 
 
-def _completed(value: Any) -> Any:
-    return complete(value) if isinstance(value, Call) else value
+def _completed(value: Any, known: Mapping[str, Any] | frozenset[str]) -> Any:
+    return complete(value, known) if isinstance(value, Call) else value
 
 
 def _is_literal(value: Any) -> bool:

@@ -71,6 +71,7 @@ def _role(setting: str, table: Table, plural: str, *known: str) -> Role:
 
 
 _SAMPLERS = _functions(samplers)
+_KNOWN_TO_SAMPLERS = ("num_clients", "num_examples", "num_rounds", "algorithm")
 # Of these, runs have no models: none at all, or adapters.
 _OF_NO_MODEL = ("fed_ex_lora", "gaussian_mixture", "k_means")
 _OPTIMIZERS_AND_SCHEDULES = {**OPTIMIZERS, **SCHEDULES}
@@ -102,7 +103,7 @@ ROLES: Mapping[str, Role] = {
             "sampler",
             {**_SAMPLERS, **_functions(durations)},
             "samplers",
-            *("num_clients", "num_examples", "num_rounds"),
+            *_KNOWN_TO_SAMPLERS,
         ),
         _role("privacy", {"budget": privacy.budget}, "budgets"),
         _role("metrics", _functions(metrics, "mean"), "metrics", "num_classes"),
@@ -110,10 +111,8 @@ ROLES: Mapping[str, Role] = {
 }
 LISTED: Mapping[str, Role] = {
     **{role.plural: role for role in ROLES.values()},
-    "samplers": _role(
-        "sampler", _SAMPLERS, "samplers", "num_clients", "num_examples", "num_rounds"
-    ),
-    "durations": _role("sampler", _functions(durations), "durations"),
+    "samplers": _role("sampler", _SAMPLERS, "samplers", *_KNOWN_TO_SAMPLERS),
+    "durations": _role("sampler", _functions(durations), "durations", *_KNOWN_TO_SAMPLERS),
     "optimizers": _role("client_optimizer", OPTIMIZERS, "optimizers"),
     "schedules": _role("client_optimizer", SCHEDULES, "schedules"),
 }

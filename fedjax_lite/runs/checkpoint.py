@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,13 @@ import jax.numpy as jnp
 from fedjax_lite import _validate
 from fedjax_lite._extras import require
 from fedjax_lite._files import locked
+from fedjax_lite.algorithms.versions import count_versions, with_versions
 from fedjax_lite.base import PyTree, ServerState
 from fedjax_lite.runs.identity import DifferentRunError, Identity, compare, digest, forms
 from fedjax_lite.runs.ledger import trained, without_extras
 from fedjax_lite.xla import hosts
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +316,7 @@ def _read(
 ) -> Restored:
     args = require("orbax.checkpoint", "run").args
 
-    def read() -> Restored:
+    def read() -> tuple[Restored, int]:
         record: Any = {}
         if (folder / str(round) / "record").is_dir():
             found = manager.restore(round, args=args.Composite(record=args.JsonRestore()))
@@ -322,17 +325,35 @@ def _read(
             raise DifferentRunError(
                 f"{folder / str(round)} was not written by fl.train; choose another folder."
             )
-        like = {"arrays": arrays_like(record["identity"])}
+        arrays = arrays_like(record["identity"])
+        like = {"arrays": _as_saved(arrays, record["identity"])}
         restored = manager.restore(round, args=args.Composite(arrays=args.StandardRestore(like)))
-        return Restored(round, restored["arrays"]["arrays"], record)
+        number = count_versions(arrays["state"])
+        return Restored(round, restored["arrays"]["arrays"], record), number
 
-    restored = _agreed(read)
-    if hosts.anywhere(digest(restored.arrays) != restored.record["digest"]):
+    restored, num_versions = _agreed(read)
+    arrays = restored.arrays
+    if hosts.anywhere(digest(arrays) != restored.record["digest"]):
         raise ValueError("its arrays do not have the SHA-256 that they were saved with")
-    return restored
+    return restored._replace(
+        arrays={**arrays, "state": with_versions(arrays["state"], num_versions)}
+    )
 
 
-def _agreed(read: Callable[[], Restored]) -> Restored:
+def _as_saved(like: dict[str, PyTree], identity: Identity) -> dict[str, PyTree]:
+    """Arrays like these with as many past versions of the params as a checkpoint has."""
+    state = like["state"]
+    number = identity.get("program versions", 1)
+    if number == count_versions(state):
+        return like
+    versions = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=state.round.sharding),
+        jax.eval_shape(lambda: with_versions(state, number).versions),
+    )
+    return {**like, "state": dataclasses.replace(state, versions=versions)}
+
+
+def _agreed(read: Callable[[], T]) -> T:
     """What all processes have read; a damage that one of them finds is one for all."""
     restored, error, is_damage = None, None, False
     try:

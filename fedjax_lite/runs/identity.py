@@ -1,5 +1,6 @@
 """What sets a run apart from others: what a checkpoint is compared by, before it is read."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -13,7 +14,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from fedjax_lite.base import PyTree
+from fedjax_lite.algorithms.versions import count_versions
+from fedjax_lite.base import PyTree, ServerState
 from fedjax_lite.data.population import (
     GeneratedPopulation,
     ResidentPopulation,
@@ -34,9 +36,9 @@ class DifferentRunError(Exception):
 
 def compare(mine: Identity, saved: Identity, folder: Path) -> None:
     """Refuses the checkpoint of another run."""
-    where = ("program devices", "program jax")
-    same_machine = all(mine.get(name) == saved.get(name) for name in where)
-    ignored = {*where, *(() if same_machine else ("program",))}
+    where = ("program devices", "program jax", "program rounds", "program versions")
+    same_form = all(mine.get(name) == saved.get(name) for name in where)
+    ignored = {*where, *(() if same_form else ("program",))}
     differing = [
         f"{name} is {saved.get(name)!r} there and {mine.get(name)!r} here"
         for name in sorted({*mine, *saved} - ignored)
@@ -50,7 +52,7 @@ def compare(mine: Identity, saved: Identity, folder: Path) -> None:
 
 
 def identify(
-    state: PyTree,
+    state: ServerState,
     population: ResidentPopulation | GeneratedPopulation | StreamedPopulation,
     sampler: Sampler,
     key: jax.Array,
@@ -65,7 +67,8 @@ def identify(
       sampler: Who takes part.
       key: Its root key.
       program: Its traced step, by which algorithms and models of the same shapes are told apart.
-        Compared on the same number of devices and version of jax alone, on which it depends.
+        Compared on the same number of devices, version of jax and length of a schedule alone, on
+        which it depends.
       settings: What else there is to tell.
     """
     identity: Identity = {f"settings[{name!r}]": value for name, value in settings.items()}
@@ -73,7 +76,9 @@ def identify(
     for name in ("scheme", "num_clients", "capacity", "rate", "num_groups"):
         identity[f"sampler.{name}"] = getattr(sampler, name)
     if sampler.schedule is not None:
-        identity["sampler.schedule"] = digest(vars(sampler.schedule))
+        # However many rounds it has: a run may go on for more.
+        identity |= {f"sampler.{name}": value for name, value in sampler.schedule.settings.items()}
+        identity["sampler.schedule.draws"] = digest(sampler.schedule.draws)
     identity["population.num_clients"] = population.num_clients
     if not isinstance(population, GeneratedPopulation):
         offsets = np.asarray(population.offsets, np.int64)
@@ -89,6 +94,8 @@ def identify(
     mesh = resolve(None)
     identity["program devices"] = 1 if mesh is None else mesh.size
     identity["program jax"] = jax.__version__
+    identity["program rounds"] = sampler.num_rounds
+    identity["program versions"] = count_versions(state)
     return identity
 
 
@@ -113,11 +120,11 @@ def check_same(identity: Identity) -> None:
         )
 
 
-def forms(state: PyTree) -> Identity:
-    """Dtype and shape of each array of a state, by name."""
+def forms(state: ServerState) -> Identity:
+    """Dtype and shape of each array of a state, by name, but for past versions of others."""
     return {
         "state" + jax.tree_util.keystr(path): f"{leaf.dtype.name}{list(leaf.shape)}"
-        for path, leaf in jax.tree.leaves_with_path(state)
+        for path, leaf in jax.tree.leaves_with_path(dataclasses.replace(state, versions=()))
     }
 
 

@@ -182,7 +182,8 @@ def along(rows: Mapping[int, Mapping[str, Any]], rounds: Sequence[int], name: st
     values = [0.0 if r == 0 else number(rows.get(r, {}).get(name)) for r in rounds]
     if np.isnan(values).any():
         known = sorted({key for row in rows.values() for key in row})
-        raise ValueError(f"against is {name!r}; choose one of {', '.join(known)}.")
+        told = "; a sampler has a clock by fl.samplers.timed" if name == "wall_clock" else ""
+        raise ValueError(f"against is {name!r}; choose one of {', '.join(known)}{told}.")
     return np.array(values)
 
 

@@ -7,6 +7,7 @@ import jax
 import optax
 from jax.typing import ArrayLike
 
+from fedjax_lite.algorithms.versions import count_versions
 from fedjax_lite.base import Cohort, FederatedAlgorithm, PyTree, RoundInfo, ServerState
 from fedjax_lite.engine.cohorts import cohort_of
 from fedjax_lite.runs.ledger import trained
@@ -66,7 +67,7 @@ def play_round(
     """
     drawn = source if isinstance(source, tuple) else draw(sampler, source, keys, state.round)
     cohort, selected = drawn
-    num_kept = len(jax.tree.leaves(state.versions)[0]) - 1 if state.versions else 0
+    num_kept = count_versions(state) - 1
     if num_kept < sampler.max_staleness:
         raise ValueError(
             f"max_staleness of the algorithm is {num_kept}, and that of the sampler"

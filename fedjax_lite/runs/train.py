@@ -267,6 +267,7 @@ def _needs(state: ServerState, population: Any) -> dict[str, PyTree]:
     examples = getattr(population, "examples", {})  # Those of others are drawn, or on the host.
     return {
         "params": state.params,
+        "past versions of the params": state.versions,
         "the state of the server optimizer": state.opt_state,
         "the store": state.store,
         "the data": examples,

@@ -9,7 +9,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,13 @@ class Schedule:
       concurrency: `[rounds]`, how many clients were training when the step was taken, those
         included that had just arrived and not started again.
       num_stale: `[rounds]`, how many updates came too late since the last step, and were dropped.
+      wasted_seconds: `[rounds]`, how long their clients had trained, added up.
       num_refused: `[rounds]`, how many clients came since then while as many trained as may.
+      max_staleness: How many rounds old the params are at most that somebody has started from,
+        those included who still train after the last step: a run can go on from there.
+      settings: What `fed_buff` was told, but for how many steps there are.
+      draws: `[candidates, 2]`, the first clients that may start, and how long they would train: two
+        schedules of the same draws and settings begin alike, whatever their lengths.
     """
 
     client_ids: np.ndarray
@@ -45,7 +51,11 @@ class Schedule:
     ended: np.ndarray
     concurrency: np.ndarray
     num_stale: np.ndarray
+    wasted_seconds: np.ndarray
     num_refused: np.ndarray
+    max_staleness: int
+    settings: dict[str, Any]
+    draws: np.ndarray
 
 
 def fed_buff(
@@ -66,7 +76,8 @@ def fed_buff(
     Up to $C$ clients train at a time, each from the params that were the newest when it started. An
     update that arrives goes into the buffer; with the $B$-th one the server takes a step, a round,
     and the buffer is empty again. An update's staleness is the number of steps that the server took
-    since its client started. At one moment, all that end do so before others start.
+    since its client started. At one moment, all that end do so before others start. More rounds
+    are the same ones, and others after them, so that a run of a few can be made longer.
 
     Its clients are drawn uniformly from those that do not train. One that comes back twice before
     the buffer is full is in it twice.
@@ -75,8 +86,8 @@ def fed_buff(
     `fl.polynomial_staleness(0.5)` or another such transform, and divide by what you mean, since
     implementations differ: `reducer=fl.weighted_mean(denominator=B)` is the paper's mean over the
     buffer, `fl.weighted_mean()` divides by the weights (FedScale), and
-    `fl.weighted_mean(denominator=1)` adds up (FLSim). With `buffer_size=1`, `fl.mix_models()` and
-    `optax.sgd(alpha)` it is FedAsync.
+    `fl.weighted_mean(denominator=1)` adds up (FLSim). The latter with `buffer_size=1`,
+    `fl.mix_models()` and `optax.sgd(alpha)` is FedAsync.
 
     Sources: Nguyen et al. (2022), "Federated Learning with Buffered Asynchronous Aggregation"; Xie
     et al. (2019), "Asynchronous Federated Optimization".
@@ -97,8 +108,8 @@ def fed_buff(
 
     Returns:
       A sampler of `num_rounds` rounds, whose `schedule` is a `Schedule`. Its key is not used.
-      Records have `round_seconds`, `wall_clock`, `staleness` (the mean), `concurrency`, `num_stale`
-      and `num_refused`.
+      Records have `round_seconds`, `wall_clock`, `staleness` (the mean), `concurrency`,
+      `num_stale`, `wasted_seconds` and `num_refused`.
 
     Raises:
       ValueError: An argument is out of range; a duration is not finite, or negative.
@@ -126,7 +137,23 @@ def fed_buff(
     sizes = np.broadcast_to(np.asarray(num_examples), num_clients)
     candidates = _Candidates(num_clients, durations, sizes, seed)
     times = None if rate is None else _arrivals(arrivals, rate, seed)
-    schedule = _simulate(candidates, num_rounds, concurrency, buffer_size, times, max_staleness)
+    settings = {
+        **{"concurrency": concurrency, "buffer_size": buffer_size, "max_staleness": max_staleness},
+        **{"arrivals": arrivals, "arrival_rate": rate},
+    }
+    rows, counts, oldest = _simulate(
+        candidates, num_rounds, concurrency, buffer_size, times, max_staleness
+    )
+    client_ids, staleness = np.moveaxis(rows[..., :2].astype(np.int32), -1, 0)
+    started, ended = np.moveaxis(rows[..., 2:], -1, 0)
+    training, num_stale, wasted, num_refused = counts.T
+    schedule = Schedule(
+        *(client_ids, staleness, started, ended, training.astype(np.int32)),
+        *(num_stale.astype(np.int32), wasted, num_refused.astype(np.int32)),
+        max_staleness=max(oldest, int(staleness.max())),
+        settings=settings,
+        draws=np.stack(candidates.block(0), 1),
+    )
     return _following(schedule, num_clients)
 
 
@@ -136,7 +163,6 @@ class _Candidates:
     def __init__(
         self, num_clients: int, durations: Durations, num_examples: np.ndarray, seed: int
     ) -> None:
-        self.num_clients = num_clients
         self._key, self._blocks = jax.random.key(seed), 0
         self._ids: list[int] = []
         self._seconds: list[float] = []
@@ -150,17 +176,22 @@ class _Candidates:
 
         self._draw = draw
 
+    def block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Some of them, and their seconds."""
+        ids, seconds = jax.device_get(self._draw(number))
+        if not (np.isfinite(seconds) & (seconds >= 0)).all():
+            raise ValueError(
+                f"durations are between {seconds.min()} and {seconds.max()}; return finite seconds"
+                " that are not negative."
+            )
+        return ids, seconds
+
     def next(self, busy: set[int]) -> tuple[int, float]:
         """The next one that does not train."""
         while True:
             if not self._ids:
-                ids, seconds = jax.device_get(self._draw(self._blocks))
-                if not (np.isfinite(seconds) & (seconds >= 0)).all():
-                    raise ValueError(
-                        f"durations are between {seconds.min()} and {seconds.max()}; return finite"
-                        " seconds that are not negative."
-                    )
-                self._ids, self._seconds = ids.tolist()[::-1], seconds.tolist()[::-1]
+                block = self.block(self._blocks)
+                self._ids, self._seconds = (values.tolist()[::-1] for values in block)
                 self._blocks += 1
             client, seconds = self._ids.pop(), self._seconds.pop()
             if client not in busy:
@@ -184,16 +215,23 @@ def _simulate(
     buffer_size: int,
     arrivals: Iterator[float] | None,
     max_staleness: int | None,
-) -> Schedule:
-    """Lets clients start and end, event by event, until the server has taken its steps."""
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Lets clients start and end, event by event, until the server has taken its steps.
+
+    Returns:
+      Of each step `[rounds, buffer, 4]`, whose updates it takes, how stale they are, and when they
+      started and ended; `[rounds, 4]`, how many train, how many came too late and how long they had
+      trained, how many were refused; and how old the params are at most of those who train on.
+    """
     # A heap: the end, in which order it started, who, the start, the version.
     training: list[tuple[float, int, int, float, int]] = []
     busy: set[int] = set()
     order = itertools.count()
     buffer: list[tuple[int, int, float, float]] = []
     rows: list[list[tuple[int, int, float, float]]] = []
-    counts: list[tuple[int, int, int]] = []
+    counts: list[tuple[int, int, float, int]] = []
     num_stale = num_refused = 0
+    wasted = 0.0
 
     def start(now: float) -> None:
         client, seconds = candidates.next(busy)
@@ -208,19 +246,19 @@ def _simulate(
     while len(rows) < num_rounds:
         now = min(training[0][0] if training else math.inf, coming)
         num_ended = 0
-        while training and training[0][0] <= now:
+        while training and training[0][0] <= now and len(rows) < num_rounds:
             end, _, client, began, version = heapq.heappop(training)
             busy.discard(client)
             num_ended += 1
             staleness = len(rows) - version
             if max_staleness is not None and staleness > max_staleness:
-                num_stale += 1
+                num_stale, wasted = num_stale + 1, wasted + end - began
                 continue
             buffer.append((client, staleness, began, end))
             if len(buffer) == buffer_size:
-                counts.append((len(training) + num_ended, num_stale, num_refused))
+                counts.append((len(training) + num_ended, num_stale, wasted, num_refused))
                 rows.append(buffer)
-                buffer, num_stale, num_refused = [], 0, 0
+                buffer, num_stale, wasted, num_refused = [], 0, 0.0, 0
         if arrivals is None:
             for _ in range(num_ended):
                 start(now)
@@ -230,13 +268,10 @@ def _simulate(
             else:
                 num_refused += 1
             coming = next(arrivals)
-    # Those that end together may have filled the buffer more often than was asked for.
-    table = np.array(rows[:num_rounds])
-    client_ids, staleness = np.moveaxis(table[..., :2].astype(np.int32), -1, 0)
-    started, ended = np.moveaxis(table[..., 2:], -1, 0)
-    return Schedule(
-        client_ids, staleness, started, ended, *np.array(counts[:num_rounds], np.int32).T
-    )
+    oldest = max((num_rounds - version for *_, version in training), default=0)
+    if max_staleness is not None:
+        oldest = min(oldest, max_staleness)  # Those that are older come in vain.
+    return np.array(rows), np.array(counts), oldest
 
 
 def _following(schedule: Schedule, num_clients: int) -> Sampler:
@@ -246,6 +281,7 @@ def _following(schedule: Schedule, num_clients: int) -> Sampler:
     metrics = {
         "round_seconds": np.diff(clock, prepend=0.0).astype(np.float32),
         "staleness": schedule.staleness.mean(1, dtype=np.float32),
+        "wasted_seconds": schedule.wasted_seconds.astype(np.float32),
         **{name: getattr(schedule, name) for name in ("concurrency", "num_stale", "num_refused")},
     }
 
@@ -271,7 +307,7 @@ def _following(schedule: Schedule, num_clients: int) -> Sampler:
         select,
         num_clients,
         buffer_size,
-        max_staleness=int(schedule.staleness.max()),
+        max_staleness=schedule.max_staleness,
         num_rounds=num_rounds,
         schedule=schedule,
     )

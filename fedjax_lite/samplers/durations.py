@@ -1,4 +1,4 @@
-"""How long clients take: distributions of simulated seconds.
+"""How long clients take: distributions of simulated seconds, and the time that messages travel.
 
 Of one that is `per_example`, what it gives is multiplied with the client's number of examples. If
 it is `persistent`, a client takes as long in every round, as a slow device does; else it is drawn
@@ -23,6 +23,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
+from fedjax_lite.base import FederatedAlgorithm
 from fedjax_lite.xla import random
 
 _PERSISTENT = 0x5EC0  # The seed of what a client draws once and for all.
@@ -38,6 +39,7 @@ __all__ = [
     "normal",
     "of_devices",
     "uniform_between",
+    "with_network",
 ]
 
 
@@ -181,26 +183,91 @@ def log_normal(
     return _drawn(draw, per_example, persistent)
 
 
+def with_network(
+    durations: Durations,
+    *,
+    upload: ArrayLike | None = None,
+    download: ArrayLike | None = None,
+    algorithm: FederatedAlgorithm | None = None,
+    bytes_up: float | None = None,
+    bytes_down: float | None = None,
+) -> Durations:
+    r"""Training, and the travel of messages: $t + b_\downarrow / d_i + b_\uparrow / u_i$.
+
+    How large these are follows from the algorithm, its model and its pipeline, also before it is
+    known how stale its params may be:
+
+        build = functools.partial(fl.fed_avg, model, optax.sgd(0.1), pipeline=fl.drive())
+        durations = fl.durations.with_network(computing, upload=1e5, algorithm=build())
+        sampler = fl.samplers.fed_buff(..., durations=durations)
+        algorithm = build(max_staleness=sampler.max_staleness)
+
+    What is encoded in a size that depends on values, as by `fl.qsgd(..., encoding="elias")` and
+    `fl.power_sgd`, counts as it is without. On the command line, the algorithm is filled in.
+
+    Args:
+      durations: How long clients take to train, $t$.
+      upload: $u_i$, bytes a second, positive, a number or `[clients]`; without limit by default.
+      download: $d_i$, likewise.
+      algorithm: What says how large messages are, of a model that draws its params.
+      bytes_up: $b_\uparrow$, what a client sends in a round, if it is not that of the algorithm.
+      bytes_down: $b_\downarrow$, what it is sent, likewise.
+
+    Raises:
+      ValueError: An argument is out of range, or it is not known how large messages are.
+
+    >>> import optax, fedjax_lite as fl
+    >>> model = fl.models.logistic((3,), 2)
+    >>> algorithm = fl.fed_avg(model, optax.sgd(0.1), pipeline=fl.half_precision())
+    >>> computing = constant(5.0)
+    >>> device = with_network(computing, upload=1.0, download=8.0, algorithm=algorithm)
+    >>> float(device.seconds(jax.random.key(0), jnp.int32(1), jnp.int32(10)))  # 5 + 32 / 8 + 16 / 1
+    25.0
+    """
+    _validate.instance("durations", durations, Durations, "fl.durations.log_normal(1.0)")
+    rates = _rates("download", download), _rates("upload", upload)
+    travel: Any = 0.0
+    for way, (name, size) in enumerate((("bytes_down", bytes_down), ("bytes_up", bytes_up))):
+        if size is None and np.isinf(rates[way]).all():
+            continue
+        if size is None:
+            if algorithm is None or algorithm.message_bits is None:
+                raise ValueError(
+                    f"{name} is None, and no algorithm says how large messages are; pass algorithm="
+                    f" one that does, or {name}= as a number."
+                )
+            size = algorithm.message_bits(jax.random.key(0))[way] / 8
+        travel = travel + _validate.number(name, size) / rates[way]
+    travel = np.asarray(travel, np.float32)
+
+    def seconds(key: jax.Array, client_id: jax.Array, num_examples: jax.Array) -> jax.Array:
+        own = jnp.asarray(travel)[client_id] if travel.ndim else travel
+        return durations.seconds(key, client_id, num_examples) + own
+
+    return Durations(seconds)
+
+
 def of_devices(
     seconds_per_example: ArrayLike,
     *,
-    upload: ArrayLike = jnp.inf,
-    download: ArrayLike = jnp.inf,
-    bytes_up: float = 0.0,
-    bytes_down: float = 0.0,
+    upload: ArrayLike | None = None,
+    download: ArrayLike | None = None,
+    algorithm: FederatedAlgorithm | None = None,
+    bytes_up: float | None = None,
+    bytes_down: float | None = None,
 ) -> Durations:
     r"""As a trace of devices has them: $n_i c_i + b_\downarrow / d_i + b_\uparrow / u_i$.
 
     Args:
       seconds_per_example: $c_i$, `[clients]`, not negative, for all epochs of a round.
-      upload: $u_i$, bytes a second, positive, a number or `[clients]`; infinite by default.
-      download: $d_i$, likewise.
-      bytes_up: $b_\uparrow$, what a client sends in a round, such as `bytes_up` of a record divided
-        by the number of clients.
-      bytes_down: $b_\downarrow$, what it is sent.
+      upload: As in `with_network`.
+      download: As in `with_network`.
+      algorithm: As in `with_network`.
+      bytes_up: As in `with_network`.
+      bytes_down: As in `with_network`.
 
     Raises:
-      ValueError: An argument is out of range.
+      ValueError: An argument is out of range, or it is not known how large messages are.
 
     >>> import jax, jax.numpy as jnp
     >>> devices = of_devices([0.5, 2.0], upload=100.0, bytes_up=300.0)
@@ -208,35 +275,40 @@ def of_devices(
     23.0
     """
     each = np.asarray(seconds_per_example, np.float64)
-    rates = {"upload": np.asarray(upload, float), "download": np.asarray(download, float)}
     if each.ndim != 1 or each.size == 0 or not (np.isfinite(each) & (each >= 0)).all():
         raise ValueError(
             f"seconds_per_example has shape {each.shape}; pass a finite number from 0 for each"
             " client, [clients]."
         )
-    for name, rate in rates.items():
-        if rate.shape not in ((), each.shape) or not (rate > 0).all():
+    for name, rates in (("upload", upload), ("download", download)):
+        if rates is not None and np.shape(rates) not in ((), each.shape):
             raise ValueError(
-                f"{name} has shape {rate.shape}; pass a positive number, or one for each of the"
-                f" {each.size} clients."
+                f"{name} has shape {np.shape(rates)}; pass a positive number, or one for each of"
+                f" the {each.size} clients."
             )
-    sizes = _validate.number("bytes_up", bytes_up), _validate.number("bytes_down", bytes_down)
-    travel = sizes[0] / rates["upload"] + sizes[1] / rates["download"]
-    compute, travel = np.float32(each), np.broadcast_to(np.float32(travel), each.shape)
+    compute = np.float32(each)
 
     def seconds(key: jax.Array, client_id: jax.Array, num_examples: jax.Array) -> jax.Array:
         del key
-        return jnp.asarray(compute)[client_id] * num_examples + jnp.asarray(travel)[client_id]
+        return jnp.asarray(compute)[client_id] * num_examples
 
-    return Durations(seconds)
+    return with_network(
+        Durations(seconds),
+        upload=upload,
+        download=download,
+        algorithm=algorithm,
+        bytes_up=bytes_up,
+        bytes_down=bytes_down,
+    )
 
 
 def from_file(
     path: str | PathLike[str],
     client_ids: Sequence[Any] | None = None,
     *,
-    bytes_up: float = 0.0,
-    bytes_down: float = 0.0,
+    algorithm: FederatedAlgorithm | None = None,
+    bytes_up: float | None = None,
+    bytes_down: float | None = None,
 ) -> Durations:
     r"""Those of a trace of devices in a CSV file, as `of_devices` takes them.
 
@@ -247,12 +319,13 @@ def from_file(
       path: The file.
       client_ids: The clients of the population in its order, such as `dataset.client_ids`, whose
         lines are looked for; by default 0, 1, 2 and so on, as many as there are lines.
-      bytes_up: As in `of_devices`.
-      bytes_down: As in `of_devices`.
+      algorithm: As in `with_network`.
+      bytes_up: As in `with_network`.
+      bytes_down: As in `with_network`.
 
     Raises:
-      ValueError: A column or a client is missing, a client has two lines, or a number is out of
-        range.
+      ValueError: A column or a client is missing, a client has two lines, a number is out of range,
+        or it is not known how large messages are.
       OSError: The file cannot be read.
 
     >>> import pathlib, tempfile
@@ -290,9 +363,21 @@ def from_file(
         column("seconds_per_example"),
         upload=column("upload"),
         download=column("download"),
+        algorithm=algorithm,
         bytes_up=bytes_up,
         bytes_down=bytes_down,
     )
+
+
+def _rates(name: str, rates: ArrayLike | None) -> np.ndarray:
+    """Bytes a second, a number or `[clients]`."""
+    rates = np.asarray(np.inf if rates is None else rates, np.float64)
+    if rates.ndim > 1 or not rates.size or not (rates > 0).all():
+        raise ValueError(
+            f"{name} has shape {rates.shape}, and is at least {rates.min(initial=np.inf):g}; pass a"
+            " positive number of bytes a second, or one for each client."
+        )
+    return rates
 
 
 def _drawn(

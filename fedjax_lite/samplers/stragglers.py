@@ -19,6 +19,9 @@ _KEY_TIMES, _KEY_LEAVING = 0x71AE, 0x1EAF  # Purposes, of the keys that derive f
 def timed(sampler: Sampler, durations: Durations, *, num_examples: ArrayLike = 1) -> Sampler:
     """The same clients, with a clock: a round takes as long as the slowest of them.
 
+    Around any sampler that has no clock yet: those of `fed_buff`, `over_selected` and `timed_out`
+    know how long their rounds take.
+
     Args:
       sampler: Who takes part.
       durations: How long clients take.
@@ -28,6 +31,7 @@ def timed(sampler: Sampler, durations: Durations, *, num_examples: ArrayLike = 1
       The sampler, whose records have `round_seconds` and `wall_clock`.
 
     Raises:
+      ValueError: `sampler` has a clock.
       TypeError: An argument is of another type.
 
     >>> import jax, fedjax_lite as fl
@@ -36,6 +40,7 @@ def timed(sampler: Sampler, durations: Durations, *, num_examples: ArrayLike = 1
     2.0
     """
     seconds_of = _seconds(sampler, durations, num_examples)
+    _refuse_clock(sampler)
 
     def change(key: jax.Array, selection: Selection) -> Selection:
         seconds = seconds_of(key, selection.client_ids)
@@ -55,17 +60,19 @@ def over_selected(
     Source: Bonawitz et al. (2019), "Towards Federated Learning at Scale: System Design".
 
     Args:
-      sampler: Whom the server asks.
+      sampler: Whom the server asks. If there is a deadline, too, it goes around:
+        `timed_out(over_selected(...), ...)`.
       durations: How long they take.
       keep: For how many of them it waits, $K$.
       num_examples: `[clients]`, for durations that are `per_example`.
 
     Returns:
-      The sampler, with `keep` slots. Records have `round_seconds`, `wall_clock`, and `num_late`,
-      how many had begun in vain.
+      The sampler, with `keep` slots. Records have `round_seconds`, `wall_clock`, and of those who
+      had begun in vain their number, `num_late`, and `wasted_seconds`, which they trained for until
+      the round ended.
 
     Raises:
-      ValueError: `keep` is out of range.
+      ValueError: `keep` is out of range, or `sampler` has a clock.
 
     >>> import jax, fedjax_lite as fl
     >>> fast = over_selected(fl.samplers.uniform(9, 4), fl.durations.exponential(), keep=3)
@@ -75,16 +82,20 @@ def over_selected(
     """
     keep = _validate.integer("keep", keep, minimum=1, maximum=sampler.capacity)
     seconds_of = _seconds(sampler, durations, num_examples)
+    _refuse_clock(sampler)
 
     def change(key: jax.Array, selection: Selection) -> Selection:
         seconds = seconds_of(key, selection.client_ids)
         is_there = selection.client_ids >= 0
         order = jnp.argsort(jnp.where(is_there, seconds, jnp.inf), stable=True)[:keep]
         kept = _with_slots(selection, lambda x: x[order])
+        round_seconds = seconds[order].max()
+        num_late = jnp.maximum(is_there.sum() - keep, 0)
         return _reported(
             kept,
-            round_seconds=seconds[order].max(),
-            num_late=jnp.maximum(is_there.sum() - keep, 0),
+            round_seconds=round_seconds,
+            num_late=num_late,
+            wasted_seconds=num_late * round_seconds,
         )
 
     return _changed(sampler, change)._replace(capacity=keep, scheme=None, rate=None)
@@ -116,7 +127,7 @@ def timed_out(
       stopped.
 
     Raises:
-      ValueError: `deadline` is not positive.
+      ValueError: `deadline` is not positive, or `sampler` is that of a schedule.
 
     >>> import jax, fedjax_lite as fl
     >>> slow = fl.durations.constant(10.0)
@@ -125,6 +136,11 @@ def timed_out(
     [4, 4]
     """
     deadline = _validate.number("deadline", deadline, positive=True)
+    if sampler.schedule is not None:
+        raise ValueError(
+            "sampler has a schedule, which would not know of a deadline; pass durations that are"
+            " shorter to fl.samplers.fed_buff."
+        )
     seconds_of = _seconds(sampler, durations, num_examples)
     steps = np.broadcast_to(np.asarray(num_steps, np.int32), sampler.num_clients)
 
@@ -269,6 +285,16 @@ def _seconds(
         return jnp.where(client_ids >= 0, drawn, 0)
 
     return seconds
+
+
+def _refuse_clock(sampler: Sampler) -> None:
+    """Refuses a sampler that knows how long its rounds take."""
+    metrics = jax.eval_shape(sampler.select, jax.random.key(0), 0).metrics
+    if "round_seconds" in metrics:
+        raise ValueError(
+            "sampler has a clock of its own; leave one of the two out, or put fl.samplers.timed_out"
+            " around fl.samplers.over_selected."
+        )
 
 
 def _changed(sampler: Sampler, change: Callable[[jax.Array, Selection], Selection]) -> Sampler:

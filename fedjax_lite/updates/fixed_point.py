@@ -18,6 +18,7 @@ from fedjax_lite.base import (
     UpdateTransform,
 )
 from fedjax_lite.updates.pipeline import unmasked
+from fedjax_lite.updates.vector import reported
 from fedjax_lite.xla import random
 from fedjax_lite.xla.precision import squared_norm, widen
 
@@ -116,7 +117,7 @@ def fixed_point(
             update=update,
             weight=weight * (max_weight / largest),
             metrics={
-                "bits_up": jnp.asarray(bits_up, float),
+                "bits_up": reported(bits_up),
                 "elements_above": _count([x > max_value for x in leaves]),
                 "elements_below": _count([-x > max_value for x in leaves]),
             },
