@@ -34,6 +34,7 @@ import fedjax_lite as fl
 from benchmarks.hlo import DEVICE, HOST, Kernel, Program
 from fedjax_lite.engine.execution import Execution, choose_lanes
 from fedjax_lite.engine.store import is_spread
+from fedjax_lite.engine.waves import STEPS
 from fedjax_lite.experiments.quickstart import MAX_COHORT, halfspace_simulation
 from fedjax_lite.xla.mesh import AXIS
 
@@ -182,13 +183,11 @@ def _inner_jaxprs(eqn: Any) -> Iterator[Any]:
                 yield getattr(item, "jaxpr", item)
 
 
-def step_flops(jaxpr: Any, depth: int = 0) -> int:
-    """Operations of a local step: of the loops in the loop over waves, the one with the most."""
-    if depth == 2:
-        return flops(jaxpr)
+def step_flops(jaxpr: Any) -> int:
+    """Operations of a turn of the loop over local steps; of several, the one with the most."""
     return max(
         (
-            step_flops(inner, depth + (eqn.primitive.name == "while"))
+            flops(inner) if str(eqn.source_info.name_stack).endswith(STEPS) else step_flops(inner)
             for eqn in jaxpr.eqns
             for inner in _inner_jaxprs(eqn)
         ),
@@ -197,8 +196,8 @@ def step_flops(jaxpr: Any, depth: int = 0) -> int:
 
 
 def step_kernels(program: Program) -> list[Kernel]:
-    """The kernels of a local step: of the loops in the loop over waves, the one with the most."""
-    bodies = program.loops(r"^((jit\(\w+\)|shard_map)/)*while/body/while$")
+    """The kernels of a turn of the loop over local steps; of several, the one with the most."""
+    bodies = program.loops(rf"^((jit\(\w+\)|shard_map|while/body)/)*{STEPS}/while$")
     return max((list(program.kernels(body)) for body in bodies), key=len)
 
 

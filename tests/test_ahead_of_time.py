@@ -248,6 +248,15 @@ def test_a_step_is_bounded_by_what_takes_longest():
     assert row["measured"] is False
 
 
+@pytest.mark.parametrize(("chip", "num_devices"), [target("h100", 1)])
+def test_a_round_of_the_quickstart_starts_few_kernels(chip, num_devices):
+    round, *args = cases()["quickstart"](described_mesh(chip, num_devices), None)
+    program = Program(traced(round, *args).lower().compile().as_text())
+    # Clients take 5 to 9 steps, which is one turn of the only loop. One by one they took 130.
+    assert len(list(program.kernels(program.entry))) <= 50
+    assert len(program.loops("")) == 1
+
+
 def test_operations_of_a_program_are_those_of_its_products():
     def compute(x, kernel, weights):
         x = jax.lax.conv(x, kernel, (1, 1), "VALID")  # [2, 4, 6, 6], of 3 channels and 9 places.
