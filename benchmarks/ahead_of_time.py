@@ -37,6 +37,7 @@ from fedjax_lite.engine.store import is_spread
 from fedjax_lite.engine.waves import STEPS
 from fedjax_lite.experiments.quickstart import MAX_COHORT, halfspace_simulation
 from fedjax_lite.xla.mesh import AXIS
+from fedjax_lite.xla.rows import Rows, flat_width
 
 Row = dict[str, Any]
 Features = Mapping[str, jax.ShapeDtypeStruct]
@@ -144,9 +145,15 @@ def arguments(
     stores = place(stores, NamedSharding(mesh, of_stores, memory_kind=memory_kind))
     slots = jax.ShapeDtypeStruct((sizes.cohort,), np.int32)
     fields: dict[str, Any] = dict.fromkeys(("client_ids", "num_examples", "offsets"), slots) | more
-    fields["examples"] = {
-        name: jax.ShapeDtypeStruct((sizes.rows, *x.shape), x.dtype) for name, x in features.items()
-    }
+    device = mesh.devices.flat[0]
+
+    def rows(x: jax.ShapeDtypeStruct) -> Any:
+        width = flat_width(x.shape, device)
+        if width is None:
+            return jax.ShapeDtypeStruct((sizes.rows, *x.shape), x.dtype)
+        return Rows(jax.ShapeDtypeStruct((sizes.rows, width), x.dtype), x.shape)
+
+    fields["examples"] = {name: rows(x) for name, x in features.items()}
     cohort = fl.Cohort(num_clients=sizes.num_clients, **fields)
     return place(key), dataclasses.replace(place(state), **stores), place(cohort)
 

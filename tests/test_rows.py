@@ -1,0 +1,82 @@
+"""Rows that are kept flat, as on TPUs: rounds and readers see no difference."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fedjax_lite as fl
+from fedjax_lite.runs.identity import digest
+from fedjax_lite.xla import rows
+from fedjax_lite.xla.rows import Rows, flat_width, in_rows
+
+TPU = types.SimpleNamespace(platform="tpu")
+
+
+@pytest.fixture
+def flattening(monkeypatch):
+    """Devices do not keep rows apart."""
+    monkeypatch.setattr(rows, "_keeps_rows_apart", lambda device: False)
+
+
+def test_what_pads_little_is_flat_where_rows_are_not_apart(flattening):
+    assert flat_width((28, 28, 1), TPU) == 896
+    assert flat_width((128,), TPU) == 128
+    assert flat_width((20,), TPU) is None  # Six times as much.
+    assert flat_width((), TPU) is None
+    assert flat_width((3, 0), TPU) is None
+
+
+def test_where_rows_are_apart_arrays_stay_as_they_are():
+    x = np.ones((5, 28, 28))
+    assert in_rows(x, jax.devices()[0]) is x
+
+
+def test_rows_are_those_of_the_array(flattening):
+    x = np.arange(5 * 100, dtype=np.float32).reshape(5, 10, 10)
+    kept = jax.device_put(in_rows(x, TPU))
+    assert isinstance(kept, Rows)
+    assert (kept.shape, kept.dtype, kept.flat.shape) == (x.shape, x.dtype, (5, 128))
+    for index in (2, np.array([[4, 0]]), slice(1, 3)):
+        np.testing.assert_array_equal(kept[index], x[index])
+        assert digest(kept[index]) == digest(x[index])
+    np.testing.assert_array_equal(kept, x)
+    total = lambda kept: kept[np.array([1, 1])].sum()
+    assert jax.grad(total)(kept).flat.sum() == 200
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_round_reads_them_as_any_others(shuffle, lanes, monkeypatch):
+    rng = np.random.default_rng(0)
+    clients = [
+        {"x": rng.normal(size=(n, 10, 10)).astype(np.float32), "y": np.arange(n, dtype=np.int32)}
+        for n in (3, 7, 0, 5)
+    ]
+    clients.append({"x": np.full((2, 10, 10), np.nan, np.float32), "y": np.zeros(2, np.int32)})
+    dataset = fl.FederatedDataset.from_clients(clients)
+    model = fl.function_model(lambda w, batch: (batch["x"].sum(1) @ w - batch["y"]) ** 2)
+    mesh = fl.clients_mesh(1)
+    algorithm = fl.fed_avg(
+        model, optax.sgd(0.01), batch_size=4, shuffle=shuffle, lanes=lanes, mesh=mesh
+    )
+    states = []
+    for apart in (True, False):
+        monkeypatch.setattr(rows, "_keeps_rows_apart", lambda device, apart=apart: apart)
+        resident, streamed = dataset.resident(mesh), dataset.streamed(4, mesh=mesh)
+        assert isinstance(resident.examples["x"], Rows) != apart
+        assert (
+            repr(resident)
+            == "ResidentPopulation(5 clients, 17 examples, x: float32[10, 10], y: int32)"
+        )
+        for population in (resident, streamed):
+            cohort = fl.cohort_of(population, [0, 1, 2, 3])
+            state = algorithm.init(jnp.zeros(10))
+            states.append(algorithm.round(jax.random.key(0), state, cohort)[0].params)
+    assert jnp.isfinite(states[0]).all()
+    assert (states[0] != 0).all()
+    for other in states[1:]:
+        np.testing.assert_allclose(other, states[0], rtol=1e-6)
