@@ -37,7 +37,7 @@ from fedjax_lite.engine.store import is_spread
 from fedjax_lite.engine.waves import STEPS
 from fedjax_lite.experiments.quickstart import MAX_COHORT, halfspace_simulation
 from fedjax_lite.xla.mesh import AXIS
-from fedjax_lite.xla.rows import Rows, flat_width
+from fedjax_lite.xla.rows import Rows, pack_row, wants_flat
 
 Row = dict[str, Any]
 Features = Mapping[str, jax.ShapeDtypeStruct]
@@ -147,11 +147,13 @@ def arguments(
     fields: dict[str, Any] = dict.fromkeys(("client_ids", "num_examples", "offsets"), slots) | more
     device = mesh.devices.flat[0]
 
+    is_flat = wants_flat(features, device)
+
     def rows(x: jax.ShapeDtypeStruct) -> Any:
-        width = flat_width(x.shape, device)
-        if width is None:
-            return jax.ShapeDtypeStruct((sizes.rows, *x.shape), x.dtype)
-        return Rows(jax.ShapeDtypeStruct((sizes.rows, width), x.dtype), x.shape)
+        many = jax.ShapeDtypeStruct((sizes.rows, *x.shape), x.dtype)
+        if not is_flat or not x.shape:
+            return many
+        return Rows(jax.eval_shape(lambda x: pack_row(x, 1), many), x.shape)
 
     fields["examples"] = {name: rows(x) for name, x in features.items()}
     cohort = fl.Cohort(num_clients=sizes.num_clients, **fields)

@@ -9,9 +9,10 @@ import optax
 import pytest
 
 import fedjax_lite as fl
+from fedjax_lite.engine import store
 from fedjax_lite.runs.identity import digest
 from fedjax_lite.xla import rows
-from fedjax_lite.xla.rows import Rows, flat_width, in_rows
+from fedjax_lite.xla.rows import Rows, in_rows, wants_flat
 
 TPU = types.SimpleNamespace(platform="tpu")
 
@@ -22,22 +23,30 @@ def flattening(monkeypatch):
     monkeypatch.setattr(rows, "_keeps_rows_apart", lambda device: False)
 
 
-def test_what_pads_little_is_flat_where_rows_are_not_apart(flattening):
-    assert flat_width((28, 28, 1), TPU) == 896
-    assert flat_width((128,), TPU) == 128
-    assert flat_width((20,), TPU) is None  # Six times as much.
-    assert flat_width((), TPU) is None
-    assert flat_width((3, 0), TPU) is None
+@pytest.mark.parametrize(
+    ("dims", "expected"),
+    [
+        ([(28, 28, 1), ()], True),
+        ([(784, 10), (10,)], True),  # Of 7850 entries in all, 8064.
+        ([(20,), (20,)], False),  # Six times as much.
+        ([()], False),
+        ([(3, 0)], False),
+        ([], False),
+    ],
+)
+def test_what_pads_little_is_flat_where_rows_are_not_apart(dims, expected, flattening):
+    row = [jax.ShapeDtypeStruct(shape, np.float32) for shape in dims]
+    assert wants_flat(row, TPU) == expected
 
 
 def test_where_rows_are_apart_arrays_stay_as_they_are():
     x = np.ones((5, 28, 28))
-    assert in_rows(x, jax.devices()[0]) is x
+    assert in_rows({"x": x}, jax.devices()[0])["x"] is x
 
 
 def test_rows_are_those_of_the_array(flattening):
     x = np.arange(5 * 100, dtype=np.float32).reshape(5, 10, 10)
-    kept = jax.device_put(in_rows(x, TPU))
+    kept = jax.device_put(in_rows({"x": x}, TPU)["x"])
     assert isinstance(kept, Rows)
     assert (kept.shape, kept.dtype, kept.flat.shape) == (x.shape, x.dtype, (5, 128))
     for index in (2, np.array([[4, 0]]), slice(1, 3)):
@@ -80,3 +89,37 @@ def test_a_round_reads_them_as_any_others(shuffle, lanes, monkeypatch):
     assert (states[0] != 0).all()
     for other in states[1:]:
         np.testing.assert_allclose(other, states[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "lanes", "memory_kind"),
+    [(1, 1, "device"), (1, 3, "pinned_host"), (2, 2, "device")],
+)
+def test_what_clients_keep_is_the_same_in_rows(num_devices, lanes, memory_kind, monkeypatch):
+    if num_devices > jax.device_count():
+        pytest.skip("needs several devices")
+    rng = np.random.default_rng(0)
+    dataset = fl.FederatedDataset.from_clients(
+        [{"x": rng.normal(size=(n, 100)), "y": rng.normal(size=n)} for n in (3, 7, 1, 5, 0, 2)]
+    )
+    loss = lambda params, batch: (batch["x"] @ params["w"] + params["b"] - batch["y"]) ** 2
+    mesh = fl.clients_mesh(num_devices)
+    monkeypatch.setattr(store, "_LEAST_SPREAD_BYTES", 1)  # Each of two has its share.
+    how = {"batch_size": 2, "lanes": lanes, "mesh": mesh, "memory_kind": memory_kind}
+    algorithm = fl.scaffold(fl.function_model(loss), optax.sgd(0.001), **how)
+    population = dataset.resident(mesh)
+    results = []
+    for apart in (True, False):
+        monkeypatch.setattr(rows, "_keeps_rows_apart", lambda device, apart=apart: apart)
+        state = algorithm.init({"w": jnp.zeros(100), "b": jnp.zeros(())}, num_clients=6)
+        assert isinstance(state.store["w"], Rows) != apart
+        for r, ids in enumerate(([0, 1, 3, 4], [5, 1, 2, -1])):
+            key = jax.random.key(r)
+            state, _ = algorithm.round(key, state, fl.cohort_of(population, ids))
+        results.append((state.params, jax.tree.map(np.asarray, dict(state.store), is_leaf=is_rows)))
+    assert results[0][1]["w"][:4].all()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), *results)
+
+
+def is_rows(x):
+    return isinstance(x, Rows)

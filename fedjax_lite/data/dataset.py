@@ -432,11 +432,10 @@ class FederatedDataset:
         on = resolve(mesh)
         device = jax.local_devices()[0] if on is None else on.local_devices[0]
         examples = {
-            name: in_rows(checks.as_in_jax(name, feature), device)
-            for name, feature in self.examples.items()
+            name: checks.as_in_jax(name, feature) for name, feature in self.examples.items()
         }
         population = ResidentPopulation(
-            examples=jax.tree.map(jnp.asarray, examples),
+            examples=jax.tree.map(jnp.asarray, in_rows(examples, device)),
             offsets=jnp.asarray(self.offsets.astype(np.int32)),
         )
         return replicate(population, mesh)

@@ -98,8 +98,8 @@ def _copy(
             for start, count, end in share.tolist():
                 part[end - count : end] = feature[start : start + count]
         rows = buffer.reshape(-1, *feature.shape[1:])
-        examples[name] = in_rows(checks.as_in_jax(name, rows), device)
-    return examples
+        examples[name] = checks.as_in_jax(name, rows)
+    return in_rows(examples, device)
 
 
 def _enlarged(row_capacity: int, num_rows: int) -> int:

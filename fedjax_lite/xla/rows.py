@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
+
+from fedjax_lite.base import PyTree
 
 _TILE = 128  # Entries that a TPU moves at once; it lays rows of a multiple of these out one by one.
 _MOST_PADDING = 1.5
@@ -42,6 +44,10 @@ class Rows:
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
         return np.asarray(self._unpacked(np.asarray(self.flat)), *args, **kwargs)
 
+    def packed(self, rows: jax.Array) -> jax.Array:
+        """Rows `[..., *dims]` as they lie in it."""
+        return pack_row(rows, rows.ndim - len(self.dims))
+
     def read(self, some: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """The rows that `some` takes of an array of rows."""
         return self._unpacked(some(self.flat))
@@ -60,27 +66,46 @@ def read_rows(x: Any, some: Callable[[jax.Array], jax.Array]) -> jax.Array:
     return x.read(some) if isinstance(x, Rows) else some(x)
 
 
-def in_rows(x: np.ndarray, device: jax.Device) -> Any:
-    """The array `[rows, ...]`, or `Rows` where the device would not keep its rows apart.
+def map_rows(function: Callable[..., Any], tree: PyTree, *others: PyTree) -> PyTree:
+    """`jax.tree.map` with `Rows` as leaves of the first tree."""
+    return jax.tree.map(function, tree, *others, is_leaf=lambda x: isinstance(x, Rows))
+
+
+def in_rows(features: Mapping[str, np.ndarray], device: jax.Device) -> dict[str, Any]:
+    """Arrays `[rows, ...]` by name, as `Rows` where a device is to have these."""
+    one = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in features.items()}
+    if not wants_flat(one, device):
+        return dict(features)
+    return {
+        name: Rows(pack_row(x, 1), x.shape[1:]) if x.ndim > 1 else x for name, x in features.items()
+    }
+
+
+def wants_flat(row: PyTree, device: jax.Device) -> bool:
+    """Whether of arrays `[rows, ...]`, those with more than a number in a row are to be `Rows`.
 
     TPUs make the longest axis the innermost one where that pads less, which is the one over rows: a
     program that reads rows copies all of them first. Where padding would take more than half of the
-    memory besides, they still do.
+    memory besides, it still does.
+
+    Args:
+      row: The arrays or shapes of one row.
+      device: Where the arrays are to lie.
     """
-    dims = x.shape[1:]
-    width = flat_width(dims, device)
-    if width is None:
-        return x
-    flat = x.reshape(len(x), math.prod(dims))
-    return Rows(np.pad(flat, ((0, 0), (0, width - flat.shape[1]))), dims)
+    sizes = [math.prod(x.shape) for x in jax.tree.leaves(row) if x.shape]
+    fits = 0 < sum(map(_padded, sizes)) <= _MOST_PADDING * sum(sizes)
+    return fits and not _keeps_rows_apart(device)
 
 
-def flat_width(dims: tuple[int, ...], device: jax.Device) -> int | None:
-    """Entries of a row, padding included, of what is to be `Rows` on a device; else `None`."""
-    size = math.prod(dims)
-    width = size + -size % _TILE
-    fits = bool(dims) and 0 < width <= _MOST_PADDING * size
-    return width if fits and not _keeps_rows_apart(device) else None
+def pack_row(x: Any, num_axes: int) -> Any:
+    """Rows `[..., *dims]` with so many leading axes, flat and padded."""
+    flat = x.reshape(*x.shape[:num_axes], math.prod(x.shape[num_axes:]))
+    padding = [(0, 0)] * num_axes + [(0, _padded(flat.shape[-1]) - flat.shape[-1])]
+    return (np if isinstance(x, np.ndarray) else jnp).pad(flat, padding)
+
+
+def _padded(size: int) -> int:
+    return size + -size % _TILE
 
 
 @functools.cache
