@@ -94,7 +94,7 @@ class Work(NamedTuple):
     """
 
     init: Callable[[Trainee], PyTree]
-    step: Callable[[jax.Array, Trainee, PyTree], PyTree]
+    step: Callable[..., PyTree]
     measure: Callable[[Trainee, PyTree], dict[str, jax.Array]]
     final: Callable[[Trainee, PyTree, PyTree], Sent]
     at_once: int = 1

@@ -127,9 +127,13 @@ def _wave(lane: Work, *, alone: bool, stacks: bool) -> Work:
     if alone:
         return lane
 
-    def step(i: jax.Array, trainees: Trainee, states: PyTree) -> PyTree:
+    def step(
+        i: jax.Array, trainees: Trainee, states: PyTree, goes_on: jax.Array | None = None
+    ) -> PyTree:
         after = jax.vmap(lane.step, (None, 0, 0))(i, trainees, states)
-        return _where(i < lane.turns(trainees.num_steps), after, states)
+        if goes_on is None:
+            goes_on = i < lane.turns(trainees.num_steps)
+        return _where(goes_on, after, states)
 
     def final(trainees: Trainee, states: PyTree, measured: PyTree) -> Sent:
         sent = jax.vmap(lane.final)(trainees, states, measured)
@@ -145,17 +149,26 @@ def _wave(lane: Work, *, alone: bool, stacks: bool) -> Work:
     return Work(jax.vmap(lane.init), step, jax.vmap(lane.measure), final, lane.at_once)
 
 
-def _run_wave(wave: Work, bound: int | None, trainees: Trainee) -> Sent:
-    """A wave from beginning to end."""
+def _run_wave(wave: Work, bound: int | None, looks_ahead: bool, trainees: Trainee) -> Sent:
+    """A wave from beginning to end.
+
+    GPUs end the product that makes a gradient by the step along it, without writing the gradient,
+    if nothing is computed for it but is there: which clients go on, so that the turn before tells.
+    """
     states = wave.init(trainees)
     before = wave.measure(trainees, states)
     with jax.named_scope(STEPS):
-        states = _repeat(
-            wave.turns(trainees.num_steps.max()),
-            lambda i, states: wave.step(i, trainees, states),
-            states,
-            bound,
-        )
+        turns = wave.turns(trainees.num_steps.max())
+        if looks_ahead:
+            own_turns = wave.turns(trainees.num_steps)
+
+            def turn(i: jax.Array, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
+                states, goes_on = carry
+                return wave.step(i, trainees, states, goes_on), i + 1 < own_turns
+
+            states, _ = _repeat(turns, turn, (states, own_turns > 0), bound)
+        else:
+            states = _repeat(turns, lambda i, x: wave.step(i, trainees, x), states, bound)
     return wave.final(trainees, states, _measured(before, wave.measure(trainees, states)))
 
 
@@ -205,7 +218,8 @@ def sum_waves(
       capacity: Number of slots of the cohort.
       keep_output: Whether the store is kept up to date.
       stacks: Whether updates are returned one by one, `[slots, ...]`, and not their sum.
-      in_turn: Whether a single wave is in a loop as well, which need not run.
+      in_turn: Whether a device does one thing after the other: then a single wave is in a loop as
+        well, which need not run.
       bound: Length of the loops if they are to be differentiated.
     """
     if alone := table.shape[1] == 1:
@@ -229,7 +243,7 @@ def sum_waves(
     def add_wave(wave: jax.Array, carry: tuple[PyTree, PyTree, PyTree]) -> PyTree:
         (updates, *total), per_client, kept_store = carry
         trainees = trainees_of(wave, kept_store if keep_output else store)
-        sent = _run_wave(work, bound, trainees)
+        sent = _run_wave(work, bound, not in_turn and not alone, trainees)
 
         def put(all_: jax.Array, x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_index_in_dim(all_, x, wave, 0)
