@@ -71,7 +71,7 @@ def create_store(
       traced: Whether a program is being traced, which then has the store where it runs.
     """
     mesh, entry = resolve(mesh), _validate.strong(entry)
-    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    device = jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
     if wants_flat(entry, device):
         entry = jax.tree.map(lambda x: Rows(pack_row(x, 0), x.shape) if x.shape else x, entry)
     sharding: Sharding = SingleDeviceSharding(jax.local_devices()[0], memory_kind=memory_kind)
