@@ -250,6 +250,10 @@ class ClientUpdate(NamedTuple):
       shared: `shared(server) -> (params, model_state)`, what the server keeps of what is drawn, if
         the rest is clients' own and in their entries; `None` if it keeps all.
       client_model: See `FederatedAlgorithm`.
+      steps: `steps(server, client, state, batches, keys, taken) -> state`, several local steps at
+        once, `[steps, ...]`, if none of them needs the state that another one leaves, as where
+        gradients are added up; accelerators run them side by side. Those that are not `taken`
+        `[steps]` repeat one that is, and add nothing. `None` if each step needs the last one.
     """
 
     init: Callable[[Any, Client], PyTree]
@@ -259,6 +263,7 @@ class ClientUpdate(NamedTuple):
     entry: Callable[[ServerState], PyTree] | None = None
     shared: Callable[[ServerState], tuple[PyTree, PyTree]] | None = None
     client_model: Callable[[ServerState, PyTree], tuple[PyTree, PyTree]] | None = None
+    steps: Callable[[Any, Client, PyTree, Batch, jax.Array, jax.Array], PyTree] | None = None
 
 
 class Message(NamedTuple):

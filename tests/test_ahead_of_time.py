@@ -2,7 +2,6 @@
 
 import functools
 import importlib.metadata
-import re
 
 import flax.linen as nn
 import jax
@@ -186,13 +185,8 @@ def test_rounds_compile_for_gpus_and_copy_nothing_large(name, chip, num_devices)
 @pytest.mark.parametrize("name", ROUNDS)
 @on_tpus
 def test_rounds_compile_for_tpus(name, chip, num_devices):
-    # They copy the data: before a round reads rows, XLA gives all of them a layout of its own, and
-    # half the bits if they go into products. What is copied beside is what clients keep. Of the
-    # first two, a test that fails says that they no longer do.
-    found = {re.match(r"\w+", leaf)[0] for leaf in copied(name, chip, num_devices)}
-    exactly = {"adapters on frozen params": {"examples"}, "spread store": {"examples", "store"}}
-    assert found == exactly.get(name, found)
-    assert found <= {"examples", "store", "pipeline_store"}
+    # Stores of few numbers a client are moved to the memory of a core, and back.
+    assert [leaf for leaf in copied(name, chip, num_devices) if "bias" not in leaf] == []
 
 
 @on_both
@@ -214,9 +208,6 @@ def test_memory_does_not_grow_with_lanes_where_params_are_frozen(chip, num_devic
     assert many - few < frozen
 
 
-@pytest.mark.xfail(
-    strict=True, reason="XLA has a layout of its own for stores of TPUs, by way of the device"
-)
 @on_tpus
 def test_memory_does_not_grow_with_the_population_of_a_store_on_the_host(chip, num_devices):
     mesh = described_mesh(chip, num_devices)
@@ -246,6 +237,15 @@ def test_a_step_is_bounded_by_what_takes_longest():
     products = row["flops_per_step"] / CHIPS[chip].flops_per_s
     assert row["bound_s"] == max(launches, memory, products)
     assert row["measured"] is False
+
+
+@pytest.mark.parametrize(("chip", "num_devices"), [target("h100", 1)])
+def test_a_round_of_the_quickstart_starts_few_kernels(chip, num_devices):
+    round, *args = cases()["quickstart"](described_mesh(chip, num_devices), None)
+    program = Program(traced(round, *args).lower().compile().as_text())
+    # Clients take 5 to 9 steps, which is one turn of the only loop. One by one they took 130.
+    assert len(list(program.kernels(program.entry))) <= 50
+    assert len(program.loops("")) == 1
 
 
 def test_operations_of_a_program_are_those_of_its_products():

@@ -255,7 +255,9 @@ NAMES = {
     "ClientResult": [
         *("update", "weight", "metrics", "model_state", "entry", "norm", "statistics"),
     ],
-    "ClientUpdate": ["init", "step", "final", "measure", "entry", "shared", "client_model"],
+    "ClientUpdate": [
+        *("init", "step", "final", "measure", "entry", "shared", "client_model", "steps"),
+    ],
     "Cohort": [
         *("client_ids", "num_examples", "offsets", "examples", "num_clients", "device_slots"),
         *("max_steps", "staleness", "has_entries", "sample"),

@@ -146,6 +146,41 @@ def client_gradient(
             loss=client_state.loss + total,
         )
 
+    def client_steps(
+        shared: ServerState,
+        client: Client,
+        client_state: _ClientState,
+        batches: Batch,
+        keys: jax.Array,
+        taken: jax.Array,
+    ) -> _ClientState:
+        model_state = client_state.model_state
+        if jax.tree.leaves(model_state):  # Which each step takes from the one before.
+
+            def in_turn(i: jax.Array, client_state: _ClientState) -> _ClientState:
+                batch = {name: x[i] for name, x in batches.items()}
+                return client_step(shared, client, client_state, batch, keys[i])
+
+            return jax.lax.fori_loop(0, taken.sum(), in_turn, client_state)
+
+        def loss(params: PyTree) -> tuple[jax.Array, jax.Array]:
+            def of_batch(batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+                mean = reduction == "sum"
+                of_params = local.batch_loss(model, model_state, batch, key, mean=mean)
+                value, (total, _) = of_params(params)
+                return value, total
+
+            both = jax.vmap(of_batch)(batches, keys)
+            value, total = (jnp.where(taken, x, 0).sum() for x in both)
+            return value, total
+
+        # One gradient of their sum, which is never there for each step.
+        gradient, total = jax.grad(loss, has_aux=True)(shared.params)
+        return client_state._replace(
+            gradient=optax.tree.add(client_state.gradient, gradient),
+            loss=client_state.loss + total,
+        )
+
     def client_final(
         shared: ServerState, client: Client, client_state: _ClientState
     ) -> ClientResult:
@@ -162,4 +197,4 @@ def client_gradient(
             model_state=client_state.model_state,
         )
 
-    return ClientUpdate(client_init, client_step, client_final)
+    return ClientUpdate(client_init, client_step, client_final, steps=client_steps)

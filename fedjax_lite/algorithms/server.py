@@ -7,6 +7,7 @@ from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fedjax_lite import _validate
@@ -40,6 +41,7 @@ from fedjax_lite.updates.reducers import weighted_mean
 from fedjax_lite.xla import random
 from fedjax_lite.xla.cpu import Paced, jit_once, warn_if_unconfigured
 from fedjax_lite.xla.mesh import replicate
+from fedjax_lite.xla.rows import map_rows
 
 _WEIGHTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "examples": lambda owned, processed: owned,
@@ -504,7 +506,7 @@ def _check_state(state: ServerState, made: Mapping[str, Callable[[PyTree], PyTre
     for name, make in made.items():
         given = getattr(state, name)
         if name in STORES:
-            given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], float), given)
+            given = map_rows(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], float), given)
             name += ", for one client,"
         expected = jax.eval_shape(make, state.params)
         _validate.same_form(f"state.{name}", given, expected, remedy, dtypes=False)

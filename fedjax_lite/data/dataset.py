@@ -23,6 +23,7 @@ from fedjax_lite.data.population import (
 )
 from fedjax_lite.data.writer import Writer
 from fedjax_lite.xla.mesh import replicate, resolve
+from fedjax_lite.xla.rows import in_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -428,11 +429,13 @@ class FederatedDataset:
                 f"the dataset has {self.offsets[-1]} rows; a resident population indexes rows with"
                 " int32, so split it below 2**31."
             )
+        on = resolve(mesh)
+        device = jax.local_devices()[0] if on is None else on.local_devices[0]
+        examples = {
+            name: checks.as_in_jax(name, feature) for name, feature in self.examples.items()
+        }
         population = ResidentPopulation(
-            examples={
-                name: jnp.asarray(checks.as_in_jax(name, feature))
-                for name, feature in self.examples.items()
-            },
+            examples=jax.tree.map(jnp.asarray, in_rows(examples, device)),
             offsets=jnp.asarray(self.offsets.astype(np.int32)),
         )
         return replicate(population, mesh)

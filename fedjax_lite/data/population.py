@@ -33,7 +33,8 @@ class ResidentPopulation:
     """Clients whose examples all lie on the device; see `FederatedDataset.resident`.
 
     Attributes:
-      examples: Features `[rows, ...]` by name, client after client.
+      examples: Features `[rows, ...]` by name, client after client; on a TPU some of them flat and
+        padded, as `Rows` (see `xla/rows.py`).
       offsets: `[num_clients + 1]`, int32; client i owns rows
         `offsets[i]:offsets[i + 1]`.
     """

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from fedjax_lite import _validate
 from fedjax_lite.base import Batch, Client, Cohort
 from fedjax_lite.xla import random
+from fedjax_lite.xla.rows import read_rows
 
 KEY_INIT, KEY_DATA, KEY_STEP, KEY_SERVER, KEY_REDUCER = range(5)
 DEFAULT_BATCH_SIZE = 32
@@ -250,13 +251,13 @@ def _read_in_order(
             name: jnp.where(
                 _over(mask, values),
                 values,
-                jax.lax.dynamic_index_in_dim(examples[name], own),
+                read_rows(examples[name], lambda x: jax.lax.dynamic_index_in_dim(x, own)),
             )
             for name, values in batch.items()
         }
 
     batch = {
-        name: jax.lax.dynamic_slice_in_dim(feature, start, length)
+        name: read_rows(feature, lambda x: jax.lax.dynamic_slice_in_dim(x, start, length))
         for name, feature in examples.items()
     }
     is_full = (begin == start) & (begin + length <= end)

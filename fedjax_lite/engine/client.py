@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lite import _validate
-from fedjax_lite.base import Client, ClientResult, ClientUpdate, Cohort, PyTree, Reducer
+from fedjax_lite.base import Batch, Client, ClientResult, ClientUpdate, Cohort, PyTree, Reducer
 from fedjax_lite.engine.batches import (
     KEY_DATA,
     KEY_INIT,
@@ -84,12 +84,27 @@ class Trainee(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The work of one client, or of a wave of clients `[lanes]`."""
+    """The work of one client, or of a wave of clients `[lanes]`.
+
+    Attributes:
+      init: What a client begins with.
+      step: What is done of its steps in one turn of the loop.
+      measure: What is measured before and after them.
+      final: What is sent.
+      at_once: How many steps that is.
+    """
 
     init: Callable[[Trainee], PyTree]
-    step: Callable[[jax.Array, Trainee, PyTree], PyTree]
+    step: Callable[..., PyTree]
     measure: Callable[[Trainee, PyTree], dict[str, jax.Array]]
     final: Callable[[Trainee, PyTree, PyTree], Sent]
+    at_once: int = 1
+
+    def turns(self, num_steps: jax.Array) -> jax.Array:
+        """In how many turns as many steps are taken."""
+        if self.at_once == 1:
+            return num_steps
+        return jax.lax.div(num_steps + self.at_once - 1, jnp.int32(self.at_once))
 
 
 def client_work(
@@ -102,6 +117,8 @@ def client_work(
     on_nonfinite: str,
     reducer: Reducer,
     frozen: PyTree,
+    *,
+    at_once: int = 1,
 ) -> Work:
     """The work of one client of a cohort.
 
@@ -115,6 +132,7 @@ def client_work(
       on_nonfinite: As in `run_clients`.
       reducer: As in `run_clients`.
       frozen: As in `run_clients`.
+      at_once: How many steps are taken side by side.
     """
 
     def broadcast(trainee: Trainee) -> PyTree:
@@ -125,18 +143,34 @@ def client_work(
             return _validate.strong(client_update.init(broadcast(trainee), trainee.client))
 
     def step(step: jax.Array, trainee: Trainee, client_state: PyTree) -> PyTree:
-        batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.slot, step, batching)
-        key_step = random.fold_in_pair(trainee.keys[KEY_STEP], 0, step)
+        batch, key = read(step, trainee)
         with frozen_given(frozen), counting_calls():
-            after = client_update.step(
-                broadcast(trainee), trainee.client, client_state, batch, key_step
-            )
-        _validate.same_form(
-            "what client_update.step returned",
-            after,
-            client_state,
-            "return a client state like that of init.",
+            after = client_update.step(broadcast(trainee), trainee.client, client_state, batch, key)
+        return checked("step", after, client_state)
+
+    def steps(turn: jax.Array, trainee: Trainee, client_state: PyTree) -> PyTree:
+        assert client_update.steps is not None
+        number = turn * at_once + jnp.arange(at_once, dtype=jnp.int32)
+        # Another turn of a step that is taken: in its place, rows that are not the client's could
+        # make a gradient that is not a number, whatever it is multiplied with.
+        batches, keys = jax.vmap(read, (0, None))(
+            jnp.minimum(number, trainee.num_steps - 1), trainee
         )
+        taken = number < trainee.num_steps
+        with frozen_given(frozen), counting_calls():
+            after = client_update.steps(
+                broadcast(trainee), trainee.client, client_state, batches, keys, taken
+            )
+        return checked("steps", after, client_state)
+
+    def read(step: jax.Array, trainee: Trainee) -> tuple[Batch, jax.Array]:
+        batch = read_batch(cohort, trainee.keys[KEY_DATA], trainee.slot, step, batching)
+        return batch, random.fold_in_pair(trainee.keys[KEY_STEP], 0, step)
+
+    def checked(name: str, after: PyTree, client_state: PyTree) -> PyTree:
+        of = f"what client_update.{name} returned"
+        remedy = "return a client state like that of init."
+        _validate.same_form(of, after, client_state, remedy)
         return after
 
     def measure(trainee: Trainee, client_state: PyTree) -> dict[str, jax.Array]:
@@ -207,7 +241,8 @@ def client_work(
             output=entry,
         )
 
-    return Work(rewrite(init), rewrite(step), measure, rewrite(final))
+    taking = step if at_once == 1 else steps
+    return Work(rewrite(init), rewrite(taking), measure, rewrite(final), at_once)
 
 
 def _check_result(result: ClientResult) -> ClientResult:

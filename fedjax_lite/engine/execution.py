@@ -15,6 +15,7 @@ from fedjax_lite.xla.mesh import default_device, resolve
 from fedjax_lite.xla.rewrite import rewritten
 
 _MOST_LANES = 64
+_MOST_STEPS = 16
 Rewrite = Callable[[Callable[..., PyTree]], Callable[..., PyTree]]
 
 
@@ -77,10 +78,36 @@ def choose_lanes(execution: Execution, shared: PyTree, capacity: int) -> int:
     """The number of lanes on a mesh: what was asked for, or the default."""
     lanes = execution.lanes
     if lanes is None:
-        # On a CPU a second lane only turns matrix products and convolutions into batched ones,
-        # which run slower per client; elsewhere many lanes fill the chip.
-        lanes = 1 if _platform(execution) == "cpu" else _fitting_lanes(shared, execution)
+        lanes = _fitting_lanes(shared, execution) if runs_side_by_side(execution) else 1
     return min(lanes, -(-capacity // execution.num_devices))
+
+
+def choose_steps(execution: Execution, step_bytes: Callable[[], int]) -> int:
+    """How many steps of a client run at once that do not depend on each other.
+
+    Those beyond a client's last one are computed in vain: no more than fit an eighth of the memory,
+    since what fills a chip runs no faster side by side.
+
+    Args:
+      execution: With its mesh and lanes.
+      step_bytes: Bytes of what a step computes on its way.
+    """
+    if execution.differentiable or not runs_side_by_side(execution):
+        return 1
+    bytes_limit = _bytes_limit(execution)
+    if bytes_limit is None:
+        return _MOST_STEPS
+    assert execution.lanes is not None  # Resolved.
+    return min(_MOST_STEPS, max(1, bytes_limit // 8 // (execution.lanes * step_bytes())))
+
+
+def runs_side_by_side(execution: Execution) -> bool:
+    """Whether a device is filled by doing as much as it can at once.
+
+    On a CPU a second lane only turns matrix products and convolutions into batched ones, which run
+    slower per client.
+    """
+    return _platform(execution) != "cpu"
 
 
 def _fitting_lanes(shared: PyTree, execution: Execution) -> int:
@@ -89,17 +116,24 @@ def _fitting_lanes(shared: PyTree, execution: Execution) -> int:
     A lane is taken to need four times what the server broadcasts: params, gradients, the state of
     the client optimizer, the update.
     """
+    bytes_limit = _bytes_limit(execution)
+    if bytes_limit is None:
+        return _MOST_LANES
+    lane_bytes = max(1, 4 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shared)))
+    return min(_MOST_LANES, max(1, bytes_limit // 2 // lane_bytes))
+
+
+def _bytes_limit(execution: Execution) -> int | None:
+    """The memory of a device, if it tells."""
     devices = jax.local_devices() if execution.mesh is None else execution.mesh.local_devices
     try:
         stats = devices[0].memory_stats()
     except jax.errors.JaxRuntimeError:  # Of a device that is compiled for, and is not there.
         stats = None
     if not stats or "bytes_limit" not in stats:
-        return _MOST_LANES
-    lane_bytes = max(1, 4 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shared)))
+        return None
     # The same on all hosts, or each would wait in another program than the others.
-    bytes_limit = least(stats["bytes_limit"] // 2**20) * 2**20
-    return min(_MOST_LANES, max(1, bytes_limit // 2 // lane_bytes))
+    return least(stats["bytes_limit"] // 2**20) * 2**20
 
 
 def choose_rewrite(execution: Execution) -> Rewrite:

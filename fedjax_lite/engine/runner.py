@@ -9,6 +9,7 @@ cohort. Each device has waves of its own, and one sum over the devices ends the 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -24,10 +25,16 @@ from fedjax_lite.engine.batches import (
     count_steps,
 )
 from fedjax_lite.engine.client import client_work
-from fedjax_lite.engine.execution import Execution, choose_rewrite, resolved
+from fedjax_lite.engine.execution import (
+    Execution,
+    choose_rewrite,
+    choose_steps,
+    resolved,
+    runs_side_by_side,
+)
 from fedjax_lite.engine.stacking import reduce_stacked
 from fedjax_lite.engine.store import check_store, collect, exchange, is_spread
-from fedjax_lite.engine.waves import CohortResult, Versions, schedule, sum_waves
+from fedjax_lite.engine.waves import CohortResult, Versions, schedule, step_bytes, sum_waves
 from fedjax_lite.xla import random
 from fedjax_lite.xla.mesh import AXIS, deal, sum_over_devices
 
@@ -117,7 +124,8 @@ def run_clients(
             places = jnp.arange(own_entries.size, dtype=jnp.int32).reshape(own_entries.shape)
         bound = bound_steps(cohort, batching) if execution.differentiable else None
         kept_store = store if keep_output else ()
-        client = client_work(
+        work_of = functools.partial(
+            client_work,
             client_update,
             shared,
             cohort,
@@ -128,9 +136,16 @@ def run_clients(
             reducer,
             frozen,
         )
+        client = work_of()
+        waves = schedule(cohort, num_steps, own_table, versions)
+        if client_update.steps is not None:
+            most_bytes = functools.partial(
+                step_bytes, client, waves, key, own_store, places, versions
+            )
+            client = work_of(at_once=choose_steps(execution, most_bytes))
         result = sum_waves(
             client,
-            schedule(cohort, num_steps, own_table, versions),
+            waves,
             own_table,
             key,
             own_store,
@@ -139,6 +154,7 @@ def run_clients(
             cohort.capacity,
             keep_output=keep_output,
             stacks=reducer.stacked is not None,
+            in_turn=not runs_side_by_side(execution),
             bound=bound,
         )
         update, kept_store = result.update, result.store

@@ -6,6 +6,7 @@ the store is large; else each has a copy of all.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from fedjax_lite import _validate
 from fedjax_lite.base import PyTree
 from fedjax_lite.xla.mesh import AXIS, from_host, resolve
+from fedjax_lite.xla.rows import Rows, map_rows, pack_row, wants_flat
 
 STORES = ("store", "pipeline_store")
 """The fields of a `ServerState` that have an entry for each client."""
@@ -69,6 +71,9 @@ def create_store(
       traced: Whether a program is being traced, which then has the store where it runs.
     """
     mesh, entry = resolve(mesh), _validate.strong(entry)
+    device = jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
+    if wants_flat(entry, device):
+        entry = jax.tree.map(lambda x: Rows(pack_row(x, 0), x.shape) if x.shape else x, entry)
     sharding: Sharding = SingleDeviceSharding(jax.local_devices()[0], memory_kind=memory_kind)
     if mesh is not None:
         shapes = jax.tree.map(
@@ -102,7 +107,7 @@ def check_store(store: PyTree, num_clients: int) -> None:
 
 def check_entry(entry: PyTree, store: PyTree) -> None:
     """Refuses an entry that is not of the store's structure, shapes and dtypes."""
-    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), store)
+    expected = map_rows(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), store)
     remedy = "return what the client keeps in the form that it is stored in."
     _validate.same_form("the entry of client_update.final", entry, expected, remedy)
 
@@ -110,20 +115,24 @@ def check_entry(entry: PyTree, store: PyTree) -> None:
 def read(store: PyTree, client_ids: jax.Array) -> PyTree:
     """The entries of a client, or of clients `[lanes]`, in device memory."""
 
-    def entries(x: jax.Array) -> jax.Array:
+    def entries(x: Any) -> jax.Array:
+        if isinstance(x, Rows):
+            return x.read(entries)
         if not _on_host(x):
             return x[client_ids]
         if client_ids.ndim == 0:
             return _read_host(x, client_ids)
         return jax.lax.map(functools.partial(_read_host, x), client_ids)
 
-    return jax.tree.map(entries, store)
+    return map_rows(entries, store)
 
 
 def write(store: PyTree, client_ids: jax.Array, kept: jax.Array, entries: PyTree) -> PyTree:
     """The store with new entries of a client, or of clients `[lanes]`, where they are kept."""
 
-    def put(x: jax.Array, new: jax.Array) -> jax.Array:
+    def put(x: Any, new: jax.Array) -> Any:
+        if isinstance(x, Rows):
+            return Rows(put(x.flat, x.packed(new)), x.dims)
         if not _on_host(x):
             return x.at[jnp.where(kept, client_ids, x.shape[0])].set(new, mode="drop")
         # Accelerators copy slices from and to the host's memory; they do not scatter there.
@@ -137,7 +146,7 @@ def write(store: PyTree, client_ids: jax.Array, kept: jax.Array, entries: PyTree
 
         return jax.lax.fori_loop(0, ids.size, one, x)
 
-    return jax.tree.map(put, store, entries)
+    return map_rows(put, store, entries)
 
 
 def collect(part: PyTree, client_ids: jax.Array) -> PyTree:
@@ -171,7 +180,7 @@ def collect(part: PyTree, client_ids: jax.Array) -> PyTree:
 
         return jax.tree.map(fetch, own, read(part, places))
 
-    nothing = jax.tree.map(lambda x: jnp.zeros((num_waves * lanes, *x.shape[1:]), x.dtype), part)
+    nothing = map_rows(lambda x: jnp.zeros((num_waves * lanes, *x.shape[1:]), x.dtype), part)
     return jax.lax.fori_loop(0, -(-num_waves // size), one_group, nothing)
 
 

@@ -16,6 +16,7 @@ from fedjax_lite.base import Cohort
 from fedjax_lite.data import checks
 from fedjax_lite.data.population import StreamedPopulation
 from fedjax_lite.xla.mesh import deal, from_parts, local_positions, put
+from fedjax_lite.xla.rows import in_rows
 
 T = TypeVar("T")
 
@@ -64,13 +65,14 @@ def copy_cohort(population: StreamedPopulation, client_ids: ArrayLike) -> Cohort
         offsets[own] = (ends - counts)[slot]
         shares.append(np.stack([starts, counts, ends], axis=1))
     row_capacity = _enlarged(population.row_capacity, max(int(share[-1, 2]) for share in shares))
-    local = [shares[i] for i in local_positions(population.mesh)]
+    local, mesh = [shares[i] for i in local_positions(population.mesh)], population.mesh
+    device = jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
     arrays: dict[str, Any] = {
         "client_ids": clients[:-1],
         "num_examples": sizes.astype(np.int32),
         "offsets": offsets[:-1],
         "device_slots": device_slots,
-        "examples": _copy(population.examples, local, row_capacity),
+        "examples": _copy(population.examples, local, row_capacity, device),
     }
     return Cohort(**_put(arrays, population.mesh), num_clients=population.num_clients)
 
@@ -82,8 +84,11 @@ def _rows(population: StreamedPopulation, clients: np.ndarray) -> tuple[np.ndarr
 
 
 def _copy(
-    features: dict[str, np.ndarray], shares: list[np.ndarray], row_capacity: int
-) -> dict[str, np.ndarray]:
+    features: dict[str, np.ndarray],
+    shares: list[np.ndarray],
+    row_capacity: int,
+    device: jax.Device,
+) -> dict[str, Any]:
     """The rows of some devices, from where each client's start, their number and their end."""
     examples = {}
     for name, feature in features.items():
@@ -94,7 +99,7 @@ def _copy(
                 part[end - count : end] = feature[start : start + count]
         rows = buffer.reshape(-1, *feature.shape[1:])
         examples[name] = checks.as_in_jax(name, rows)
-    return examples
+    return in_rows(examples, device)
 
 
 def _enlarged(row_capacity: int, num_rows: int) -> int:
@@ -118,7 +123,7 @@ def _put(arrays: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
     if mesh is None:
         return jax.device_put(arrays)
     # Nothing that processes would have to wait for each other for: they make cohorts ahead.
-    examples = {name: from_parts(x, mesh) for name, x in arrays.pop("examples").items()}
+    examples = jax.tree.map(lambda x: from_parts(x, mesh), arrays.pop("examples"))
     return {**put(arrays, NamedSharding(mesh, PartitionSpec())), "examples": examples}
 
 

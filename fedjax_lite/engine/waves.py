@@ -11,9 +11,12 @@ from fedjax_lite.base import Cohort, PyTree
 from fedjax_lite.engine.batches import KEY_DATA, KEY_INIT, KEY_STEP, Slot, client_key
 from fedjax_lite.engine.client import Sent, Trainee, Work
 from fedjax_lite.engine.store import read, write
+from fedjax_lite.xla.memory import computed_bytes
 from fedjax_lite.xla.packing import pack, unpack
 
 MEASURED = ("_before", "_after")
+STEPS = "local_steps"
+"""The name of the loop over local steps, in programs and profiles."""
 
 
 class CohortResult(NamedTuple):
@@ -81,6 +84,24 @@ def _trainee(
     return Trainee(slot, num_steps, keys, read(store, place), received, staleness)
 
 
+def step_bytes(
+    lane: Work,
+    waves: jax.Array,
+    key: jax.Array,
+    store: PyTree,
+    places: jax.Array,
+    versions: Versions | None,
+) -> int:
+    """Bytes of what one client computes on its way through a step; see `sum_waves`."""
+    trainee, state = jax.eval_shape(
+        lambda: (
+            trainee := _trainee(waves[0, 0], places[0, 0], key, store, versions),
+            lane.init(trainee),
+        )
+    )
+    return computed_bytes(lane.step, jnp.int32(0), trainee, state)
+
+
 def _repeat(
     end: jax.Array,
     body: Callable[[jax.Array, PyTree], PyTree],
@@ -106,9 +127,13 @@ def _wave(lane: Work, *, alone: bool, stacks: bool) -> Work:
     if alone:
         return lane
 
-    def step(i: jax.Array, trainees: Trainee, states: PyTree) -> PyTree:
+    def step(
+        i: jax.Array, trainees: Trainee, states: PyTree, goes_on: jax.Array | None = None
+    ) -> PyTree:
         after = jax.vmap(lane.step, (None, 0, 0))(i, trainees, states)
-        return _where(i < trainees.num_steps, after, states)
+        if goes_on is None:
+            goes_on = i < lane.turns(trainees.num_steps)
+        return _where(goes_on, after, states)
 
     def final(trainees: Trainee, states: PyTree, measured: PyTree) -> Sent:
         sent = jax.vmap(lane.final)(trainees, states, measured)
@@ -121,19 +146,29 @@ def _wave(lane: Work, *, alone: bool, stacks: bool) -> Work:
             update=update, weight=weight, model_state=model_state, statistics=statistics
         )
 
-    return Work(jax.vmap(lane.init), step, jax.vmap(lane.measure), final)
+    return Work(jax.vmap(lane.init), step, jax.vmap(lane.measure), final, lane.at_once)
 
 
-def _run_wave(wave: Work, bound: int | None, trainees: Trainee) -> Sent:
-    """A wave from beginning to end."""
+def _run_wave(wave: Work, bound: int | None, looks_ahead: bool, trainees: Trainee) -> Sent:
+    """A wave from beginning to end.
+
+    GPUs end the product that makes a gradient by the step along it, without writing the gradient,
+    if nothing is computed for it but is there: which clients go on, so that the turn before tells.
+    """
     states = wave.init(trainees)
     before = wave.measure(trainees, states)
-    states = _repeat(
-        trainees.num_steps.max(),
-        lambda i, states: wave.step(i, trainees, states),
-        states,
-        bound,
-    )
+    with jax.named_scope(STEPS):
+        turns = wave.turns(trainees.num_steps.max())
+        if looks_ahead:
+            own_turns = wave.turns(trainees.num_steps)
+
+            def turn(i: jax.Array, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
+                states, goes_on = carry
+                return wave.step(i, trainees, states, goes_on), i + 1 < own_turns
+
+            states, _ = _repeat(turns, turn, (states, own_turns > 0), bound)
+        else:
+            states = _repeat(turns, lambda i, x: wave.step(i, trainees, x), states, bound)
     return wave.final(trainees, states, _measured(before, wave.measure(trainees, states)))
 
 
@@ -167,6 +202,7 @@ def sum_waves(
     *,
     keep_output: bool,
     stacks: bool,
+    in_turn: bool,
     bound: int | None,
 ) -> CohortResult:
     """Runs one device's waves and sums what their clients send.
@@ -182,6 +218,8 @@ def sum_waves(
       capacity: Number of slots of the cohort.
       keep_output: Whether the store is kept up to date.
       stacks: Whether updates are returned one by one, `[slots, ...]`, and not their sum.
+      in_turn: Whether a device does one thing after the other: then a single wave is in a loop as
+        well, which need not run.
       bound: Length of the loops if they are to be differentiated.
     """
     if alone := table.shape[1] == 1:
@@ -205,7 +243,7 @@ def sum_waves(
     def add_wave(wave: jax.Array, carry: tuple[PyTree, PyTree, PyTree]) -> PyTree:
         (updates, *total), per_client, kept_store = carry
         trainees = trainees_of(wave, kept_store if keep_output else store)
-        sent = _run_wave(work, bound, trainees)
+        sent = _run_wave(work, bound, not in_turn and not alone, trainees)
 
         def put(all_: jax.Array, x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_index_in_dim(all_, x, wave, 0)
@@ -230,19 +268,21 @@ def sum_waves(
     one_update, *others = summed
     # Sorted by length, the waves without a step are the last ones: they need not run.
     longest = waves[..., 3].reshape(len(table), -1).max(1)
-    (update, weight, model_state, statistics), per_client, kept_store = _repeat(
-        (longest > 0).sum(dtype=jnp.int32),
-        add_wave,
+    num_turns = (longest > 0).sum(dtype=jnp.int32)
+    carry: PyTree = (
         (
-            (
-                jax.tree.map(lambda x: none_yet(x, *([num_waves] if stacks else [])), one_update),
-                *jax.tree.map(none_yet, others),
-            ),
-            [none_yet(x, num_waves) for x in packed],
-            store if keep_output else (),
+            jax.tree.map(lambda x: none_yet(x, *([num_waves] if stacks else [])), one_update),
+            *jax.tree.map(none_yet, others),
         ),
-        None if bound is None else num_waves,
+        [none_yet(x, num_waves) for x in packed],
+        store if keep_output else (),
     )
+    # A client alone sends what it has not trained, where it has nothing to train on.
+    if num_waves == 1 and not in_turn and not alone:
+        carry = add_wave(jnp.int32(0), carry)
+    else:
+        carry = _repeat(num_turns, add_wave, carry, None if bound is None else num_waves)
+    (update, weight, model_state, statistics), per_client, kept_store = carry
     if stacks:  # One axis of slots.
         update = jax.tree.map(lambda x: x.reshape(-1, *x.shape[1 + num_axes :]), update)
 

@@ -270,6 +270,17 @@ def send_through(pipeline: UpdateTransform, client_update: ClientUpdate) -> Clie
     def step(shared: Any, client: Client, state: PyTree, batch: Batch, key: jax.Array) -> PyTree:
         return client_update.step(shared, own(client), state, batch, key)
 
+    def steps(
+        shared: Any,
+        client: Client,
+        state: PyTree,
+        batches: Batch,
+        keys: jax.Array,
+        taken: jax.Array,
+    ) -> PyTree:
+        assert client_update.steps is not None
+        return client_update.steps(shared, own(client), state, batches, keys, taken)
+
     def final(shared: Any, client: Client, state: PyTree) -> ClientResult:
         result = client_update.final(shared, own(client), state)
         # What the client trained, and not what is left of it, is reported and checked.
@@ -294,4 +305,10 @@ def send_through(pipeline: UpdateTransform, client_update: ClientUpdate) -> Clie
         assert client_update.measure is not None
         return client_update.measure(shared, own(client), state, batch)
 
-    return ClientUpdate(init, step, final, None if client_update.measure is None else measure)
+    return ClientUpdate(
+        init,
+        step,
+        final,
+        measure=None if client_update.measure is None else measure,
+        steps=None if client_update.steps is None else steps,
+    )

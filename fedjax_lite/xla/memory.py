@@ -2,10 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 
 from fedjax_lite.base import PyTree
+from fedjax_lite.xla.rewrite import inner_jaxprs
 
 
 @contextlib.contextmanager
@@ -31,6 +33,24 @@ def memory_errors(needs: Callable[[], Mapping[str, PyTree]]) -> Iterator[None]:
             ' host by memory_kind="pinned_host" or in a file by fl.store_in_file, or the data on'
             " disk by dataset.streamed()."
         ) from error
+
+
+def computed_bytes(function: Callable[..., PyTree], *args: PyTree) -> int:
+    """Bytes of all that a function computes on its way, more than it needs at once.
+
+    Args:
+      function: What is traced; of a loop, one turn counts.
+      *args: Its arguments, or their shapes.
+    """
+
+    def of(jaxpr: Any) -> int:
+        return sum(
+            sum(x.aval.size * x.aval.dtype.itemsize for x in eqn.outvars)
+            + sum(of(getattr(inner, "jaxpr", inner)) for inner in inner_jaxprs(eqn.params))
+            for eqn in jaxpr.eqns
+        )
+
+    return of(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def _size(tree: PyTree) -> str:

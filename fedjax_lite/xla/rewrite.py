@@ -88,14 +88,14 @@ def _find(rules: Sequence[_Rule], eqn: Any) -> _Rule | None:
     return next((rule for rule in rules if rule.applies(eqn)), None)
 
 
-def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
+def inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     """The jaxprs among the parameters of an equation."""
     values = [v for value in params.values() for v in (value if type(value) is tuple else (value,))]
     return [v for v in values if isinstance(v, (jex_core.Jaxpr, jex_core.ClosedJaxpr))]
 
 
 def _applies_inside(rules: Sequence[_Rule], eqn: Any) -> bool:
-    inner = _inner_jaxprs(eqn.params)
+    inner = inner_jaxprs(eqn.params)
     return any(_applies(rules, getattr(jaxpr, "jaxpr", jaxpr)) for jaxpr in inner)
 
 
@@ -127,7 +127,7 @@ def _bind(rules: Sequence[_Rule], eqn: Any, inputs: list[Any]) -> list[Any]:
         lhs, rhs = inputs
         return [rule.evaluate(lhs, rhs, params)]
     if name in _CALLS and _applies_inside(rules, eqn):
-        (inner,) = _inner_jaxprs(params)
+        (inner,) = inner_jaxprs(params)
         closed = (
             inner if isinstance(inner, jex_core.ClosedJaxpr) else jex_core.ClosedJaxpr(inner, ())
         )

@@ -1,0 +1,119 @@
+"""Arrays of rows, in a form in which a device reads some of them without a copy of all."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from fedjax_lite.base import PyTree
+
+_TILE = 128  # Entries that a TPU moves at once; it lays rows of a multiple of these out one by one.
+_MOST_PADDING = 1.5
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """An array `[rows, ...]`, kept flat and padded.
+
+    Attributes:
+      flat: `[rows, entries]`, of which the first ones count.
+      dims: The shape of a row (static).
+    """
+
+    flat: Any
+    dims: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.flat.shape[:1], *self.dims)
+
+    @property
+    def dtype(self) -> Any:
+        return self.flat.dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._unpacked(self.flat[index])
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        return np.asarray(self._unpacked(np.asarray(self.flat)), *args, **kwargs)
+
+    def packed(self, rows: jax.Array) -> jax.Array:
+        """Rows `[..., *dims]` as they lie in it."""
+        return pack_row(rows, rows.ndim - len(self.dims))
+
+    def read(self, some: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """The rows that `some` takes of an array of rows."""
+        return self._unpacked(some(self.flat))
+
+    def _unpacked(self, flat: Any) -> Any:
+        if isinstance(flat, jax.Array) and jnp.issubdtype(flat.dtype, jnp.floating):
+            # Which they have. Or XLA would round all of them to the bfloat16 that products take, in
+            # a copy, and read rows from that.
+            info = jnp.finfo(flat.dtype)
+            flat = jax.lax.reduce_precision(flat, info.nexp, info.nmant)
+        return flat[..., : math.prod(self.dims)].reshape(*flat.shape[:-1], *self.dims)
+
+
+def read_rows(x: Any, some: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The rows that `some` takes of an array of rows, of such an array or of `Rows`."""
+    return x.read(some) if isinstance(x, Rows) else some(x)
+
+
+def map_rows(function: Callable[..., Any], tree: PyTree, *others: PyTree) -> PyTree:
+    """`jax.tree.map` with `Rows` as leaves of the first tree."""
+    return jax.tree.map(function, tree, *others, is_leaf=lambda x: isinstance(x, Rows))
+
+
+def in_rows(features: Mapping[str, np.ndarray], device: jax.Device) -> dict[str, Any]:
+    """Arrays `[rows, ...]` by name, as `Rows` where a device is to have these."""
+    one = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in features.items()}
+    if not wants_flat(one, device):
+        return dict(features)
+    return {
+        name: Rows(pack_row(x, 1), x.shape[1:]) if x.ndim > 1 else x for name, x in features.items()
+    }
+
+
+def wants_flat(row: PyTree, device: jax.Device) -> bool:
+    """Whether of arrays `[rows, ...]`, those with more than a number in a row are to be `Rows`.
+
+    TPUs make the longest axis the innermost one where that pads less, which is the one over rows: a
+    program that reads rows copies all of them first. Where padding would take more than half of the
+    memory besides, it still does.
+
+    Args:
+      row: The arrays or shapes of one row.
+      device: Where the arrays are to lie.
+    """
+    sizes = [math.prod(x.shape) for x in jax.tree.leaves(row) if x.shape]
+    fits = 0 < sum(map(_padded, sizes)) <= _MOST_PADDING * sum(sizes)
+    return fits and not _keeps_rows_apart(device)
+
+
+def pack_row(x: Any, num_axes: int) -> Any:
+    """Rows `[..., *dims]` with so many leading axes, flat and padded."""
+    flat = x.reshape(*x.shape[:num_axes], math.prod(x.shape[num_axes:]))
+    padding = [(0, 0)] * num_axes + [(0, _padded(flat.shape[-1]) - flat.shape[-1])]
+    return (np if isinstance(x, np.ndarray) else jnp).pad(flat, padding)
+
+
+def _padded(size: int) -> int:
+    return size + -size % _TILE
+
+
+@functools.cache
+def _keeps_rows_apart(device: jax.Device) -> bool:
+    """Whether rows are apart in the layout that a device gives to an array of many short ones."""
+    if device.platform == "cpu":  # There is no need to compile for the answer.
+        return True
+    sharding = SingleDeviceSharding(device)
+    many = jax.ShapeDtypeStruct((1024, 3), jnp.float32, sharding=sharding)
+    (form,) = jax.tree.leaves(jax.jit(lambda x: x).lower(many).compile().input_formats)
+    return form.layout.major_to_minor == (0, 1)
