@@ -17,7 +17,7 @@ from fedjax_lite._files import locked, write_text
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError, usage_errors
 from fedjax_lite.cli.records import cannot_write, check_same, new_folder
 from fedjax_lite.experiments.published import TABLES
-from fedjax_lite.experiments.published.play import Curve, play
+from fedjax_lite.experiments.published.play import Curve, Program, play
 from fedjax_lite.experiments.published.report import Result, entry, markdown, over, summarize
 from fedjax_lite.experiments.published.table import Cell, Run, Table, command_of, runs_of
 from fedjax_lite.experiments.varying import group_by_program
@@ -189,7 +189,7 @@ def _results(
         cell.name: [{"round": []} for _ in runs[cell.name]] for cell in cells
     }
     seconds = dict.fromkeys(curves, 0.0)
-    waiting = list(cells)
+    waiting, compiled = list(cells), dict[Any, Program]()
     for program in programs:
         began = time.perf_counter()
         own = [places[place] for place in program]
@@ -211,6 +211,7 @@ def _results(
                 is_personal=table.measure.metric != "accuracy",
                 is_over=is_over,
                 show=show_round,
+                programs=compiled,
             )
         for name in names:  # Those that share a program have shared its time.
             seconds[name] += (time.perf_counter() - began) / len(names)
