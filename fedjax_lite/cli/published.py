@@ -70,15 +70,17 @@ def run_table(
     about = {
         "table": name,
         "quick": quick,
-        "cells": {name: [run.settings for run in of_cell] for name, of_cell in runs.items()},
+        "data": data and str(data.resolve()),
+        "cells": {
+            cell.name: [run.settings for run in runs_of(table, cell, quick=quick)] for cell in cells
+        },
     }
     out = out or new_folder(name)
     with contextlib.ExitStack() as stack:
         try:
             check_same(out, about, "a table")
-            (out / "cells").mkdir(parents=True, exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out / ".lock"))
-            write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
         except OSError as error:
             raise cannot_write(out, error) from None
         with usage_errors():
@@ -95,6 +97,9 @@ def run_table(
 
         try:
             for cell, result in _results(table, missing, runs, tell):
+                # Not before there is a result: the data may have been mistyped.
+                write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
+                _file(out, cell.name).parent.mkdir(exist_ok=True)
                 write_text(_file(out, cell.name), json.dumps(result) + "\n")
                 results[cell.name] = result
                 tell(f"{cell.name}: {entry(table.measure, result)}", True)
