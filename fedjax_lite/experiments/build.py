@@ -155,13 +155,14 @@ def build(settings: Settings, datasets: tuple[FederatedDataset, ...] | None = No
 
     evaluate_on = jax.jit(measured)
     personal = _personal(settings, calls, model, algorithm, loaded)
+    evaluate_personal = None if personal is None else personal.func
     server_has_all = _server_has_all(model, algorithm)
 
     def evaluated(examples: Any, *rest: Any) -> dict[str, jax.Array]:
         *cohorts, state = rest
-        if server_has_all or personal is None:
+        if server_has_all or evaluate_personal is None:
             return evaluate_on(state, examples)
-        return personal.func(*cohorts, state, jax.random.key(settings.data_seed)).pooled
+        return evaluate_personal(*cohorts, state, jax.random.key(settings.data_seed)).pooled
 
     closed = to_settings(loaded.settings, calls)
     if datasets is not None:  # Read by somebody else, from where the settings say.

@@ -128,13 +128,13 @@ def algorithms_of(
     Returns:
       `build(**numbers) -> algorithm`, in which the numbers may be traced, and these, `[runs]` each.
     """
+    calls, settings, model, sampler = built.calls, built.settings, built.model, built.sampler
     of_runs = [numbers_of(calls_of(run)) for run in runs]
     varying = [at for at in of_runs[0] if len({numbers[at] for numbers in of_runs}) > 1]
 
     def algorithm(**numbers: Any) -> FederatedAlgorithm:
         by_place = {tuple(name.split(".")): number for name, number in numbers.items()}
-        calls = with_numbers(built.calls, by_place)
-        return algorithm_of(calls, built.settings, built.model, built.sampler)
+        return algorithm_of(with_numbers(calls, by_place), settings, model, sampler)
 
     return algorithm, {
         ".".join(at): np.array([numbers[at] for numbers in of_runs], np.float32) for at in varying

@@ -18,6 +18,7 @@ from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.settings import Settings, to_settings
 from fedjax_lite.experiments.varying import algorithms_of, group_by_numbers, with_numbers
 from fedjax_lite.runs.step import play_round
+from fedjax_lite.samplers import Sampler
 
 _ROWS = 256  # Rows of examples come in multiples of it.
 Curve = dict[str, list[Any]]
@@ -72,11 +73,12 @@ def play(
     """
     built = build(runs[0])
     algorithm, numbers = algorithms_of(built, runs)
-    personal = _personal(built) if is_personal else None
-    data = _padded(_Data(built.population, (personal or built.evaluate).args))
+    evaluation = _personal(built) if is_personal else built.evaluate
+    data = _padded(_Data(built.population, evaluation.args))
     programs = {} if programs is None else programs
     key = (_but_for_data(built, numbers), is_personal)
-    program = programs.get(key) or _program(built, algorithm, personal and personal.func)
+    metrics = (_metrics_of_clients if is_personal else _metrics)(evaluation.func)
+    program = programs.get(key) or _program(algorithm, built.sampler, metrics)
     try:
         curves = _play(program, data, numbers, runs, is_over, show)
     except jax.errors.ConcretizationTypeError:  # A function asks for the value of a number.
@@ -128,10 +130,12 @@ def _play(
 
 
 def _program(
-    built: Experiment,
     algorithm: Callable[..., FederatedAlgorithm],
-    personal: Callable[..., ClientEvaluation] | None,
+    sampler: Sampler,
+    metrics: Callable[..., dict[str, jax.Array]],
 ) -> Program:
+    """The program, which is kept, and so must not hold the data of the runs that it is made for."""
+
     @jax.jit
     def start(data: _Data, of_runs: PyTree) -> ServerState:
         def one(key: jax.Array, numbers: dict[str, jax.Array]) -> ServerState:
@@ -153,7 +157,7 @@ def _program(
 
             def round(state: ServerState, _: None) -> tuple[ServerState, None]:
                 keys = (key_sampler, key_rounds)
-                return play_round(chosen, built.sampler, keys, state, data.population)[0], None
+                return play_round(chosen, sampler, keys, state, data.population)[0], None
 
             def rounds(state: ServerState) -> ServerState:
                 return jax.lax.scan(round, state, length=num_rounds)[0]
@@ -164,20 +168,7 @@ def _program(
 
     @jax.jit
     def evaluate(states: ServerState, data: _Data) -> dict[str, jax.Array]:
-        def one(state: ServerState) -> dict[str, jax.Array]:
-            if personal is None:
-                found = built.evaluate.func(*data.evaluated, state)
-                return {name: found[name] for name in ("loss", "accuracy")}
-            key = jax.random.key(built.settings.data_seed)
-            own = personal(*data.evaluated, state, key)
-            summary = summarize_clients(own.clients["accuracy"], own.num_examples)
-            return {
-                "loss": own.pooled["loss"],
-                "personal_accuracy": own.pooled["accuracy"],
-                "client_accuracy": summary["mean"],
-            }
-
-        return _each(one, (states,))
+        return _each(functools.partial(metrics, *data.evaluated), (states,))
 
     return Program(start, advance, evaluate)
 
@@ -190,6 +181,33 @@ def _each(one: Callable[..., PyTree], of_runs: tuple[PyTree, ...]) -> PyTree:
     return jax.lax.map(lambda x: one(*x), of_runs)
 
 
+def _metrics(evaluate: Callable[..., dict[str, jax.Array]]) -> Callable[..., dict[str, jax.Array]]:
+    """Those of the server's model."""
+
+    def metrics(*args: Any) -> dict[str, jax.Array]:
+        found = evaluate(*args)
+        return {name: found[name] for name in ("loss", "accuracy")}
+
+    return metrics
+
+
+def _metrics_of_clients(
+    evaluate: Callable[..., ClientEvaluation],
+) -> Callable[..., dict[str, jax.Array]]:
+    """Those of the models that clients use."""
+
+    def metrics(*args: Any) -> dict[str, jax.Array]:
+        found = evaluate(*args, jax.random.key(0))
+        summary = summarize_clients(found.clients["accuracy"], found.num_examples)
+        return {
+            "loss": found.pooled["loss"],
+            "personal_accuracy": found.pooled["accuracy"],
+            "client_accuracy": summary["mean"],
+        }
+
+    return metrics
+
+
 def _personal(built: Experiment) -> Partial:
     """What evaluates the models that clients have for themselves, or else the server's."""
     if built.personal is not None:
@@ -200,8 +218,10 @@ def _personal(built: Experiment) -> Partial:
             " client; choose one with examples of clients."
         )
 
+    model = built.model
+
     def of_server(cohort: Cohort, state: ServerState, key: jax.Array) -> ClientEvaluation:
-        return evaluate_clients(built.model, state, cohort, key=key)
+        return evaluate_clients(model, state, cohort, key=key)
 
     ids = np.arange(built.held_out.num_clients)
     return Partial(of_server, cohort_of(built.held_out.resident(), ids))
