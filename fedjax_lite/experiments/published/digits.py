@@ -5,7 +5,7 @@ from typing import Any
 from fedjax_lite.experiments.published.table import Cell, Measure, Table
 
 # Strengths, and learning rates beside 0.1, are the best of a few, powers of about three apart, on
-# 30 clients at Dirichlet 0.1 (see benchmarks/algorithms.py), and for FedAdam on 50 at Dirichlet 0.3.
+# 30 clients at Dirichlet 0.1 (benchmarks/algorithms.py), and for FedAdam on 50 at Dirichlet 0.3.
 # Those of FedAvgM and FedSGD have not been searched for.
 _ALGORITHMS: dict[str, dict[str, Any]] = {
     "FedAvg": {"algorithm": "fed_avg"},
