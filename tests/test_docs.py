@@ -37,7 +37,8 @@ def alone(monkeypatch, tmp_path):
     plt.close("all")
 
 
-EXTRAS = {"accounting": "dp_accounting"}  # Pages about what an extra is for, and what it brings.
+# Pages about what an extra is for, and what it brings.
+EXTRAS = {"accounting": "dp_accounting", "coming_from": "dp_accounting"}
 
 
 def run(name):
@@ -158,7 +159,10 @@ def test_links_lead_somewhere():
         folder = ROOT if name == "README" else ROOT / "docs"
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
             if "://" not in target:
-                assert (folder / target).exists(), (name, target)
+                made = re.sub(
+                    r"^examples/(\w+)\.md$", r"../examples/\1.py", target
+                )  # For the site.
+                assert (folder / made).exists(), (name, target)
 
 
 def test_the_figure_of_a_round_can_be_drawn(tmp_path):
