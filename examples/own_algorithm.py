@@ -1,13 +1,14 @@
 # %% [markdown]
 # # An algorithm from its pseudo-code
 #
-# SCAFFOLD (Karimireddy et al. 2020, Algorithm 1), written from nothing: client $i$ keeps a control
-# variate $c_i$ between rounds, the server the mean $c$ of them all, and with $K$ local steps from
-# $x$ to $y$
+# SCAFFOLD (Karimireddy et al. 2020, Algorithm 1), written from nothing. Client $i$ keeps a control
+# variate $c_i$ between rounds, and the server their mean $c$. Of $K$ local steps from $x$, each is
 #
-# $$y \leftarrow y - \eta (\nabla f_i(y) - c_i + c), \qquad
-# c_i \leftarrow c_i - c + \frac{x - y}{K \eta}, \qquad
-# x \leftarrow x + \mathrm{mean}_i (y - x), \qquad
+# $$y \leftarrow y - \eta (\nabla f_i(y) - c_i + c);$$
+#
+# after them, with $\Delta c_i = \frac{x - y}{K \eta} - c$, the client and the server do
+#
+# $$c_i \leftarrow c_i + \Delta c_i, \qquad x \leftarrow x + \mathrm{mean}_i (y - x), \qquad
 # c \leftarrow c + \frac{1}{N} \sum_i \Delta c_i.$$
 
 # %%
@@ -21,12 +22,15 @@ num_rounds = 60
 
 
 # %% [markdown]
-# `server` is what the server sends, and `client.entry` what the client kept. The functions are those
-# of one client; `fl.federated_algorithm` maps them over cohorts, lanes and devices.
+# `server` is what the server sends, and `client.entry` what the client kept. The functions are
+# those of one client; `fl.federated_algorithm` maps them over cohorts, lanes and devices.
 
 
 # %%
 def scaffold(model, rate, num_clients, **options):
+    def zeros(server):
+        return optax.tree.zeros_like(server.params)
+
     def init(server, client):
         return server.params
 
@@ -47,15 +51,12 @@ def scaffold(model, rate, num_clients, **options):
         return fl.ClientResult(moved, weight=1.0, entry=entry, statistics=added)
 
     def server_step(mean_moved, c, params, *, statistics, **_):
-        return optax.tree.scale(-1.0, mean_moved), optax.tree.add_scale(
-            c, 1 / num_clients, statistics
-        )
+        c = optax.tree.add_scale(c, 1 / num_clients, statistics)
+        return optax.tree.scale(-1.0, mean_moved), c
 
     return fl.federated_algorithm(
         model,
-        fl.ClientUpdate(
-            init, step, final, entry=lambda server: optax.tree.zeros_like(server.params)
-        ),
+        fl.ClientUpdate(init, step, final, entry=zeros),
         optax.GradientTransformationExtraArgs(optax.tree.zeros_like, server_step),
         broadcast=lambda server: (server.params, server.opt_state),
         **options,

@@ -2,9 +2,9 @@
 # # Private training
 #
 # DP-FedAvg (McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models"):
-# whoever sees the params of all rounds learns little of any one client. How little is $\varepsilon$;
-# how much noise that takes follows from how clients are drawn and how many rounds there are.
-# Needs the extra `privacy`, which does the accounting.
+# whoever sees the params of all rounds learns little of any one client. How little is
+# $\varepsilon$; how much noise that takes follows from how clients are drawn and how many rounds
+# there are. Needs the extra `privacy`, which does the accounting.
 
 # %%
 import jax
