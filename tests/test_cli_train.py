@@ -409,6 +409,19 @@ def test_help_tells_the_defaults_in_words(capsys):
     assert '"fed_prox(mu=0.1)"' in " ".join(text.replace("│", "").split())
 
 
+def test_a_run_interrupted_before_its_first_round_is_resumed(tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedjax_lite.train", interrupt)
+        with pytest.raises(SystemExit) as stop:
+            main(["train", *SMALL, "--rounds=2", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 130
+    assert f"train --resume {tmp_path / 'out'} goes on" in capsys.readouterr().err
+    assert report(capsys, "train", "--resume", tmp_path / "out")["rounds"] == [0, 2]
+
+
 def test_the_defaults_learn_the_digits_and_a_signal_keeps_a_run(tmp_path):
     """In a process of its own, on the CPU as it is set up for users."""
     metrics = tmp_path / "metrics.jsonl"
