@@ -1,5 +1,6 @@
 """Canaries among the clients, and what can be told of them from a run: epsilon from below."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -153,7 +154,7 @@ def canary_scores(
     _validate.key("keys", keys, single=False)
     ids = jnp.asarray(client_ids, jnp.int32)
 
-    def run(key: jax.Array) -> Scores:
+    def run(population: Population, key: jax.Array) -> Scores:
         key_init, key_sampler, key_rounds, key_canaries, key_coins = jax.random.split(key, 5)
         planted = jax.random.bernoulli(key_coins, shape=ids.shape)
         algorithm = build(canaries(key_canaries, ids, norm, planted=planted))
@@ -182,7 +183,11 @@ def canary_scores(
         (last, highest), _ = jax.lax.scan(round, carry, jnp.arange(num_rounds))
         return Scores(cosines(first.params, last.params), highest, planted)
 
-    return jax.lax.map(run, keys, batch_size=batch_size)
+    @jax.jit
+    def all_runs(population: Population, keys: jax.Array) -> Scores:
+        return jax.lax.map(functools.partial(run, population), keys, batch_size=batch_size)
+
+    return all_runs(population, keys)
 
 
 def audit(
