@@ -46,6 +46,7 @@ def test_the_site_has_what_an_example_draws(name):
 def test_an_example_is_a_page_and_a_notebook():
     jupytext = pytest.importorskip("jupytext", reason="jupytext comes with the extra `docs`")
     nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("mkdocs")
     spec = importlib.util.spec_from_file_location("notebooks", ROOT / "docs" / "notebooks.py")
     notebooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(notebooks)
