@@ -25,6 +25,7 @@ from fedjax_lite.privacy.accounting import Ledger as PrivacyLedger
 from fedjax_lite.runs.checkpoint import CheckpointFolder, Checkpoints
 from fedjax_lite.runs.entries import Courier
 from fedjax_lite.runs.identity import check_same, identify
+from fedjax_lite.runs.initial import on_devices_of
 from fedjax_lite.runs.interrupts import first_signal
 from fedjax_lite.runs.ledger import Ledger, epsilon_of_rows, trained, without_extras
 from fedjax_lite.runs.result import InterruptedTraining, TrainResult
@@ -32,7 +33,7 @@ from fedjax_lite.runs.step import Carry, Keys, build_step, check_length, draw
 from fedjax_lite.runs.stopping import History, Row, StopRule
 from fedjax_lite.samplers import Sampler
 from fedjax_lite.xla.memory import memory_errors
-from fedjax_lite.xla.mesh import copied, put, replicate
+from fedjax_lite.xla.mesh import copied, put
 
 
 def train(
@@ -120,10 +121,8 @@ def train(
 
     Raises:
       ValueError: An argument is out of range, or the sampler is for another population; a metric
-            settings = {} if checkpoints is None else checkpoints.settings
-            settings = {**settings, "ema_decay": ema_decay, "best": best}
-            if spent is not None:  # What they were spent with, and told for.
-                settings |= {"noise_multiplier": spent.noise_multiplier, "delta": spent.delta}
+        is unknown; the checkpoints are of another run, or none of them can be read; of several
+        processes, one is given something else than the others.
       MemoryError: There is too little for a round; with what needs how much.
       fl.InterruptedTraining: Ctrl-C was pressed, or SIGTERM or SIGHUP came, in the main thread; a
         `KeyboardInterrupt` with what the run had come to as its `result`. The round in progress
@@ -188,8 +187,8 @@ def train(
     if state is None:
         with memory_errors(lambda: {"the data": getattr(population, "examples", {})}):
             state = algorithm.init(key_init, num_clients=population.num_clients)
-    elif jax.process_count() > 1 and state.round.is_fully_addressable:
-        state = replicate(state)
+    else:
+        state = on_devices_of(state, lambda: algorithm.init(key_init, num_clients=1))
     courier = Courier(state)
     run = _Run(
         # A round reuses the memory of the state before it, and the caller may hold this one.
