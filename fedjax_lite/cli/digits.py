@@ -121,7 +121,8 @@ def _train(algorithm: Experiment, clients: Experiment) -> list[tuple[int, float]
     examples = fl.replicate(jax.tree.map(np.asarray, dict(clients.held_out.examples)))
     result = fl.train(
         algorithm.algorithm,
-        clients.population,
+        # Without a bound of batches, which none of them comes to: splits share a program.
+        dataclasses.replace(clients.population, most_examples=None),
         algorithm.sampler,
         algorithm.settings.rounds,
         key=jax.random.key(clients.settings.seed),

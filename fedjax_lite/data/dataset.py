@@ -17,6 +17,7 @@ from fedjax_lite.data import checks, storage
 from fedjax_lite.data.population import (
     ResidentPopulation,
     StreamedPopulation,
+    bound_of,
     device_rows,
     told,
     typical_rows,
@@ -434,6 +435,7 @@ class FederatedDataset:
                 for name, feature in self.examples.items()
             },
             offsets=jnp.asarray(self.offsets.astype(np.int32)),
+            most_examples=bound_of(self.num_examples),
         )
         return replicate(population, mesh)
 
@@ -484,5 +486,6 @@ class FederatedDataset:
             offsets=self.offsets,
             cohort_capacity=cohort_capacity,
             row_capacity=device_rows(row_capacity, int(self.num_examples.max()), num_devices),
+            most_examples=bound_of(self.num_examples),
             mesh=mesh,
         )

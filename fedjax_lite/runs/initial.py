@@ -1,6 +1,5 @@
 """The state that a run begins with, on the devices that its rounds run on."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from fedjax_lite.base import PyTree, ServerState
-from fedjax_lite.engine.file_store import file_stores
+from fedjax_lite.engine.file_store import file_stores, with_stores
 from fedjax_lite.engine.store import STORES, sharding_of
 from fedjax_lite.xla.mesh import put
 
@@ -22,7 +21,7 @@ def on_devices_of(state: ServerState, made: Callable[[], ServerState]) -> Server
         if an array of the state lies elsewhere.
     """
     in_files = file_stores(state)
-    near = dataclasses.replace(state, **dict.fromkeys(in_files, ()))
+    near = with_stores(state, dict.fromkeys(in_files, ()))
     if not any(map(_is_local, jax.tree.leaves(near))):
         return state
     like = made()
@@ -38,8 +37,8 @@ def on_devices_of(state: ServerState, made: Callable[[], ServerState]) -> Server
         return put(store, sharding_of(store, len(jax.tree.leaves(store)[0]), kind, home.mesh))
 
     stores = {name: stored(name) for name in STORES}
-    near = put(dataclasses.replace(near, **dict.fromkeys(STORES, ())), home)
-    return dataclasses.replace(near, **{**stores, **in_files})
+    near = put(with_stores(near, dict.fromkeys(STORES, ())), home)
+    return with_stores(near, {**stores, **in_files})
 
 
 def _is_local(x: Any) -> bool:
