@@ -15,6 +15,7 @@ import fedjax_lite as fl
 from fedjax_lite._files import locked, write_text
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.records import cannot_write, new_folder
+from fedjax_lite.data.population import ResidentPopulation
 from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.settings import Settings
 from fedjax_lite.runs.plot.style import COLORS, new_axes, save
@@ -118,11 +119,13 @@ def _clients(dealt: dict[str, Any], seed: int) -> Experiment:
 def _train(algorithm: Experiment, clients: Experiment) -> list[tuple[int, float]]:
     """Rounds and accuracies of one run."""
     assert clients.held_out is not None
+    assert isinstance(clients.population, ResidentPopulation)
+    # Without the bound of batches, to which none of them comes: splits share a program.
+    population = dataclasses.replace(clients.population, most_examples=None)
     examples = fl.replicate(jax.tree.map(np.asarray, dict(clients.held_out.examples)))
     result = fl.train(
         algorithm.algorithm,
-        # Without a bound of batches, which none of them comes to: splits share a program.
-        dataclasses.replace(clients.population, most_examples=None),
+        population,
         algorithm.sampler,
         algorithm.settings.rounds,
         key=jax.random.key(clients.settings.seed),

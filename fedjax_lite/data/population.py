@@ -122,11 +122,11 @@ class StreamedPopulation:
 
 
 def bound_of(sizes: np.ndarray) -> int:
-    """A power of two that is no less than the largest of some sizes.
+    """A power of two that is no less than the largest of some sizes, nor than 64.
 
     What is compiled for one population is compiled for others of about these sizes.
     """
-    return 1 << (int(sizes.max(initial=1)) - 1).bit_length()
+    return 1 << (max(int(sizes.max()), 64) - 1).bit_length()
 
 
 def device_rows(row_capacity: int, largest: int, num_devices: int) -> int:
