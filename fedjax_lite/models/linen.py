@@ -104,7 +104,8 @@ def linen_model(
         return metrics(predictions, batch)
 
     def batch_statistics(drawn: PyTree, batch: Batch) -> PyTree:
-        return call(*drawn, batch, jax.random.key(1))[1]["batch_stats"]
+        params, model_state = drawn
+        return call(params, model_state, batch, jax.random.key(1))[1]["batch_stats"]
 
     if "batch_stats" in collections:
         modules.require_mask(module)

@@ -106,7 +106,8 @@ def nnx_model(
         return module(*args, **kwargs, **options), module
 
     def batch_statistics(variables: PyTree, batch: Batch) -> PyTree:
-        _, after = apply(*variables, batch, jax.random.key(1), train=True)
+        params, model_state = variables
+        _, after = apply(params, model_state, batch, jax.random.key(1), train=True)
         return nnx.to_pure_dict(nnx.state(after, nnx.BatchStat))
 
     def check(batch: Batch) -> None:
