@@ -1,5 +1,9 @@
 import functools
 import json
+import os
+import re
+import shlex
+import signal
 import statistics
 
 import jax
@@ -12,6 +16,7 @@ from fedjax_lite.cli import digits, main
 from fedjax_lite.experiments.baselines import BASELINES, settings_of
 from fedjax_lite.experiments.build import build
 from fedjax_lite.experiments.settings import Settings, parsed
+from fedjax_lite.runs import Recorder
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +147,54 @@ def test_the_users_data_are_run_and_resumed(folders, tmp_path, capsys):
     np.testing.assert_array_equal(built.population.examples["x"], train.examples["x"])
     np.testing.assert_array_equal(built.held_out.examples["x"], test.examples["x"])
     assert (tmp_path / "out" / "clients.json").exists()
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_finishes_the_round_and_names_what_goes_on(
+    folders, tmp_path, capsys, monkeypatch, name, code
+):
+    out, record = tmp_path / "out", Recorder.on_round
+
+    def on_round(self, row, info):
+        record(self, row, info)
+        if row["round"] == 1:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    monkeypatch.setattr(Recorder, "on_round", on_round)
+    with pytest.raises(SystemExit) as stop:
+        report(capsys, "cifar100-logistic", *folders, "--rounds=9", "--seed=1", "--out", out)
+    assert stop.value.code == code
+    told = re.fullmatch(
+        rf"fedjax-lite: interrupted by {name} after round (\d); fedjax-lite (.*) goes on",
+        capsys.readouterr().err.splitlines()[-1],
+    )
+    assert (out / "checkpoints" / told[1]).is_dir()
+    monkeypatch.setattr(Recorder, "on_round", record)
+    assert report(capsys, *shlex.split(told[2])[1:])["rounds"] == [0, 9]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_finishes_the_cell(tmp_path, capsys, monkeypatch, name, code):
+    """Whose runs are not those of the test: what matters is what is kept of them."""
+    trained = []
+
+    def train(algorithm, clients):
+        trained.append(clients)
+        if len(trained) == 3:  # The first seed of the second algorithm.
+            os.kill(os.getpid(), getattr(signal, name))
+        return [(0, 0.25), (3, 0.5)]
+
+    monkeypatch.setattr(digits, "_NUM_SEEDS", 2)
+    monkeypatch.setattr(digits, "_SPLITS", {"IID": {"partition": "iid"}})
+    monkeypatch.setattr(digits, "_train", train)
+    with pytest.raises(SystemExit) as stop:
+        report(capsys, "digits", "--rounds=3", "--out", tmp_path)
+    assert stop.value.code == code
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"fedjax-lite: interrupted by {name}; {tmp_path} holds what has ended"
+    kept = json.loads((tmp_path / "digits.json").read_text())["runs"]
+    assert [run["algorithm"] for run in kept] == ["FedAvg", "FedAdam"]
+    assert kept[1]["final"] == [0.5, 0.5]
 
 
 def test_cifar10_is_dealt_as_published(monkeypatch, tmp_path):

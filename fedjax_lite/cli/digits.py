@@ -13,7 +13,7 @@ import numpy as np
 
 import fedjax_lite as fl
 from fedjax_lite._files import locked, write_text
-from fedjax_lite.cli.errors import InterruptedRunError, UsageError
+from fedjax_lite.cli.errors import UsageError, finishing
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.data.population import ResidentPopulation
 from fedjax_lite.experiments.build import Experiment, build
@@ -84,19 +84,16 @@ def compare(out: Path | None, rounds: int | None, seed: int, *, as_json: bool) -
             stack.enter_context(locked(out / ".lock"))
         except OSError as error:
             raise cannot_write(out, error) from None
+        end_if_signalled = stack.enter_context(finishing(f"{out} holds what has ended"))
         for split in _SPLITS:
             for name, built in algorithms.items():
-                try:
-                    curves = [_train(built, one) for one in clients[split]]
-                except KeyboardInterrupt as interrupt:
-                    raise InterruptedRunError(
-                        f"interrupted in {split}, {name}; {out} holds what is before it", interrupt
-                    ) from None
+                curves = [_train(built, one) for one in clients[split]]
                 runs.append({"split": split, "algorithm": name, **_summarize(curves)})
                 report |= {"seconds": time.perf_counter() - began, "runs": runs}
                 write_text(out / "digits.json", json.dumps(jsonable(report), indent=2) + "\n")
                 told = f"{split}, {name}: {_brief(runs[-1])}"
                 print(told, file=sys.stderr if as_json else sys.stdout, flush=True)
+                end_if_signalled()
         table = _table(runs)
         write_text(out / "digits.md", table)
         _draw(out / "digits.png", runs)

@@ -2,7 +2,13 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import jax
+
+from fedjax_lite.runs.interrupts import first_signal
+from fedjax_lite.runs.result import InterruptedTraining
+from fedjax_lite.xla import hosts
 
 
 class UsageError(Exception):
@@ -28,6 +34,37 @@ class InterruptedRunError(Exception):
 def exit_code(interrupt: KeyboardInterrupt) -> int:
     """That of a shell for a process that a signal ends."""
     return 128 + getattr(interrupt, "signal", signal.SIGINT)
+
+
+@contextlib.contextmanager
+def finishing(goes_on: str) -> Iterator[Callable[[], None]]:
+    """A signal ends the command where the function is called that this yields, or at the end.
+
+    So what is in progress is finished and recorded before; a second signal ends it at once.
+
+    Args:
+      goes_on: What to tell the user of how to go on.
+
+    Raises:
+      InterruptedRunError: A signal came.
+    """
+    try:
+        with first_signal() as came:
+
+            def end_if_signalled() -> None:
+                number = int(came() or 0)
+                if jax.process_count() > 1:  # All end after the same.
+                    number = hosts.told(hosts.tell(0.0, number))[1]
+                if number:
+                    came_first = signal.Signals(number)
+                    by = "" if came_first is signal.SIGINT else f" by {came_first.name}"
+                    raise InterruptedTraining(f"interrupted{by}", came_first)
+
+            yield end_if_signalled
+            end_if_signalled()
+    except KeyboardInterrupt as interrupt:
+        told = str(interrupt) or "interrupted"
+        raise InterruptedRunError(f"{told}; {goes_on}", interrupt) from None
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import tyro
 import fedjax_lite as fl
 from fedjax_lite._files import locked, write_text
 from fedjax_lite.cli.brief import told_briefly
-from fedjax_lite.cli.errors import InterruptedRunError, UsageError
+from fedjax_lite.cli.errors import UsageError, finishing
 from fedjax_lite.cli.hosts import Hosts, join, lost, new_console, of_first
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import read_run
@@ -55,8 +55,8 @@ class Sweep(Hosts, Settings):
     Settings are those of train. Seeds, and numbers of the algorithm, of optimizers and of updates,
     vary within one compiled program; what changes the data, the model or the shape of the program
     takes one for each value. Evaluations are of the server's
-    model, not of models that clients have for themselves. A sweep that was interrupted goes on from
-    the last program that had ended, by the same command with its folder as --out.
+    model, not of models that clients have for themselves. Ctrl-C ends a sweep when the program in
+    progress has ended; it goes on from there by the same command with its folder as --out.
 
     Attributes:
       config: File of settings, .yaml or .json, as for train; also the config.json of a run. Those
@@ -87,6 +87,7 @@ def sweep(options: Sweep) -> None:
 
     Raises:
       UsageError: A setting is wrong, or the folder cannot be written.
+      InterruptedRunError: A signal came, and the program in progress has been recorded.
     """
     fl.configure_cpu()
     join(options)
@@ -157,29 +158,27 @@ def _run_all(
     # As the first process sees the files, which writes them.
     is_complete = [_is_complete(*of) for of in zip(folders, runs, strict=True)]
     is_complete = hosts.shared(is_complete)
-    for places in programs:
-        if all(is_complete[place] for place in places):
-            continue
-        try:
-            histories = _run([runs[place].settings for place in places])
-        except KeyboardInterrupt as interrupt:
-            raise InterruptedRunError(
-                f"interrupted; the same command with --out {out} goes on", interrupt
-            ) from None
-        except jax.errors.JaxRuntimeError as error:
-            raise lost(error, f"the same command with --out {out} goes on") from None
-        except ValueError as error:
-            raise UsageError(as_option(str(error))) from None
-        if not hosts.is_first():
-            continue
-        write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
-        for place, history in zip(places, histories, strict=True):
-            _record(folders[place], runs[place].settings, history)
-    run_s = time.perf_counter() - began
+    goes_on = f"the same command with --out {out} goes on"
+    with finishing(goes_on) as end_if_signalled:
+        for places in programs:
+            if all(is_complete[place] for place in places):
+                continue
+            try:
+                histories = _run([runs[place].settings for place in places])
+            except jax.errors.JaxRuntimeError as error:
+                raise lost(error, goes_on) from None
+            except ValueError as error:
+                raise UsageError(as_option(str(error))) from None
+            if hosts.is_first():
+                write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
+                for place, history in zip(places, histories, strict=True):
+                    _record(folders[place], runs[place].settings, history)
+            end_if_signalled()
+        run_s = time.perf_counter() - began
 
-    if hosts.is_first():
-        _report(options, out, varied, runs, folders, len(programs), run_s)
-    hosts.anywhere(False)  # Until then, all stay.
+        if hosts.is_first():
+            _report(options, out, varied, runs, folders, len(programs), run_s)
+        hosts.anywhere(False)  # Until then, all stay.
 
 
 def _report(
