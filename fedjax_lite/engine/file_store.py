@@ -27,6 +27,18 @@ from fedjax_lite.engine.store import STORES, sharding_of
 _NOWHERE = np.uint32(2**32 - 1)  # The place of an entry that has not been written.
 
 
+class _SharedLock:
+    """A lock that all files of one path in this process share: those of earlier states are idle."""
+
+    def __init__(self, path: Path) -> None:
+        stack = contextlib.ExitStack()
+        stack.enter_context(locked(path))
+        weakref.finalize(self, stack.close)
+
+
+_LOCKS: weakref.WeakValueDictionary[Path, _SharedLock] = weakref.WeakValueDictionary()
+
+
 class EntryFile:
     """A file of entries of equal size, at places that are numbered.
 
@@ -43,7 +55,7 @@ class EntryFile:
         self._file = path.open("rb+" if path.exists() else "wb+")
         weakref.finalize(self, self._file.close)
         self._num_places = -(-path.stat().st_size // max(self._entry_bytes, 1))
-        self._lock: contextlib.ExitStack | None = None  # None until something is written.
+        self._lock: _SharedLock | None = None  # None until something is written.
         self._free: list[int] = []
         self._fresh: set[int] = set()  # Written since the last checkpoint, which knows none of it.
         # Given up since a checkpoint, for each checkpoint that may still be read, the oldest first.
@@ -93,8 +105,8 @@ class EntryFile:
           Places and checksums, uint32 `[entries, 2]`.
         """
         if self._lock is None:
-            self._lock = contextlib.ExitStack()
-            self._lock.enter_context(locked(self.path.with_name(f".{self.path.name}.lock")))
+            lock = self.path.with_name(f".{self.path.name}.lock").resolve()
+            self._lock = _LOCKS.get(lock) or _LOCKS.setdefault(lock, _SharedLock(lock))
         index = [self._write(data) for data in _each(entries, slots)]
         for place in replaced[replaced != _NOWHERE].tolist():
             if place in self._fresh:
