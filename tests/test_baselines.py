@@ -149,23 +149,20 @@ def test_the_users_data_are_run_and_resumed(folders, tmp_path, capsys):
     assert (tmp_path / "out" / "clients.json").exists()
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_signal_finishes_the_round_and_names_what_goes_on(
-    folders, tmp_path, capsys, monkeypatch, name, code
-):
+def test_a_signal_finishes_the_round_and_names_what_goes_on(folders, tmp_path, capsys, monkeypatch):
     out, record = tmp_path / "out", Recorder.on_round
 
     def on_round(self, row, info):
         record(self, row, info)
         if row["round"] == 1:
-            os.kill(os.getpid(), getattr(signal, name))
+            os.kill(os.getpid(), signal.SIGHUP)
 
     monkeypatch.setattr(Recorder, "on_round", on_round)
     with pytest.raises(SystemExit) as stop:
         report(capsys, "cifar100-logistic", *folders, "--rounds=9", "--seed=1", "--out", out)
-    assert stop.value.code == code
+    assert stop.value.code == 129
     told = re.fullmatch(
-        rf"fedjax-lite: interrupted by {name} after round (\d); fedjax-lite (.*) goes on",
+        r"fedjax-lite: interrupted by SIGHUP after round (\d); fedjax-lite (.*) goes on",
         capsys.readouterr().err.splitlines()[-1],
     )
     assert (out / "checkpoints" / told[1]).is_dir()

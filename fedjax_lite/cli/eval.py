@@ -12,7 +12,7 @@ import rich.table
 from tyro.conf import Positional, arg
 
 import fedjax_lite as fl
-from fedjax_lite.cli.errors import UsageError
+from fedjax_lite.cli.errors import UsageError, usage_errors
 from fedjax_lite.cli.running import state_in_file
 from fedjax_lite.cli.runs import settings_of_training
 from fedjax_lite.experiments.baselines import BASELINES
@@ -53,12 +53,10 @@ def evaluate(options: Eval) -> None:
         raise UsageError(f"{options.run} holds no checkpoints; choose the folder of a `train` run")
     recorded = settings_of_training(options.run)
     fl.configure_cpu()
-    try:
+    with usage_errors():
         built = _build(recorded)
         held_out = read_examples(options.dataset) if options.dataset else built.held_out
         round, state = _restore(options, built, in_file=bool(recorded.get("store_in_file")))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
     if not built.server_has_all and (options.best or options.dataset):
         asked = "--best" if options.best else "--dataset"
         raise UsageError(
@@ -66,17 +64,15 @@ def evaluate(options: Eval) -> None:
             " models, and clients keep what makes them their own; leave it out"
         )
     report: dict[str, Any] = {"run": str(options.run), "round": round, "best": options.best}
-    if held_out is None or not built.server_has_all:
-        report |= {name: float(value) for name, value in built.evaluate(state).items()}
-    else:
-        report |= _measure(built.model, state, held_out)
-    # The best state is kept without what clients keep.
-    if built.personal is not None and options.dataset is None and not options.best:
-        try:
+    with usage_errors():  # The file of what clients keep may be damaged.
+        if held_out is None or not built.server_has_all:
+            report |= {name: float(value) for name, value in built.evaluate(state).items()}
+        else:
+            report |= _measure(built.model, state, held_out)
+        # The best state is kept without what clients keep.
+        if built.personal is not None and options.dataset is None and not options.best:
             found = built.personal(state, jax.random.key(built.settings.seed))
-        except ValueError as error:  # The file of what clients keep is damaged.
-            raise UsageError(str(error)) from None
-        report["personal_accuracy"] = float(found.pooled["accuracy"])
+            report["personal_accuracy"] = float(found.pooled["accuracy"])
     if options.json:
         print(json.dumps(jsonable(report)))
     else:
