@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from fedjax_lite.runs.interrupts import first_signal
+from fedjax_lite.runs.interrupts import first_signal, interrupted_by
 from fedjax_lite.runs.result import InterruptedTraining
 from fedjax_lite.xla import hosts
 
@@ -56,9 +56,8 @@ def finishing(goes_on: str) -> Iterator[Callable[[], None]]:
                 if jax.process_count() > 1:  # All end after the same.
                     number = hosts.told(hosts.tell(0.0, number))[1]
                 if number:
-                    came_first = signal.Signals(number)
-                    by = "" if came_first is signal.SIGINT else f" by {came_first.name}"
-                    raise InterruptedTraining(f"interrupted{by}", came_first)
+                    first = signal.Signals(number)
+                    raise InterruptedTraining(interrupted_by(first), first)
 
             yield end_if_signalled
             end_if_signalled()
