@@ -98,6 +98,22 @@ def test_a_run_is_recorded_resumed_and_evaluated(tmp_path, capsys):
     assert contents(out) == before
 
 
+def test_a_run_that_is_killed_before_its_first_round_is_resumed(tmp_path, capsys, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*args, **options):
+        raise Killed
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as context:
+        context.setattr(fl, "train", killed)
+        with pytest.raises(Killed):
+            main(["train", *SMALL, "--rounds=2", "--out", str(out)])
+    assert f"or --resume {out}" in refusal(capsys, "train", *SMALL, "--rounds=2", "--out", out)
+    assert report(capsys, "train", "--resume", out)["rounds"] == [0, 2]
+
+
 def test_a_damaged_file_of_entries_is_told_in_one_line(tmp_path, capsys):
     """Of a model of which the server has a part: all evaluations read the file."""
     out = tmp_path / "run"

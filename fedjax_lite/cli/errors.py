@@ -67,9 +67,9 @@ def finishing(goes_on: str) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def usage_errors() -> Iterator[None]:
-    """Has a `ValueError` end the command in one line."""
+def usage_errors(told: Callable[[str], str] = str) -> Iterator[None]:
+    """Has a `ValueError` end the command in one line, which `told` makes of its message."""
     try:
         yield
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(told(str(error))) from None

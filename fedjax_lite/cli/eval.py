@@ -12,17 +12,19 @@ import rich.table
 from tyro.conf import Positional, arg
 
 import fedjax_lite as fl
+from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.errors import UsageError, usage_errors
 from fedjax_lite.cli.running import state_in_file
 from fedjax_lite.cli.runs import settings_of_training
 from fedjax_lite.experiments.baselines import BASELINES
 from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.loading import read_examples
-from fedjax_lite.experiments.settings import Settings
+from fedjax_lite.experiments.settings import settings_from
 from fedjax_lite.runs.checkpoint import read_checkpoint
 from fedjax_lite.runs.records import jsonable
 
 
+@told_briefly
 @dataclasses.dataclass(frozen=True)
 class Eval:
     """Evaluate the model of a run, on all examples together and on those of each client.
@@ -38,7 +40,7 @@ class Eval:
     """
 
     run: Annotated[Positional[Path], arg(metavar="DIR")]
-    dataset: Annotated[str | None, arg(metavar="STR", help_behavior_hint="")] = None
+    dataset: str | None = None
     best: bool = False
     json: bool = False
 
@@ -81,13 +83,11 @@ def evaluate(options: Eval) -> None:
 
 def _build(recorded: dict[str, Any]) -> Experiment:
     """The simulation that a run is of."""
-    names = {field.name for field in dataclasses.fields(Settings)}
-    settings: dict[str, Any] = {name: recorded[name] for name in names & set(recorded)}
     datasets = None
     if "baseline" in recorded and "note" not in recorded:  # Of files, which it reads by itself.
         data, test = Path(recorded["dataset"]), Path(recorded["test"])
         datasets = BASELINES[recorded["baseline"]].load(data, None if test == data else test)
-    return build(Settings(**settings), datasets)
+    return build(settings_from(recorded), datasets)
 
 
 def _restore(options: Eval, built: Experiment, *, in_file: bool) -> tuple[int, fl.ServerState]:

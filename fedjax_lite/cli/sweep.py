@@ -6,9 +6,7 @@ import errno
 import itertools
 import json
 import os
-import re
 import time
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -22,17 +20,15 @@ import tyro
 import fedjax_lite as fl
 from fedjax_lite._files import locked, write_text
 from fedjax_lite.cli.brief import told_briefly
-from fedjax_lite.cli.errors import UsageError, finishing
+from fedjax_lite.cli.errors import UsageError, finishing, usage_errors
 from fedjax_lite.cli.hosts import Hosts, join, lost, new_console, of_first
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import read_run
 from fedjax_lite.cli.train import as_option
-from fedjax_lite.experiments import expressions
+from fedjax_lite.cli.vary import is_traced, varied_by
 from fedjax_lite.experiments.build import algorithm_of, build
-from fedjax_lite.experiments.settings import Calls, Settings, calls_of
-from fedjax_lite.experiments.tables import ROLES
+from fedjax_lite.experiments.settings import Settings, calls_of, settings_from
 from fedjax_lite.experiments.varying import (
-    TRACED,
     group_by_program,
     numbers_of,
     varied_settings,
@@ -91,14 +87,13 @@ def sweep(options: Sweep) -> None:
     """
     fl.configure_cpu()
     join(options)
-    varied = dict(map(_values, options.vary))
+    varied = dict(map(varied_by, options.vary))
     if not varied or len(varied) < len(options.vary):
         raise UsageError("--vary is given twice for a setting, or not at all; name each once")
     if options.fine_tune_epochs is not None or "fine_tune_epochs" in varied:
         raise UsageError("--fine-tune-epochs does nothing in a sweep; leave it out")
-    names = [field.name for field in dataclasses.fields(Settings)]
-    base = Settings(**{name: getattr(options, name) for name in names})
-    try:
+    base = settings_from(vars(options))
+    with usage_errors(as_option):
         runs = [
             _Run(values, varied_settings(base, values))
             for values in (
@@ -106,8 +101,6 @@ def sweep(options: Sweep) -> None:
                 for chosen in itertools.product(*varied.values())
             )
         ]
-    except ValueError as error:
-        raise UsageError(as_option(str(error))) from None
     programs = group_by_program([run.settings for run in runs])
     about = jsonable({"config": dataclasses.asdict(base), "vary": varied})
     with contextlib.ExitStack() as stack:
@@ -149,7 +142,9 @@ def _run_all(
 ) -> None:
     """Runs, records, draws and reports what is not recorded yet."""
     varied = about["vary"]
-    structural = sorted(name for name in varied if not _is_traced(runs[0], name))
+    structural = sorted(
+        name for name, value in runs[0].values.items() if not is_traced(name, value)
+    )
     told = f", since {', '.join(structural)} cannot vary within one" if len(programs) > 1 else ""
     console = new_console(stderr=options.json)
     console.print(f"{len(runs)} runs in {_count(len(programs), 'program')}{told}")
@@ -164,11 +159,10 @@ def _run_all(
             if all(is_complete[place] for place in places):
                 continue
             try:
-                histories = _run([runs[place].settings for place in places])
+                with usage_errors(as_option):
+                    histories = _run([runs[place].settings for place in places])
             except jax.errors.JaxRuntimeError as error:
                 raise lost(error, goes_on) from None
-            except ValueError as error:
-                raise UsageError(as_option(str(error))) from None
             if hosts.is_first():
                 write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
                 for place, history in zip(places, histories, strict=True):
@@ -218,47 +212,6 @@ def _report(
         print(text)
     else:
         _print_report(report, new_console(stderr=False))
-
-
-def _values(text: str) -> tuple[str, tuple[Any, ...]]:
-    """A setting, or an argument of one, and its values, from `name=a,b` or `name=begin:end`.
-
-    Raises:
-      UsageError: It is none, or has values of another type.
-    """
-    name, equals, listed = text.partition("=")
-    name = name.replace("-", "_")
-    hints = typing.get_type_hints(Settings)
-    root, dot, _ = name.partition(".")
-    if not equals or not listed:
-        raise UsageError(f"--vary is {text!r}; write a setting and its values, as client_lr=0.1,1")
-    if root not in hints or (dot and root not in Calls._fields):
-        choices = ", ".join(Calls._fields if dot else hints)
-        raise UsageError(f"--vary is {text!r}; choose one of {choices}")
-    parts = expressions.split(listed)
-    if len(parts) == 1 and re.fullmatch(r"-?\d+:-?\d+", listed):
-        parts = list(map(str, range(*map(int, listed.split(":")))))
-    kinds = {hints[root], *typing.get_args(hints[root])}
-    convert = next((kind for kind in (int, float) if kind in kinds and not dot), str)
-    try:
-        values: list[Any] = list(map(convert, parts))
-        if dot:
-            values = [expressions.literal(ROLES[root], part) for part in parts]
-    except ValueError as error:
-        told = error if dot else f"{name} takes {convert.__name__} values; separate them by commas"
-        raise UsageError(f"--vary is {text!r}, but {told}, or write begin:end") from None
-    if any(isinstance(value, float) for value in values):
-        values = [float(value) if type(value) is int else value for value in values]
-    if not values or len(set(map(str, values))) < len(values):
-        raise UsageError(f"--vary is {text!r}; name at least one value, and each once")
-    return name, tuple(values)
-
-
-def _is_traced(run: _Run, name: str) -> bool:
-    """Whether a setting varies within a program."""
-    if name in ("seed", "client_lr", "server_lr"):
-        return True
-    return name.partition(".")[0] in TRACED and isinstance(run.values[name], float)
 
 
 def _run(runs: Sequence[Settings]) -> list[fl.History]:

@@ -14,13 +14,13 @@ import rich.table
 
 import fedjax_lite as fl
 from fedjax_lite.cli.brief import told_briefly
-from fedjax_lite.cli.errors import UsageError
+from fedjax_lite.cli.errors import UsageError, usage_errors
 from fedjax_lite.cli.hosts import Hosts, join, of_first
 from fedjax_lite.cli.running import print_report, run_recorded, unused_folder
 from fedjax_lite.cli.runs import RULES, read_settings
 from fedjax_lite.engine.execution import Execution, choose_lanes
 from fedjax_lite.experiments.build import Experiment, build
-from fedjax_lite.experiments.settings import Settings
+from fedjax_lite.experiments.settings import Settings, settings_from
 from fedjax_lite.runs.records import jsonable, machine
 from fedjax_lite.runs.stopping import StopRule
 from fedjax_lite.xla.hosts import all_or_none
@@ -84,13 +84,9 @@ def train(options: Train) -> None:
     """
     fl.configure_cpu()
     join(options)
-    names = [field.name for field in dataclasses.fields(Settings)]
-    try:
-        settings_of_run = Settings(**{name: getattr(options, name) for name in names})
-        built = all_or_none(lambda: build(settings_of_run))
+    with usage_errors(as_option):
+        built = all_or_none(lambda: build(settings_from(vars(options))))
         _check(options)
-    except ValueError as error:
-        raise UsageError(as_option(str(error))) from None
     settings = {
         **dataclasses.asdict(built.settings),
         **{name: getattr(options, name) for name in RULES},
@@ -98,7 +94,7 @@ def train(options: Train) -> None:
     if options.dry_run:
         _dry_run(built, settings, as_json=options.json)
         return
-    try:
+    with usage_errors(as_option):
         report = run_recorded(
             built,
             of_first(lambda: _folder(options, settings)),
@@ -111,8 +107,6 @@ def train(options: Train) -> None:
             tensorboard=options.tensorboard,
             stderr=options.json,
         )
-    except ValueError as error:
-        raise UsageError(as_option(str(error))) from None
     if options.json:
         print(json.dumps(jsonable(report)))
     else:
