@@ -22,6 +22,7 @@ from fedjax_lite.engine.execution import Execution, choose_lanes
 from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.settings import Settings, settings_from
 from fedjax_lite.runs.records import jsonable, machine
+from fedjax_lite.runs.step import draw
 from fedjax_lite.runs.stopping import StopRule
 from fedjax_lite.xla.hosts import all_or_none
 from fedjax_lite.xla.mesh import resolve as resolve_mesh
@@ -164,10 +165,18 @@ def _folder(options: Train, settings: dict[str, Any]) -> Path:
 
 def _dry_run(built: Experiment, settings: dict[str, Any], *, as_json: bool) -> None:
     """Runs one round, and prints what it takes."""
+    report = {"config": settings, **machine(), **_cost_of_a_round(built)}
+    if as_json:
+        print(json.dumps(jsonable(report)))
+    else:
+        _print_dry_run(report)
+
+
+def _cost_of_a_round(built: Experiment) -> dict[str, Any]:
+    """What there is in a round, its memory and its time."""
     key_init, key_sampler, key = jax.random.split(jax.random.key(built.settings.seed), 3)
     state = built.algorithm.init(key_init, num_clients=built.population.num_clients)
-    selection = built.sampler.select(key_sampler, 0)
-    cohort = fl.cohort_of(built.population, selection.client_ids, key=key)
+    cohort, _ = draw(built.sampler, built.population, (key_sampler, key), 0)
     began = time.perf_counter()
     round: Any = built.algorithm.round
     step = round.lower(key, state, cohort).compile()
@@ -177,9 +186,7 @@ def _dry_run(built: Experiment, settings: dict[str, Any], *, as_json: bool) -> N
     jax.block_until_ready(step(key, state, cohort))
     ended = time.perf_counter()
     memory = step.memory_analysis()
-    report = {
-        "config": settings,
-        **machine(),
+    return {
         "clients": built.population.num_clients,
         "slots_of_a_cohort": built.sampler.capacity,
         "lanes": choose_lanes(
@@ -198,11 +205,11 @@ def _dry_run(built: Experiment, settings: dict[str, Any], *, as_json: bool) -> N
         "round_s": ended - warm,
         "run_s": (ended - warm) * built.settings.rounds,
     }
-    if as_json:
-        print(json.dumps(jsonable(report)))
-        return
+
+
+def _print_dry_run(report: dict[str, Any]) -> None:
     table = rich.table.Table(title="a run of these settings", show_header=False)
-    for name, value in settings.items():
+    for name, value in report["config"].items():
         if value is not None:
             table.add_row(name, str(value))
     table.add_section()
