@@ -115,7 +115,8 @@ class _SpeedOptions(TypedDict, total=False):
         Mesh | None,
         Option(
             None,
-            'Mesh with the axis `"clients"`, all devices by default; changes the speed only.',
+            'Mesh with the axis `"clients"`; all devices by default, or the one that'
+            " `jax.default_device` names. Changes the speed only.",
         ),
     ]
     rewrite_convolutions: Annotated[

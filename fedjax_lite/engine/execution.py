@@ -11,7 +11,7 @@ from fedjax_lite import _validate
 from fedjax_lite.base import PyTree
 from fedjax_lite.engine.store import MEMORY_KINDS
 from fedjax_lite.xla.hosts import least
-from fedjax_lite.xla.mesh import resolve
+from fedjax_lite.xla.mesh import default_device, resolve
 from fedjax_lite.xla.rewrite import rewritten
 
 _MOST_LANES = 64
@@ -24,7 +24,8 @@ class Execution(NamedTuple):
     Attributes:
       lanes: How many clients a device trains side by side; by default 1 on CPUs and up to 64
         elsewhere.
-      mesh: Mesh with the axis `"clients"`; all devices by default.
+      mesh: Mesh with the axis `"clients"`; all devices by default, or the one that
+        `jax.default_device` names.
       rewrite_convolutions: Whether to rewrite the convolutions of what a client computes and, on
         CPUs, its products (see `xla/rewrite.py`); by default on CPUs, and on GPUs with several
         lanes.
@@ -119,5 +120,7 @@ def choose_rewrite(execution: Execution) -> Rewrite:
 
 
 def _platform(execution: Execution) -> str:
-    mesh = execution.mesh
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if execution.mesh is not None:
+        return execution.mesh.devices.flat[0].platform
+    device = default_device()
+    return jax.default_backend() if device is None else device.platform

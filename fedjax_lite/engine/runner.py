@@ -85,6 +85,7 @@ def run_clients(
     check_store(store, num_entries)
     execution = resolved(execution, shared, cohort.capacity)
     mesh, rewrite = execution.mesh, choose_rewrite(execution)
+    alone = execution.num_devices == 1
     num_steps = count_steps(cohort, random.fast(key), batching)
     sizes = num_steps if _differ(cohort, batching) else None
     table = _deal(cohort, execution, sizes)
@@ -104,7 +105,7 @@ def run_clients(
         last_aggregate: PyTree,
     ) -> CohortResult:
         cohort = dataclasses.replace(cohort, examples=examples)
-        device = 0 if mesh is None else jax.lax.axis_index(AXIS)
+        device = 0 if alone else jax.lax.axis_index(AXIS)
         slots_or_ids = cohort.client_ids
         if cohort.has_entries:
             slots_or_ids = jnp.arange(cohort.capacity, dtype=jnp.int32)
@@ -141,8 +142,8 @@ def run_clients(
             bound=bound,
         )
         update, kept_store = result.update, result.store
-        if mesh is not None:
-            if execution.num_devices > 1 and jax.tree.leaves(kept_store):
+        if not alone:
+            if jax.tree.leaves(kept_store):
                 weights = result.clients["weight"].at[own_table].get(mode="fill", fill_value=0)
                 kept_store = exchange(
                     store if spread else kept_store,
@@ -175,7 +176,7 @@ def run_clients(
         *(num_steps, shared, without_examples, random.fast(key)),
         *(versions, frozen, last_aggregate),
     )
-    if mesh is None:
+    if alone:
         result = run_waves(table, cohort.examples, store, *replicated)
     else:
         # With check_vma on, a gradient with respect to replicated params is summed over the

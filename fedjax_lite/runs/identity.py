@@ -21,6 +21,7 @@ from fedjax_lite.data.population import (
 )
 from fedjax_lite.samplers import Sampler
 from fedjax_lite.xla import hosts
+from fedjax_lite.xla.mesh import resolve
 
 _SAMPLED_ROWS = 100
 _MOST_BYTES = 2**24  # Of what lies with other processes, that is read at once.
@@ -85,7 +86,8 @@ def identify(
     identity["key"] = f"{jax.random.key_impl(key)} {jax.random.key_data(key).tolist()}"
     text = re.sub(r"0x[0-9a-f]+", "", str(program))  # Without addresses of functions.
     identity["program"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    identity["program devices"] = jax.device_count()
+    mesh = resolve(None)
+    identity["program devices"] = 1 if mesh is None else mesh.size
     identity["program jax"] = jax.__version__
     return identity
 

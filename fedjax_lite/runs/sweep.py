@@ -18,7 +18,7 @@ from fedjax_lite.runs.ledger import epsilon_of_rows, flatten, numbers_of, with_c
 from fedjax_lite.runs.step import check_length, play_round
 from fedjax_lite.runs.stopping import History, Row
 from fedjax_lite.samplers import Sampler
-from fedjax_lite.xla.mesh import AXIS, clients_mesh
+from fedjax_lite.xla.mesh import AXIS, resolve
 
 
 class SweepResult(NamedTuple):
@@ -184,7 +184,8 @@ def _program(
 
     @jax.jit
     def all_runs(population: Population, runs: PyTree) -> PyTree:
-        num_devices, num_runs = jax.device_count(), len(jax.tree.leaves(runs)[0])
+        mesh, num_runs = resolve(None), len(jax.tree.leaves(runs)[0])
+        num_devices = 1 if mesh is None else mesh.size
         own = -(-num_runs // num_devices)
         # On a CPU a second one turns products into batched ones, which run slower.
         size = min(lanes or (1 if jax.default_backend() == "cpu" else own), own)
@@ -202,17 +203,17 @@ def _program(
         num_padded = -(-own // size) * size * num_devices
         place = jnp.minimum(jnp.arange(num_padded), num_runs - 1)
         runs = jax.tree.map(lambda x: x[place], runs)
-        if num_devices > 1:
+        if mesh is not None:
             own_runs = jax.shard_map(
                 own_runs,
-                mesh=clients_mesh(),
+                mesh=mesh,
                 in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
                 out_specs=PartitionSpec(AXIS),
                 check_vma=False,
             )
         states, recorded = jax.tree.map(lambda x: x[:num_runs], own_runs(population, runs))
-        if num_devices > 1:  # For each of several processes.
-            everywhere = NamedSharding(clients_mesh(), PartitionSpec())
+        if mesh is not None:  # For each of several processes.
+            everywhere = NamedSharding(mesh, PartitionSpec())
             recorded = jax.lax.with_sharding_constraint(recorded, everywhere)
         return states, recorded
 

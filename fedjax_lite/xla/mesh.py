@@ -32,17 +32,26 @@ def clients_mesh(num_devices: int | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def default_device() -> jax.Device | None:
+    """The device that `jax.default_device` names, if it names one."""
+    config: Any = jax.config  # Without a type for this one.
+    device = config.jax_default_device
+    return device if isinstance(device, jax.Device) else None
+
+
 def resolve(mesh: Mesh | None) -> Mesh | None:
     """The mesh to run on: the one given, else all devices; `None` for a single device.
 
-    Inside a `shard_map`, where each device goes its own way, the default is that one device.
+    The default is a single device, too, where `jax.default_device` names one, and inside a
+    `shard_map`, where each device goes its own way.
 
     Raises:
       ValueError: The mesh has not the one axis `"clients"`, of type Auto, or no device of this
         process.
     """
     if mesh is None:
-        alone = jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes
+        inside = jax.sharding.get_abstract_mesh().manual_axes
+        alone = inside or default_device() is not None or jax.device_count() == 1
         return None if alone else clients_mesh()
     _validate.instance("mesh", mesh, Mesh)
     if mesh.axis_names != (AXIS,) or mesh.axis_types != (AxisType.Auto,):
