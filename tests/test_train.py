@@ -111,7 +111,8 @@ def test_compiles_once_and_leaves_the_state_of_the_caller_alone():
     ids=["numpy", "committed", "uncommitted"],
 )
 def test_a_state_of_local_arrays_is_put_where_rounds_run(placed):
-    options = setting(algorithm=scaffold(), num_rounds=2, evaluate=None)
+    population = regression_dataset().resident(fl.clients_mesh())
+    options = setting(algorithm=scaffold(), population=population, num_rounds=2, evaluate=None)
     state = scaffold().init(jax.random.key(3), num_clients=10)
     desired = fl.train(**options, state=state).state
     local = jax.tree.map(placed, state)
@@ -123,7 +124,7 @@ def test_a_state_of_local_arrays_is_put_where_rounds_run(placed):
 
 @functools.cache
 def scaffold():
-    return fl.scaffold(regression_model(), optax.sgd(0.1), batch_size=3)
+    return fl.scaffold(regression_model(), optax.sgd(0.1), batch_size=3, mesh=fl.clients_mesh())
 
 
 def test_streamed_equals_resident_and_generated_populations_train():
