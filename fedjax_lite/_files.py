@@ -2,13 +2,30 @@
 
 import contextlib
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-try:
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: IO[str]) -> None:
+        file.seek(0)  # The first byte, also of an empty file.
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+else:
     import fcntl
-except ImportError:  # On Windows nothing keeps a second process out.
-    fcntl = None  # type: ignore[assignment]
+
+    def _lock(file: IO[str]) -> None:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# The system tells apart processes, and not what runs in one of them: what would lock a file again
+# there would have the lock, and its end would give up that of both.
+_held: set[Path] = set()
+_guard = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -32,7 +49,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keeps other processes from writing a folder.
+    """Keeps other processes, and all else in this one, from writing a folder.
 
     The lock is the operating system's: it ends with the process, however that ends. File systems
     without locks have none.
@@ -41,12 +58,20 @@ def locked(path: Path) -> Iterator[None]:
       path: The file that is locked, in the folder; it is made, and stays.
 
     Raises:
-      BlockingIOError: Another process has it.
+      BlockingIOError: Something else has it.
     """
-    with path.open("a") as file:
-        if fcntl is not None:
+    resolved = path.resolve()
+    with _guard:
+        if resolved in _held:
+            raise BlockingIOError(
+                f"{path.parent} is being written by another run in this process; wait for its end,"
+                " or choose another folder."
+            )
+        _held.add(resolved)
+    try:
+        with path.open("a") as file:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file)
             except (BlockingIOError, PermissionError):  # POSIX allows either.
                 raise BlockingIOError(
                     f"{path.parent} is being written by another process; wait for its end, or"
@@ -54,4 +79,6 @@ def locked(path: Path) -> Iterator[None]:
                 ) from None
             except OSError:
                 pass
-        yield
+            yield
+    finally:
+        _held.discard(resolved)

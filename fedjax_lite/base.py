@@ -54,6 +54,8 @@ class Cohort:
         from, for algorithms with `max_staleness`; `None` if all start from the newest.
       has_entries: Whether the stores of the state hold the entries of this cohort's clients alone,
         one for each slot, as they do while a store lies in a file (static).
+      most_examples: What no client of the population has more examples than, which bounds batches;
+        `None` if that is not known (static: a round compiles anew for another one).
       sample: For generated clients, the function that draws a batch (static).
     """
 
@@ -66,12 +68,14 @@ class Cohort:
     max_steps: jax.Array | None = None
     staleness: jax.Array | None = None
     has_entries: bool = dataclasses.field(default=False, metadata={"static": True})
+    most_examples: int | None = dataclasses.field(default=None, metadata={"static": True})
     sample: Callable[[jax.Array, jax.Array], dict[str, jax.Array]] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
 
     def __repr__(self) -> str:
-        shown = {**vars(self), "sample": None, "has_entries": self.has_entries or None}
+        shown = {**vars(self), "has_entries": self.has_entries or None}
+        shown |= {"sample": None, "most_examples": None}
         return record(self, shown)
 
     @property

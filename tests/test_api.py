@@ -260,7 +260,7 @@ NAMES = {
     ],
     "Cohort": [
         *("client_ids", "num_examples", "offsets", "examples", "num_clients", "device_slots"),
-        *("max_steps", "staleness", "has_entries", "sample"),
+        *("max_steps", "staleness", "has_entries", "most_examples", "sample"),
     ],
     "Experiment": [
         *("settings", "calls", "model", "algorithm", "population", "sampler", "privacy"),

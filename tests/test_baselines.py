@@ -1,5 +1,9 @@
 import functools
 import json
+import os
+import re
+import shlex
+import signal
 
 import jax
 import numpy as np
@@ -12,6 +16,7 @@ from fedjax_lite.experiments.baselines import BASELINES, settings_of
 from fedjax_lite.experiments.build import build
 from fedjax_lite.experiments.published import TABLES
 from fedjax_lite.experiments.settings import Settings, parsed
+from fedjax_lite.runs import Recorder
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +145,27 @@ def test_the_users_data_are_run_and_resumed(folders, tmp_path, capsys):
     np.testing.assert_array_equal(built.population.examples["x"], train.examples["x"])
     np.testing.assert_array_equal(built.held_out.examples["x"], test.examples["x"])
     assert (tmp_path / "out" / "clients.json").exists()
+
+
+def test_a_signal_finishes_the_round_and_names_what_goes_on(folders, tmp_path, capsys, monkeypatch):
+    out, record = tmp_path / "out", Recorder.on_round
+
+    def on_round(self, row, info):
+        record(self, row, info)
+        if row["round"] == 1:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(Recorder, "on_round", on_round)
+    with pytest.raises(SystemExit) as stop:
+        report(capsys, "cifar100-logistic", *folders, "--rounds=9", "--seed=1", "--out", out)
+    assert stop.value.code == 129
+    told = re.fullmatch(
+        r"fedjax-lite: interrupted by SIGHUP after round (\d); fedjax-lite (.*) goes on",
+        capsys.readouterr().err.splitlines()[-1],
+    )
+    assert (out / "checkpoints" / told[1]).is_dir()
+    monkeypatch.setattr(Recorder, "on_round", record)
+    assert report(capsys, *shlex.split(told[2])[1:])["rounds"] == [0, 9]
 
 
 def test_cifar10_is_dealt_as_published(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from processes import contents
 
 from fedjax_lite.cli import main
 from fedjax_lite.runs import reading
@@ -108,7 +109,7 @@ def test_rows_of_the_quickstart_are_evaluations(tmp_path):
 
 @pytest.mark.parametrize("values", [(0.5,), (0.5, math.nan, math.nan), (math.nan,), (1.0, 1e30)])
 def test_short_and_diverging_runs_are_drawn(tmp_path, figures, values):
-    main(["plot", str(write(tmp_path / "a", values=values))])
+    main(["plot", str(write(tmp_path / "a", values=values)), "--out", str(tmp_path)])
     (axes,) = figures["loss.png"].axes
     (text,) = [text.get_text() for text in axes.texts]
     finite = [value for value in values if not math.isnan(value)]
@@ -128,15 +129,24 @@ def test_sixteen_lines_are_all_different(tmp_path, figures):
         assert len(drawn) == drawing.MAX_CURVES == 16
 
 
-def test_pictures_are_written_where_they_are_said_to_be(tmp_path, capsys):
+def test_pictures_are_written_where_they_are_said_to_be(tmp_path, capsys, monkeypatch):
     folder = write(tmp_path / "a", clients=[0.1, 0.9])
     other = write(tmp_path / "b", alpha=1)
-    main(["plot", str(folder)])
+    main(["plot", str(folder), "--out", str(tmp_path / "new")])
     main(["plot", str(folder), str(other), "--out", str(tmp_path / "new" / "both.pdf")])
     files = capsys.readouterr().out.split()
-    names = ["a/loss.png", "a/accuracy.png", "a/clients.png", "new/both.pdf"]
+    names = ["new/loss.png", "new/accuracy.png", "new/clients.png", "new/both.pdf"]
     assert files == [str(tmp_path / name) for name in names]
     assert all((tmp_path / name).stat().st_size > 5000 for name in names)
+    # By default in the current folder, and never in that of the run.
+    before = contents(folder)
+    monkeypatch.chdir(tmp_path / "new")
+    main(["plot", str(folder)])
+    assert capsys.readouterr().out == "a.png\n"
+    assert (tmp_path / "new" / "a.png").stat().st_size > 5000
+    monkeypatch.chdir(folder)
+    assert "the current folder is that of the run; choose one" in refusal(capsys, ".")
+    assert contents(folder) == before
 
 
 def test_tells_which_runs_are_left_out_and_why(tmp_path, capsys, figures):

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -106,6 +108,37 @@ def test_goes_on_with_the_programs_that_had_not_ended(tmp_path, capsys, monkeypa
     assert asked == [["logistic", "logistic"], ["mlp", "mlp"], ["mlp", "mlp"]]
     assert [one["loss"] for one in swept["runs"]] == [[1.0, 0.2]] * 4
     assert swept["runs"][0]["accuracy"] == [None, None]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+@pytest.mark.parametrize("at", ["a program", "the last program", "the pictures"])
+def test_a_signal_keeps_what_has_ended(tmp_path, capsys, monkeypatch, name, code, at):
+    asked, is_sent = [], []
+
+    def send():
+        if not is_sent:
+            is_sent.append(True)
+            os.kill(os.getpid(), getattr(signal, name))
+
+    def run_program(runs):
+        asked.append(runs[0].model.partition("(")[0])
+        if len(asked) == {"a program": 1, "the last program": 2}.get(at):
+            send()
+        rows = [{"round": r, "loss": 1.0, "accuracy": 0.5} for r in (0, 4)]
+        return [fl.History([], rows) for _ in runs]
+
+    monkeypatch.setattr("fedjax_lite.cli.sweep._run", run_program)
+    monkeypatch.setattr("fedjax_lite.cli.sweep.draw", lambda *_: send())
+    vary = ("--vary", "model=logistic,mlp", "--out", tmp_path / "sweep")
+    with pytest.raises(SystemExit) as stop:
+        run(capsys, "sweep", *SMALL, *vary)
+    assert stop.value.code == code
+    by = "" if name == "SIGINT" else f" by {name}"
+    told = f"fedjax-lite: interrupted{by}; the same command with --out {tmp_path / 'sweep'} goes on"
+    assert capsys.readouterr().err.splitlines()[-1] == told
+    swept, _ = run(capsys, "sweep", *SMALL, *vary)
+    assert asked == ["logistic", "mlp"]  # Each of them once.
+    assert [one["loss"] for one in swept["runs"]] == [[1.0, 1.0]] * 2
 
 
 @pytest.mark.parametrize(

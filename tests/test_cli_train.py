@@ -116,6 +116,38 @@ def test_a_run_is_recorded_resumed_and_evaluated(tmp_path, capsys):
     assert contents(out) == before
 
 
+def test_a_run_that_is_killed_before_its_first_round_is_resumed(tmp_path, capsys, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*args, **options):
+        raise Killed
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as context:
+        context.setattr(fl, "train", killed)
+        with pytest.raises(Killed):
+            main(["train", *SMALL, "--rounds=2", "--out", str(out)])
+    assert f"or --resume {out}" in refusal(capsys, "train", *SMALL, "--rounds=2", "--out", out)
+    assert report(capsys, "train", "--resume", out)["rounds"] == [0, 2]
+
+
+def test_a_damaged_file_of_entries_is_told_in_one_line(tmp_path, capsys):
+    """Of a model of which the server has a part: all evaluations read the file."""
+    out = tmp_path / "run"
+    small = ("--dataset=synthetic", "--num-clients=4", "--cohort-size=4", "--rounds=1")
+    algorithm = "--algorithm=fed_rep(personal='Dense_1/*', num_head_epochs=1)"
+    report(capsys, "train", *small, algorithm, "--store-in-file", "--out", out)
+    assert 0 <= report(capsys, "eval", out)["personal_accuracy"] <= 1
+    file = out / "entries" / "store"
+    data = file.read_bytes()
+    for damaged in (data[:-4], bytes([data[0] ^ 1]) + data[1:], None):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        before = contents(out)
+        assert "store does not hold what was written at place" in refusal(capsys, "eval", out)
+        assert contents(out) == before
+
+
 def test_a_folder_recorded_from_python_is_left_as_it_is(tmp_path, capsys):
     folder = tmp_path / "rec"
 

@@ -461,6 +461,55 @@ def test_each_place_is_as_likely_to_be_chosen():
     np.testing.assert_allclose(chosen.mean(0), np.full(8, 0.25), atol=0.04)
 
 
+# Of 39 entries, three at most are one in 9139.
+SPARSE, HALF = 3 * 32 + 14, 16 * 39
+
+
+@pytest.mark.parametrize(
+    ("transforms", "bits"),
+    [
+        # The server rounds what it has decoded, and need not be sent zeros.
+        ((fl.top_k(3), fl.half_precision()), SPARSE),
+        ((fl.half_precision(), fl.top_k(3)), SPARSE),
+        ((fl.half_precision(), fl.clip_by_norm(1.0), fl.cap_weight(1.0)), HALF),
+        ((fl.chain(fl.half_precision(), fl.top_k(3)), fl.half_precision()), SPARSE),
+        # The server knows neither the noise nor what a client keeps, and masks hide its message.
+        ((fl.top_k(3), fl.local_gaussian_noise(1.0, 0.5)), 39 * 32),
+        ((fl.top_k(3), fl.local_laplace_noise(1.0, 0.5), fl.half_precision()), HALF),
+        ((fl.top_k(3), fl.error_feedback(fl.half_precision())), HALF),
+        ((fl.top_k(3), fl.ef21(fl.clip_by_norm(1.0))), 39 * 32),
+        ((fl.top_k(3), fl.client_momentum(0.5)), 39 * 32),
+        ((fl.top_k(3), fl.fixed_point(1.0, 1.0, modulus_bits=24, denominator=1.0)), 39 * 24),
+    ],
+)
+def test_bits_of_a_chain_are_those_of_what_has_to_be_sent(transforms, bits):
+    both = fl.chain(*transforms)
+    assert jax.jit(lambda update: send(both, update)[1])(UPDATE) == bits
+
+
+def test_bits_down_of_a_chain_are_those_of_what_has_to_be_sent():
+    coarse, fine = fl.downlink(fl.quantize_uniform(16)), fl.downlink(fl.half_precision())
+    # Of 4 bits and two extremes for each of three arrays that are not empty.
+    fewest = 39 * 4 + 3 * 64
+    bases = fl.power_sgd(1)  # Of the first array, 7 x 5, a basis of five numbers goes down.
+    for transforms, bits in [
+        ((fine, coarse), fewest),
+        ((coarse, fine), fewest),
+        ((bases, fl.top_k(3)), 39 * 32 + 5 * 32),
+        ((bases, coarse), fewest + 5 * 32),
+        ((coarse, bases), fewest + 5 * 32),
+    ]:
+        both = fl.chain(*transforms)
+        down = jax.jit(lambda state, both=both: both.broadcast(KEY, state, UPDATE)[1])
+        assert down(both.init(UPDATE)) == bits
+
+
+INTEGERS = (
+    fl.fixed_point(1.0, 1.0),
+    fl.chain(fl.clip_by_norm(1.0), fl.fixed_point(1.0, 1.0)),
+)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -479,6 +528,14 @@ def test_each_place_is_as_likely_to_be_chosen():
         (lambda: fl.low_rank(0), "rank is 0; choose an integer at least 1"),
         (lambda: fl.power_sgd(0), "rank is 0; choose an integer at least 1"),
         (lambda: fl.rotated(fl.error_feedback(fl.drive())), "rotate inside of it"),
+        *(
+            (
+                functools.partial(wrap, integers),
+                f"{wrap.__name__} cannot take for updates.*last, as",
+            )
+            for wrap in (fl.error_feedback, fl.ef21, fl.rotated, fl.downlink)
+            for integers in INTEGERS
+        ),
         (lambda: fl.error_feedback(fl.drive(), decay=1.5), "decay is 1.5; choose a number between"),
         (lambda: fl.error_feedback(fl.drive(), max_age=0), "max_age is 0; choose an integer"),
         (lambda: fl.downlink(fl.power_sgd(1)).init(UPDATE), "transform keeps a state"),

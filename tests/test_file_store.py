@@ -13,6 +13,7 @@ from problems import SIZES, everyone, regression_dataset, regression_model
 from processes import held_by_another_process
 
 import fedjax_lite as fl
+from fedjax_lite.engine.file_store import EntryFile
 from fedjax_lite.runs.step import build_step
 
 eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
@@ -159,6 +160,66 @@ def test_a_client_takes_room_once_it_has_taken_part(tmp_path):
     entry_bytes = sum(x.nbytes for x in jax.tree.leaves(state.store.read([3])))
     # Two, and as many that are written before those are given up.
     assert (tmp_path / "store").stat().st_size == 4 * entry_bytes
+
+
+def number_file(path):
+    """A file of one number each, what writes some in place of others, and what reads them."""
+    file = EntryFile(path, np.float32(0))
+
+    def write(values, replaced):
+        entries = jnp.array(values, jnp.float32)
+        return file.write(entries, np.arange(len(values)), replaced)
+
+    return file, write, lambda index: file.read(index).tolist()
+
+
+NOWHERE = np.full((2, 2), 2**32 - 1, np.uint32)
+
+
+def test_what_was_written_in_part_is_never_read(tmp_path):
+    file, write, _ = number_file(tmp_path / "store")
+    kept = write([1, 2], NOWHERE[:, 0])
+    file.seal(1)
+    write([3, 4], kept[:, 0])
+    file.seal(1)  # As the process is killed, in the middle of the last entry.
+    del file, write
+    with (tmp_path / "store").open("rb+") as damaged:
+        damaged.truncate(3 * 4 + 2)
+    file, write, read = number_file(tmp_path / "store")
+    file.reclaim([kept])
+    index = kept
+    for value in range(5, 25):
+        index = write([value, value + 0.5], index[:, 0])
+        file.seal(1)
+        assert read(index) == [value, value + 0.5]
+    # Two entries for each of the checkpoints that there may be, and those that are written.
+    assert (tmp_path / "store").stat().st_size <= 4 * 2 * 4
+
+
+def test_places_are_given_out_once_after_going_back_to_a_checkpoint(tmp_path):
+    """Also where the process goes on that had written what came after it."""
+    file, write, read = number_file(tmp_path / "store")
+    index = write([0, 1], NOWHERE[:, 0])
+    for value in range(2, 6):
+        file.seal(2)
+        kept, index = index, write([value, value], index[:, 0])
+    file.reclaim([kept])
+    index = kept
+    for value in range(6, 26):
+        index = write([value, value + 0.5], index[:, 0])
+        file.seal(2)
+        assert read(index) == [value, value + 0.5]
+    assert not [place for place in index[:, 0] if place in file._free]
+    assert len(set(file._free)) == len(file._free)
+
+
+def test_reading_leaves_no_file(tmp_path):
+    file, _, read = number_file(tmp_path / "none" / "store")
+    assert read(NOWHERE) == [0, 0]
+    with pytest.raises(ValueError, match="store does not hold what was written at place 7"):
+        read(np.array([[7, 0]], np.uint32))
+    file.seal(1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_entries_come_back_to_the_bit(tmp_path):

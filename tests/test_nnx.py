@@ -1,6 +1,7 @@
 import functools
 import subprocess
 import sys
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from problems import everyone, regression_dataset
 
 import fedjax_lite as fl
+from fedjax_lite.models import modules
 
 
 class Normalised(nnx.Module):
@@ -161,6 +163,47 @@ def test_padding_does_not_enter_batch_statistics(batch_size):
     statistics = state.model_state["norm"]
     np.testing.assert_allclose(statistics["mean"], x.mean(0) / 2, rtol=1e-5)  # momentum 0.5
     np.testing.assert_allclose(statistics["var"], (1 + x.var(0)) / 2, rtol=1e-5)
+
+
+class Normalising(nnx.Module):
+    """Of images, with the mask in some shape."""
+
+    def __init__(self, rngs, shape):
+        self.norm, self.shape = nnx.BatchNorm(2, rngs=rngs), shape
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.dense = nnx.Linear(18, 1, rngs=rngs)
+
+    def __call__(self, x, mask=None):
+        mask = None if self.shape is None else mask.reshape(self.shape)
+        x = self.norm(self.dropout(x), mask=mask)
+        return self.dense(x.reshape(x.shape[0], -1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((-1, 1, 1, 1), None),
+        (None, "module Normalising has batch statistics, norm.mean, that depend on an example"),
+        ((-1, 1), "norm.mean, that depend on an example which the mask leaves out; hand the mask"),
+        ((-1,), "module Normalising failed on a batch with a mask"),
+    ],
+)
+def test_batch_statistics_must_heed_the_mask(shape, message):
+    model = fl.nnx_model(lambda rngs: Normalising(rngs, shape), lambda p, batch: p[:, 0])
+    algorithm = fl.fed_avg(model, optax.sgd(0.1))
+    dataset = fl.FederatedDataset.from_clients([{"x": np.zeros((3, 3, 3, 2), np.float32)}])
+    cohort = fl.cohort_of(dataset.resident(), [0])
+    state = algorithm.init(jax.random.key(0))
+    # Where rounds are traced: within `jit`, `shard_map`, `vmap` and `grad`.
+    run = lambda: jax.eval_shape(algorithm.round, jax.random.key(0), state, cohort)
+    if message is None:
+        run()
+        batch = {"x": jnp.zeros((5, 3, 3, 2)), "mask": jnp.ones(5, bool)}
+        with mock.patch.object(modules, "require_masked_statistics", side_effect=AssertionError):
+            model.loss(*model.init(jax.random.key(0)), batch, jax.random.key(1))
+    else:
+        with pytest.raises(ValueError, match=message):
+            run()
 
 
 def test_what_is_state_and_what_is_not():

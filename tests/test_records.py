@@ -1,12 +1,19 @@
+import concurrent.futures
 import csv
+import errno
 import json
+import os
+import runpy
 import subprocess
+import sys
+import types
 
 import jax
 import pytest
 from processes import contents, held_by_another_process
 
 import fedjax_lite as fl
+from fedjax_lite import _files
 
 
 def lines(folder):
@@ -84,6 +91,40 @@ def test_one_process_records_in_a_folder(tmp_path):
             fl.Recorder(tmp_path, {"rate": 0.1})
         assert contents(tmp_path) == before
     fl.Recorder(tmp_path, {}).__exit__(None, None, None)  # A killed process holds nothing.
+
+
+def test_one_run_of_a_process_records_in_a_folder(tmp_path):
+    """POSIX would let a thread lock what another one has, and give up both locks at its end."""
+    with fl.Recorder(tmp_path / "a", {}):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            again = pool.submit(fl.Recorder, tmp_path / "b" / ".." / "a", {})
+            with pytest.raises(BlockingIOError, match="by another run in this process; wait"):
+                again.result()
+        program = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | 4)"
+        command = [sys.executable, "-S", "-c", program, tmp_path / "a" / ".lock"]
+        assert subprocess.run(command, capture_output=True).returncode == 1
+    fl.Recorder(tmp_path / "a", {}).__exit__(None, None, None)
+
+
+def test_windows_locks_a_byte(tmp_path, monkeypatch):
+    """As `msvcrt` does: it refuses a byte that is locked, also to the process that has it."""
+    held = set()
+
+    def locking(descriptor, mode, number):
+        assert (mode, number, os.lseek(descriptor, 0, os.SEEK_CUR)) == (2, 1, 0)
+        at = os.fstat(descriptor).st_ino
+        if at in held:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        held.add(at)
+
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(LK_NBLCK=2, locking=locking))
+    monkeypatch.setattr(sys, "platform", "win32")
+    files, of_another_process = (runpy.run_path(_files.__file__) for _ in range(2))
+    with files["locked"](tmp_path / ".lock"):
+        with pytest.raises(BlockingIOError, match="is being written by another process; wait"):
+            of_another_process["locked"](tmp_path / ".lock").__enter__()
+        with pytest.raises(BlockingIOError, match="by another run in this process"):
+            files["locked"](tmp_path / ".lock").__enter__()
 
 
 def test_writes_events_for_tensorboard(tmp_path):

@@ -315,3 +315,23 @@ def test_a_model_state_that_is_left_alone_stays():
     cohort = fl.cohort_of(dataset.resident(fl.clients_mesh(1)), [0])
     after, _ = algorithm.round(jax.random.key(1), state, cohort)
     jax.tree.map(np.testing.assert_array_equal, after.model_state, state.model_state)
+
+
+@pytest.mark.parametrize("factory", [fl.fed_sgd, fl.fed_avg])
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+def test_no_batch_is_larger_than_a_client(factory, kind):
+    dataset, model, sizes = regression_dataset((70, 100, 0, 60)), regression_model(), set()
+
+    def loss(params, model_state, batch, key):
+        sizes.add(batch["x"].shape[0])
+        return model.loss(params, model_state, batch, key)
+
+    mesh, all_ = fl.clients_mesh(1), 2**31 - 1
+    algorithm = factory(model._replace(loss=loss), optax.sgd(0.1), batch_size=all_, mesh=mesh)
+    population = dataset.resident(mesh) if kind == "resident" else dataset.streamed(4, mesh=mesh)
+    cohort = fl.cohort_of(population, np.arange(4))
+    assert cohort.examples["x"].shape[0] > 128
+    key = jax.random.key(0)
+    jax.eval_shape(algorithm.round, key, algorithm.init(key), cohort)
+    # The power of two above the 100 examples of the largest: others of about its size are alike.
+    assert sizes == {128}

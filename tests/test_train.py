@@ -1,5 +1,6 @@
 import collections
 import csv
+import dataclasses
 import errno
 import functools
 import json
@@ -102,6 +103,28 @@ def test_compiles_once_and_leaves_the_state_of_the_caller_alone():
     once = traces["loss"]
     algorithm.round(KEY, state, fl.cohort(KEY, options["population"], 10))
     assert once <= traces["loss"] - once + 1
+
+
+@pytest.mark.parametrize(
+    "placed",
+    [np.asarray, lambda x: jax.device_put(x, jax.devices()[0]), lambda x: jnp.asarray(np.array(x))],
+    ids=["numpy", "committed", "uncommitted"],
+)
+def test_a_state_of_local_arrays_is_put_where_rounds_run(placed):
+    population = regression_dataset().resident(fl.clients_mesh())
+    options = setting(algorithm=scaffold(), population=population, num_rounds=2, evaluate=None)
+    state = scaffold().init(jax.random.key(3), num_clients=10)
+    desired = fl.train(**options, state=state).state
+    local = jax.tree.map(placed, state)
+    assert_same(fl.train(**options, state=local).state, desired)
+    # In a part alone, as of params that were read from a file.
+    mixed = dataclasses.replace(state, params=local.params)
+    assert_same(fl.train(**options, state=mixed).state, desired)
+
+
+@functools.cache
+def scaffold():
+    return fl.scaffold(regression_model(), optax.sgd(0.1), batch_size=3, mesh=fl.clients_mesh())
 
 
 def test_streamed_equals_resident_and_generated_populations_train():

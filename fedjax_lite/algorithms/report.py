@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fedjax_lite.base import Cohort, PyTree, RoundInfo, ServerState
 from fedjax_lite.engine.waves import MEASURED, CohortResult
-from fedjax_lite.updates.vector import num_bits as num_bits
+from fedjax_lite.updates.pipeline import num_bits as num_bits
 from fedjax_lite.xla.precision import squared_norm
 
 NOT_AVERAGED = {

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Union
 
 import jax
@@ -57,16 +57,17 @@ def _main(args: Sequence[str] | None) -> None:
         from fedjax_lite.cli.sweep import Sweep, sweep
         from fedjax_lite.cli.train import Train, train
 
-        commands = {
-            "quickstart": Quickstart,
-            "train": Train,
-            "sweep": Sweep,
-            "eval": Eval,
-            "plot": Plot,
-            "baseline": Baseline,
-            "data": Data,
-            "list": List,
+        functions: dict[type, Callable[[Any], None]] = {
+            Quickstart: quickstart,
+            Train: train,
+            Sweep: sweep,
+            Eval: evaluate,
+            Plot: plot,
+            Baseline: baseline,
+            Data: data,
+            List: list_choices,
         }
+        commands = {options.__name__.lower(): options for options in functions}
         defaults = {}
         configured = {name: commands[name] for name in ("quickstart", "train", "sweep", "baseline")}
         given = settings_from_file(args, configured)
@@ -78,23 +79,7 @@ def _main(args: Sequence[str] | None) -> None:
                 raise UsageError(f"{path}: {error}") from None
         options = _parse(args, commands, defaults)
         keep_programs()
-        match options:
-            case Data():
-                data(options)
-            case Baseline():
-                baseline(options)
-            case List():
-                list_choices(options)
-            case Plot():
-                plot(options)
-            case Eval():
-                evaluate(options)
-            case Sweep():
-                sweep(options)
-            case Train():
-                train(options)
-            case Quickstart():
-                quickstart(options)
+        functions[type(options)](options)
     except (UsageError, ImportError, MemoryError, OtherProcessError) as error:
         print(f"fedjax-lite: {error}", file=sys.stderr)
         sys.exit(2)

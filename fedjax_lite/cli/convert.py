@@ -10,6 +10,7 @@ from typing import Literal
 import rich.console
 from tyro.conf import Positional
 
+from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.source import Source
 from fedjax_lite.data import formats, preprocess
@@ -23,6 +24,7 @@ _PREPROCESS = {
 }
 
 
+@told_briefly
 @dataclasses.dataclass(frozen=True)
 class Convert(Source):
     """Convert a data set to a folder of .npy files, which opens at once at any size.

@@ -12,6 +12,7 @@ import rich.console
 import rich.table
 from tyro.conf import subcommand
 
+from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.convert import Convert, convert
 from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.source import Source, load
@@ -27,6 +28,7 @@ from fedjax_lite.runs.plot.style import save
 _QUANTILES = {"min": 0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1}
 
 
+@told_briefly
 @dataclasses.dataclass(frozen=True)
 class Describe(Source):
     """Tell the clients, their sizes, the features and the label skew of a data set.

@@ -2,7 +2,13 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import jax
+
+from fedjax_lite.runs.interrupts import first_signal, interrupted_by
+from fedjax_lite.runs.result import InterruptedTraining
+from fedjax_lite.xla import hosts
 
 
 class UsageError(Exception):
@@ -31,9 +37,43 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 
 
 @contextlib.contextmanager
-def usage_errors() -> Iterator[None]:
-    """Has a `ValueError`, or a file that is missing, end the command in one line."""
+def finishing(goes_on: str) -> Iterator[Callable[[], None]]:
+    """A signal ends the command where the function is called that this yields, or at the end.
+
+    So what is in progress is finished and recorded before; a second signal ends it at once.
+
+    Args:
+      goes_on: What to tell the user of how to go on.
+
+    Raises:
+      InterruptedRunError: A signal came.
+    """
+    try:
+        with first_signal() as came:
+
+            def end_if_signalled() -> None:
+                number = int(came() or 0)
+                if jax.process_count() > 1:  # All end after the same.
+                    number = hosts.told(hosts.tell(0.0, number))[1]
+                if number:
+                    first = signal.Signals(number)
+                    raise InterruptedTraining(interrupted_by(first), first)
+
+            yield end_if_signalled
+            end_if_signalled()
+    except KeyboardInterrupt as interrupt:
+        told = str(interrupt) or "interrupted"
+        raise InterruptedRunError(f"{told}; {goes_on}", interrupt) from None
+
+
+@contextlib.contextmanager
+def usage_errors(told: Callable[[str], str] = str) -> Iterator[None]:
+    """Has a `ValueError`, or a file that is missing, end the command in one line.
+
+    Args:
+      told: Makes it of the message.
+    """
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(told(str(error))) from None

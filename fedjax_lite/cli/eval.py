@@ -12,17 +12,19 @@ import rich.table
 from tyro.conf import Positional, arg
 
 import fedjax_lite as fl
-from fedjax_lite.cli.errors import UsageError
+from fedjax_lite.cli.brief import told_briefly
+from fedjax_lite.cli.errors import UsageError, usage_errors
 from fedjax_lite.cli.running import state_in_file
 from fedjax_lite.cli.runs import settings_of_training
 from fedjax_lite.experiments.baselines import BASELINES
 from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.loading import read_examples
-from fedjax_lite.experiments.settings import Settings
+from fedjax_lite.experiments.settings import settings_from
 from fedjax_lite.runs.checkpoint import read_checkpoint
 from fedjax_lite.runs.records import jsonable
 
 
+@told_briefly
 @dataclasses.dataclass(frozen=True)
 class Eval:
     """Evaluate the model of a run, on all examples together and on those of each client.
@@ -38,7 +40,7 @@ class Eval:
     """
 
     run: Annotated[Positional[Path], arg(metavar="DIR")]
-    dataset: Annotated[str | None, arg(metavar="STR", help_behavior_hint="")] = None
+    dataset: str | None = None
     best: bool = False
     json: bool = False
 
@@ -53,12 +55,10 @@ def evaluate(options: Eval) -> None:
         raise UsageError(f"{options.run} holds no checkpoints; choose the folder of a `train` run")
     recorded = settings_of_training(options.run)
     fl.configure_cpu()
-    try:
+    with usage_errors():
         built = _build(recorded)
         held_out = read_examples(options.dataset) if options.dataset else built.held_out
         round, state = _restore(options, built, in_file=bool(recorded.get("store_in_file")))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
     if not built.server_has_all and (options.best or options.dataset):
         asked = "--best" if options.best else "--dataset"
         raise UsageError(
@@ -66,17 +66,15 @@ def evaluate(options: Eval) -> None:
             " models, and clients keep what makes them their own; leave it out"
         )
     report: dict[str, Any] = {"run": str(options.run), "round": round, "best": options.best}
-    if held_out is None or not built.server_has_all:
-        report |= {name: float(value) for name, value in built.evaluate(state).items()}
-    else:
-        report |= _measure(built.model, state, held_out)
-    # The best state is kept without what clients keep.
-    if built.personal is not None and options.dataset is None and not options.best:
-        try:
+    with usage_errors():  # The file of what clients keep may be damaged.
+        if held_out is None or not built.server_has_all:
+            report |= {name: float(value) for name, value in built.evaluate(state).items()}
+        else:
+            report |= _measure(built.model, state, held_out)
+        # The best state is kept without what clients keep.
+        if built.personal is not None and options.dataset is None and not options.best:
             found = built.personal(state, jax.random.key(built.settings.seed))
-        except ValueError as error:  # The file of what clients keep is damaged.
-            raise UsageError(str(error)) from None
-        report["personal_accuracy"] = float(found.pooled["accuracy"])
+            report["personal_accuracy"] = float(found.pooled["accuracy"])
     if options.json:
         print(json.dumps(jsonable(report)))
     else:
@@ -85,13 +83,11 @@ def evaluate(options: Eval) -> None:
 
 def _build(recorded: dict[str, Any]) -> Experiment:
     """The simulation that a run is of."""
-    names = {field.name for field in dataclasses.fields(Settings)}
-    settings: dict[str, Any] = {name: recorded[name] for name in names & set(recorded)}
     datasets = None
     if "baseline" in recorded and "note" not in recorded:  # Of files, which it reads by itself.
         data, test = Path(recorded["dataset"]), Path(recorded["test"])
         datasets = BASELINES[recorded["baseline"]].load(data, None if test == data else test)
-    return build(Settings(**settings), datasets)
+    return build(settings_from(recorded), datasets)
 
 
 def _restore(options: Eval, built: Experiment, *, in_file: bool) -> tuple[int, fl.ServerState]:

@@ -25,8 +25,8 @@ class Plot:
     Attributes:
       runs: Folders of runs.
       out: Folder for loss.png, accuracy.png and clients.png, which are replaced; or one file,
-        such as comparison.png or .pdf, for all of them side by side. By default the folder of
-        the run, if it is one.
+        such as comparison.png or .pdf, for all of them side by side. By default, of one run, a
+        file of its name in the current folder.
       against: What is on the other axis of loss and accuracy: round, or another number of the
         rounds, such as wall_clock, the simulated seconds, seconds or bytes_up.
       labels: Names of the lines, in the order of the runs; by default, the settings in which they
@@ -51,7 +51,7 @@ def plot(options: Plot) -> None:
         raise UsageError("no folder is given; name at least one run")
     if options.out is None and len(options.runs) > 1:
         raise UsageError("--out is missing; choose a folder, or a file, for the comparison")
-    out = options.runs[0] if options.out is None else options.out
+    out = options.out or _default_file(options.runs[0])
     runs = [read_run(folder) for folder in options.runs]
     groups = group_seeds(runs)
     labels = list(options.labels) or name_groups(groups)
@@ -72,6 +72,14 @@ def plot(options: Plot) -> None:
     for line in left_out(runs):
         print(f"fedjax-lite: {line}", file=sys.stderr)
     print("\n".join(map(str, files)))
+
+
+def _default_file(run: Path) -> Path:
+    """Where the picture of a run goes: never into its folder."""
+    file = Path(f"{run.resolve().name}.png")
+    if file.resolve().parent == run.resolve():
+        raise UsageError("--out is missing, and the current folder is that of the run; choose one")
+    return file
 
 
 def left_out(runs: Sequence[Run]) -> list[str]:

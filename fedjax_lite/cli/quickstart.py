@@ -13,7 +13,8 @@ import rich.table
 from fedjax_lite import _validate
 from fedjax_lite.base import ServerState
 from fedjax_lite.cli import plots
-from fedjax_lite.cli.errors import InterruptedRunError, UsageError
+from fedjax_lite.cli.brief import told_briefly
+from fedjax_lite.cli.errors import InterruptedRunError, usage_errors
 from fedjax_lite.cli.records import new_folder, open_folder
 from fedjax_lite.cli.runs import read_run
 from fedjax_lite.experiments.quickstart import Simulation, digits_simulation, halfspace_simulation
@@ -25,6 +26,7 @@ from fedjax_lite.xla.cpu import configure_cpu
 from fedjax_lite.xla.mesh import replicate
 
 
+@told_briefly
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
     """Train a small federated model and draw how its loss and accuracy develop.
@@ -56,11 +58,9 @@ def quickstart(options: Quickstart) -> None:
       UsageError: An option is out of range, or the folder cannot be written.
       InterruptedRunError: Ctrl-C was pressed; what was recorded so far is on disk.
     """
-    try:
+    with usage_errors():
         _validate.integer("--rounds", options.rounds, minimum=1)
         _validate.integer("--seed", options.seed, minimum=0, maximum=2**31 - 1)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
     configure_cpu()
     out = options.out or new_folder(options.dataset)
     report: dict[str, Any] = {

@@ -81,8 +81,8 @@ def run_recorded(
         # As fl.train would draw it.
         state = state_in_file(built, jax.random.split(key, 3)[0], out) if store_in_file else None
         recorder = all_or_none(lambda: Recorder(out, settings, tensorboard=tensorboard))
-        # Interrupted before its first checkpoint, a run is resumed from its beginning.
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        # From here on it is a run that --resume takes: what follows may compile for long.
+        (out / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise cannot_write(out, error) from None
     goes_on = f"fedjax-lite {resumed_by} {out} goes on"

@@ -6,7 +6,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from fedjax_lite.cli.errors import UsageError
+from fedjax_lite.cli.errors import UsageError, usage_errors
 from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.data.formats import read
 from fedjax_lite.data.sources import parse_columns
@@ -56,10 +56,8 @@ def load(source: Source) -> FederatedDataset:
     Raises:
       UsageError: It cannot be read.
     """
-    try:
+    with usage_errors():
         return read(source.source, source.format, **source.options())
-    except ValueError as error:
-        raise UsageError(str(error)) from None
 
 
 def _shape(text: str) -> tuple[str, tuple[int, ...]]:

@@ -4,9 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import re
 import time
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -20,17 +18,15 @@ import tyro
 import fedjax_lite as fl
 from fedjax_lite._files import locked, write_text
 from fedjax_lite.cli.brief import told_briefly
-from fedjax_lite.cli.errors import InterruptedRunError, UsageError
+from fedjax_lite.cli.errors import UsageError, finishing, usage_errors
 from fedjax_lite.cli.hosts import Hosts, join, lost, new_console, of_first
 from fedjax_lite.cli.records import cannot_write, check_same, new_folder
 from fedjax_lite.cli.runs import read_run
 from fedjax_lite.cli.train import as_option
-from fedjax_lite.experiments import expressions
+from fedjax_lite.cli.vary import is_traced, varied_by
 from fedjax_lite.experiments.build import build
-from fedjax_lite.experiments.settings import Calls, Settings
-from fedjax_lite.experiments.tables import ROLES
+from fedjax_lite.experiments.settings import Settings, settings_from
 from fedjax_lite.experiments.varying import (
-    TRACED,
     algorithms_of,
     group_by_numbers,
     group_by_program,
@@ -53,8 +49,8 @@ class Sweep(Hosts, Settings):
     Settings are those of train. Seeds, and numbers of the algorithm, of optimizers and of updates,
     vary within one compiled program; what changes the data, the model or the shape of the program
     takes one for each value. Evaluations are of the server's
-    model, not of models that clients have for themselves. A sweep that was interrupted goes on from
-    the last program that had ended, by the same command with its folder as --out.
+    model, not of models that clients have for themselves. Ctrl-C ends a sweep when the program in
+    progress has ended; it goes on from there by the same command with its folder as --out.
 
     Attributes:
       config: File of settings, .yaml or .json, as for train; also the config.json of a run. Those
@@ -85,17 +81,17 @@ def sweep(options: Sweep) -> None:
 
     Raises:
       UsageError: A setting is wrong, or the folder cannot be written.
+      InterruptedRunError: A signal came, and the program in progress has been recorded.
     """
     fl.configure_cpu()
     join(options)
-    varied = dict(map(_values, options.vary))
+    varied = dict(map(varied_by, options.vary))
     if not varied or len(varied) < len(options.vary):
         raise UsageError("--vary is given twice for a setting, or not at all; name each once")
     if options.fine_tune_epochs is not None or "fine_tune_epochs" in varied:
         raise UsageError("--fine-tune-epochs does nothing in a sweep; leave it out")
-    names = [field.name for field in dataclasses.fields(Settings)]
-    base = Settings(**{name: getattr(options, name) for name in names})
-    try:
+    base = settings_from(vars(options))
+    with usage_errors(as_option):
         runs = [
             _Run(values, varied_settings(base, values))
             for values in (
@@ -103,8 +99,6 @@ def sweep(options: Sweep) -> None:
                 for chosen in itertools.product(*varied.values())
             )
         ]
-    except ValueError as error:
-        raise UsageError(as_option(str(error))) from None
     programs = group_by_program([run.settings for run in runs])
     about = jsonable({"config": dataclasses.asdict(base), "vary": varied})
     with contextlib.ExitStack() as stack:
@@ -131,7 +125,9 @@ def _run_all(
 ) -> None:
     """Runs, records, draws and reports what is not recorded yet."""
     varied = about["vary"]
-    structural = sorted(name for name in varied if not _is_traced(runs[0], name))
+    structural = sorted(
+        name for name, value in runs[0].values.items() if not is_traced(name, value)
+    )
     told = f", since {', '.join(structural)} cannot vary within one" if len(programs) > 1 else ""
     console = new_console(stderr=options.json)
     console.print(f"{len(runs)} runs in {_count(len(programs), 'program')}{told}")
@@ -140,29 +136,26 @@ def _run_all(
     # As the first process sees the files, which writes them.
     is_complete = [_is_complete(*of) for of in zip(folders, runs, strict=True)]
     is_complete = hosts.shared(is_complete)
-    for places in programs:
-        if all(is_complete[place] for place in places):
-            continue
-        try:
-            histories = _run([runs[place].settings for place in places])
-        except KeyboardInterrupt as interrupt:
-            raise InterruptedRunError(
-                f"interrupted; the same command with --out {out} goes on", interrupt
-            ) from None
-        except jax.errors.JaxRuntimeError as error:
-            raise lost(error, f"the same command with --out {out} goes on") from None
-        except ValueError as error:
-            raise UsageError(as_option(str(error))) from None
-        if not hosts.is_first():
-            continue
-        write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
-        for place, history in zip(places, histories, strict=True):
-            _record(folders[place], runs[place].settings, history)
-    run_s = time.perf_counter() - began
+    goes_on = f"the same command with --out {out} goes on"
+    with finishing(goes_on) as end_if_signalled:
+        for places in programs:
+            if all(is_complete[place] for place in places):
+                continue
+            try:
+                with usage_errors(as_option):
+                    histories = _run([runs[place].settings for place in places])
+            except jax.errors.JaxRuntimeError as error:
+                raise lost(error, goes_on) from None
+            if hosts.is_first():
+                write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
+                for place, history in zip(places, histories, strict=True):
+                    _record(folders[place], runs[place].settings, history)
+            end_if_signalled()
+        run_s = time.perf_counter() - began
 
-    if hosts.is_first():
-        _report(options, out, varied, runs, folders, len(programs), run_s)
-    hosts.anywhere(False)  # Until then, all stay.
+        if hosts.is_first():
+            _report(options, out, varied, runs, folders, len(programs), run_s)
+        hosts.anywhere(False)  # Until then, all stay.
 
 
 def _report(
@@ -202,47 +195,6 @@ def _report(
         print(text)
     else:
         _print_report(report, new_console(stderr=False))
-
-
-def _values(text: str) -> tuple[str, tuple[Any, ...]]:
-    """A setting, or an argument of one, and its values, from `name=a,b` or `name=begin:end`.
-
-    Raises:
-      UsageError: It is none, or has values of another type.
-    """
-    name, equals, listed = text.partition("=")
-    name = name.replace("-", "_")
-    hints = typing.get_type_hints(Settings)
-    root, dot, _ = name.partition(".")
-    if not equals or not listed:
-        raise UsageError(f"--vary is {text!r}; write a setting and its values, as client_lr=0.1,1")
-    if root not in hints or (dot and root not in Calls._fields):
-        choices = ", ".join(Calls._fields if dot else hints)
-        raise UsageError(f"--vary is {text!r}; choose one of {choices}")
-    parts = expressions.split(listed)
-    if len(parts) == 1 and re.fullmatch(r"-?\d+:-?\d+", listed):
-        parts = list(map(str, range(*map(int, listed.split(":")))))
-    kinds = {hints[root], *typing.get_args(hints[root])}
-    convert = next((kind for kind in (int, float) if kind in kinds and not dot), str)
-    try:
-        values: list[Any] = list(map(convert, parts))
-        if dot:
-            values = [expressions.literal(ROLES[root], part) for part in parts]
-    except ValueError as error:
-        told = error if dot else f"{name} takes {convert.__name__} values; separate them by commas"
-        raise UsageError(f"--vary is {text!r}, but {told}, or write begin:end") from None
-    if any(isinstance(value, float) for value in values):
-        values = [float(value) if type(value) is int else value for value in values]
-    if not values or len(set(map(str, values))) < len(values):
-        raise UsageError(f"--vary is {text!r}; name at least one value, and each once")
-    return name, tuple(values)
-
-
-def _is_traced(run: _Run, name: str) -> bool:
-    """Whether a setting varies within a program."""
-    if name in ("seed", "client_lr", "server_lr"):
-        return True
-    return name.partition(".")[0] in TRACED and isinstance(run.values[name], float)
 
 
 def _run(runs: Sequence[Settings]) -> list[fl.History]:

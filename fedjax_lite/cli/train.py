@@ -15,14 +15,15 @@ import rich.table
 import fedjax_lite as fl
 from fedjax_lite.algorithms.versions import count_versions
 from fedjax_lite.cli.brief import told_briefly
-from fedjax_lite.cli.errors import UsageError
+from fedjax_lite.cli.errors import UsageError, usage_errors
 from fedjax_lite.cli.hosts import Hosts, join, of_first
 from fedjax_lite.cli.running import print_report, run_recorded, unused_folder
 from fedjax_lite.cli.runs import RULES, read_settings
 from fedjax_lite.engine.execution import Execution, choose_lanes
 from fedjax_lite.experiments.build import Experiment, build
-from fedjax_lite.experiments.settings import Settings
+from fedjax_lite.experiments.settings import Settings, settings_from
 from fedjax_lite.runs.records import jsonable, machine
+from fedjax_lite.runs.step import draw
 from fedjax_lite.runs.stopping import StopRule
 from fedjax_lite.xla.hosts import all_or_none
 from fedjax_lite.xla.mesh import resolve as resolve_mesh
@@ -85,13 +86,9 @@ def train(options: Train) -> None:
     """
     fl.configure_cpu()
     join(options)
-    names = [field.name for field in dataclasses.fields(Settings)]
-    try:
-        settings_of_run = Settings(**{name: getattr(options, name) for name in names})
-        built = all_or_none(lambda: build(settings_of_run))
+    with usage_errors(as_option):
+        built = all_or_none(lambda: build(settings_from(vars(options))))
         _check(options)
-    except ValueError as error:
-        raise UsageError(as_option(str(error))) from None
     settings = {
         **dataclasses.asdict(built.settings),
         **{name: getattr(options, name) for name in RULES},
@@ -99,7 +96,7 @@ def train(options: Train) -> None:
     if options.dry_run:
         _dry_run(built, settings, as_json=options.json)
         return
-    try:
+    with usage_errors(as_option):
         report = run_recorded(
             built,
             of_first(lambda: _folder(options, settings)),
@@ -112,8 +109,6 @@ def train(options: Train) -> None:
             tensorboard=options.tensorboard,
             stderr=options.json,
         )
-    except ValueError as error:
-        raise UsageError(as_option(str(error))) from None
     if options.json:
         print(json.dumps(jsonable(report)))
     else:
@@ -171,16 +166,18 @@ def _folder(options: Train, settings: dict[str, Any]) -> Path:
 
 def _dry_run(built: Experiment, settings: dict[str, Any], *, as_json: bool) -> None:
     """Runs one round, and prints what it takes."""
+    report = {"config": settings, **machine(), **_cost_of_a_round(built)}
+    if as_json:
+        print(json.dumps(jsonable(report)))
+    else:
+        _print_dry_run(report)
+
+
+def _cost_of_a_round(built: Experiment) -> dict[str, Any]:
+    """What there is in a round, its memory and its time."""
     key_init, key_sampler, key = jax.random.split(jax.random.key(built.settings.seed), 3)
     state = built.algorithm.init(key_init, num_clients=built.population.num_clients)
-    selection = built.sampler.select(key_sampler, 0)
-    cohort = fl.cohort_of(
-        built.population,
-        selection.client_ids,
-        key=key,
-        max_steps=selection.max_steps,
-        staleness=selection.staleness,
-    )
+    cohort, _ = draw(built.sampler, built.population, (key_sampler, key), 0)
     began = time.perf_counter()
     round: Any = built.algorithm.round
     step = round.lower(key, state, cohort).compile()
@@ -190,9 +187,7 @@ def _dry_run(built: Experiment, settings: dict[str, Any], *, as_json: bool) -> N
     jax.block_until_ready(step(key, state, cohort))
     ended = time.perf_counter()
     memory = step.memory_analysis()
-    report = {
-        "config": settings,
-        **machine(),
+    return {
         "clients": built.population.num_clients,
         "slots_of_a_cohort": built.sampler.capacity,
         "lanes": choose_lanes(
@@ -212,11 +207,11 @@ def _dry_run(built: Experiment, settings: dict[str, Any], *, as_json: bool) -> N
         "round_s": ended - warm,
         "run_s": (ended - warm) * built.settings.rounds,
     }
-    if as_json:
-        print(json.dumps(jsonable(report)))
-        return
+
+
+def _print_dry_run(report: dict[str, Any]) -> None:
     table = rich.table.Table(title="a run of these settings", show_header=False)
-    for name, value in settings.items():
+    for name, value in report["config"].items():
         if value is not None:
             table.add_row(name, str(value))
     table.add_section()

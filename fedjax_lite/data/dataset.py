@@ -17,6 +17,7 @@ from fedjax_lite.data import checks, storage
 from fedjax_lite.data.population import (
     ResidentPopulation,
     StreamedPopulation,
+    bound_of,
     device_rows,
     told,
     typical_rows,
@@ -437,6 +438,7 @@ class FederatedDataset:
         population = ResidentPopulation(
             examples=jax.tree.map(jnp.asarray, in_rows(examples, device)),
             offsets=jnp.asarray(self.offsets.astype(np.int32)),
+            most_examples=bound_of(self.num_examples),
         )
         return replicate(population, mesh)
 
@@ -487,5 +489,6 @@ class FederatedDataset:
             offsets=self.offsets,
             cohort_capacity=cohort_capacity,
             row_capacity=device_rows(row_capacity, int(self.num_examples.max()), num_devices),
+            most_examples=bound_of(self.num_examples),
             mesh=mesh,
         )

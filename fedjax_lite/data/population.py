@@ -37,10 +37,12 @@ class ResidentPopulation:
         padded, as `Rows` (see `xla/rows.py`).
       offsets: `[num_clients + 1]`, int32; client i owns rows
         `offsets[i]:offsets[i + 1]`.
+      most_examples: What no client has more examples than, `None` if that is not known (static).
     """
 
     examples: dict[str, jax.Array]
     offsets: jax.Array
+    most_examples: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __repr__(self) -> str:
         return told(self)
@@ -98,6 +100,7 @@ class StreamedPopulation:
         `offsets[i]:offsets[i + 1]`.
       cohort_capacity: Slots of a cohort.
       row_capacity: Rows of a cohort that a device holds, unused ones included.
+      most_examples: What no client has more examples than.
       mesh: Where cohorts are put; on the one device that there is if `None`.
     """
 
@@ -105,6 +108,7 @@ class StreamedPopulation:
     offsets: np.ndarray
     cohort_capacity: int
     row_capacity: int
+    most_examples: int
     mesh: Mesh | None = None
 
     def __repr__(self) -> str:
@@ -116,6 +120,14 @@ class StreamedPopulation:
     @property
     def num_clients(self) -> int:
         return len(self.offsets) - 1
+
+
+def bound_of(sizes: np.ndarray) -> int:
+    """A power of two that is no less than the largest of some sizes, nor than 64.
+
+    What is compiled for one population is compiled for others of about these sizes.
+    """
+    return 1 << (max(int(sizes.max()), 64) - 1).bit_length()
 
 
 def device_rows(row_capacity: int, largest: int, num_devices: int) -> int:

@@ -71,14 +71,14 @@ class Batching:
 def adapt_batch_size(cohort: Cohort, batching: Batching, requested: int | None) -> Batching:
     """The batching, at the size that the generator of the cohort draws if it has one.
 
-    Of other cohorts, no batch is larger than all of their rows.
+    Of other cohorts, no batch is larger than their largest client.
 
     Raises:
       ValueError: Another size was requested.
     """
     if cohort.sample is None:
-        num_rows = next(iter(cohort.examples.values())).shape[0]
-        return dataclasses.replace(batching, batch_size=min(batching.batch_size, max(1, num_rows)))
+        most = max(1, _most_examples(cohort))
+        return dataclasses.replace(batching, batch_size=min(batching.batch_size, most))
     batch = jax.eval_shape(cohort.sample, jax.random.key(0), jnp.int32(0))
     _validate.features("the sample function of the population", batch)
     (drawn,) = {feature.shape[0] for feature in batch.values()}
@@ -88,6 +88,12 @@ def adapt_batch_size(cohort: Cohort, batching: Batching, requested: int | None) 
             " batch_size out, or change the population's sample function."
         )
     return dataclasses.replace(batching, batch_size=drawn)
+
+
+def _most_examples(cohort: Cohort) -> int:
+    """What no client of a cohort with rows has more of, known when compiling."""
+    num_rows = next(iter(cohort.examples.values())).shape[0]
+    return num_rows if cohort.most_examples is None else min(num_rows, cohort.most_examples)
 
 
 def steps_per_epoch(num_examples: jax.Array, batching: Batching) -> jax.Array:
@@ -163,8 +169,7 @@ def bound_steps(cohort: Cohort, batching: Batching) -> int:
             "num_steps is None with differentiable=True and a generated population, whose clients"
             " may have any size; pass num_steps=, the number of local steps."
         )
-    num_rows = next(iter(cohort.examples.values())).shape[0]
-    return batching.num_epochs * -(-num_rows // batching.batch_size)
+    return batching.num_epochs * -(-_most_examples(cohort) // batching.batch_size)
 
 
 def read_batch(

@@ -224,5 +224,6 @@ def _collect(population: Population, client_ids: jax.Array, key: jax.Array | Non
         offsets=offsets,
         examples={},
         num_clients=population.num_clients,
+        most_examples=getattr(population, "most_examples", None),
         sample=sample,
     )

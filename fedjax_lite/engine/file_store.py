@@ -13,7 +13,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -27,11 +27,25 @@ from fedjax_lite.engine.store import STORES, sharding_of
 _NOWHERE = np.uint32(2**32 - 1)  # The place of an entry that has not been written.
 
 
+class _SharedLock:
+    """A lock that all files of one path in this process share: those of earlier states are idle."""
+
+    def __init__(self, path: Path) -> None:
+        stack = contextlib.ExitStack()
+        stack.enter_context(locked(path))
+        weakref.finalize(self, stack.close)
+
+
+_LOCKS: weakref.WeakValueDictionary[Path, _SharedLock] = weakref.WeakValueDictionary()
+
+
 class EntryFile:
     """A file of entries of equal size, at places that are numbered.
 
+    What a process that was killed has written in part lies at a place that no checkpoint refers to.
+
     Args:
-      path: The file, made if it is missing.
+      path: The file, made if it is missing when something is written.
       first: What a client keeps before its first round.
     """
 
@@ -40,14 +54,24 @@ class EntryFile:
         self._first = [np.asarray(x) for x in leaves]
         self._entry_bytes = sum(x.nbytes for x in self._first)
         self.path = path
-        self._file = path.open("rb+" if path.exists() else "wb+")
-        weakref.finalize(self, self._file.close)
-        self._num_places = -(-path.stat().st_size // max(self._entry_bytes, 1))
-        self._lock: contextlib.ExitStack | None = None  # None until something is written.
+        self._file: IO[bytes] | None = None  # None until something is read or written.
+        self._lock: _SharedLock | None = None  # None until something is written.
+        self._num_places = self._count_places()
         self._free: list[int] = []
         self._fresh: set[int] = set()  # Written since the last checkpoint, which knows none of it.
         # Given up since a checkpoint, for each checkpoint that may still be read, the oldest first.
         self._given_up: collections.deque[list[int]] = collections.deque([[]])
+
+    def _count_places(self) -> int:
+        """How many there are in the file, one that is written in part included."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        return -(-size // max(self._entry_bytes, 1))
+
+    def _open(self, mode: str) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = self.path.open(mode)
+        weakref.finalize(self, self._file.close)
 
     def read(self, index: np.ndarray) -> PyTree:
         """The entries at some places.
@@ -68,8 +92,7 @@ class EntryFile:
                 for all_, x in zip(entries, self._first, strict=True):
                     all_[i] = x
                 continue
-            self._file.seek(int(place) * self._entry_bytes)
-            if self._file.readinto(buffer) != len(buffer) or zlib.crc32(buffer) != checksum:
+            if not self._read_into(buffer, int(place)) or zlib.crc32(buffer) != checksum:
                 raise ValueError(
                     f"{self.path} does not hold what was written at place {place}: the state is"
                     " older than the last round, or the file is another run's or damaged; go on"
@@ -80,6 +103,16 @@ class EntryFile:
                 all_[i] = np.frombuffer(buffer, x.dtype, x.size, start).reshape(x.shape)
                 start += x.nbytes
         return jax.tree.unflatten(self._structure, entries)
+
+    def _read_into(self, buffer: bytearray, place: int) -> bool:
+        """Reads what lies at a place; whether there is so much."""
+        if self._file is None:
+            if not self.path.exists():
+                return False
+            self._open("rb")
+        assert self._file is not None
+        self._file.seek(place * self._entry_bytes)
+        return self._file.readinto(buffer) == len(buffer)  # type: ignore[attr-defined]
 
     def write(self, entries: PyTree, slots: np.ndarray, replaced: np.ndarray) -> np.ndarray:
         """Writes some of the entries of a cohort where there is room.
@@ -93,8 +126,11 @@ class EntryFile:
           Places and checksums, uint32 `[entries, 2]`.
         """
         if self._lock is None:
-            self._lock = contextlib.ExitStack()
-            self._lock.enter_context(locked(self.path.with_name(f".{self.path.name}.lock")))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = self.path.with_name(f".{self.path.name}.lock").resolve()
+            self._lock = _LOCKS.get(lock) or _LOCKS.setdefault(lock, _SharedLock(lock))
+            self._num_places = max(self._num_places, self._count_places())
+            self._open("rb+" if self.path.exists() else "wb+")
         index = [self._write(data) for data in _each(entries, slots)]
         for place in replaced[replaced != _NOWHERE].tolist():
             if place in self._fresh:
@@ -105,6 +141,7 @@ class EntryFile:
         return np.array(index, np.uint32).reshape(-1, 2)
 
     def _write(self, data: bytes) -> tuple[int, int]:
+        assert self._file is not None
         place = self._free.pop() if self._free else self._num_places
         self._num_places = max(self._num_places, place + 1)
         self._file.seek(place * self._entry_bytes)
@@ -118,8 +155,9 @@ class EntryFile:
         Args:
           keep: How many older checkpoints there may be beside it.
         """
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._lock is not None and self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._fresh.clear()
         self._given_up.append([])
         while len(self._given_up) > keep + 1:
@@ -130,6 +168,7 @@ class EntryFile:
         places = {int(place) for index in used for place in index[:, 0]}
         self._free = [place for place in range(self._num_places) if place not in places]
         self._fresh.clear()
+        self._given_up = collections.deque([[]])  # These are among the free ones.
 
 
 def _parts(x: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
@@ -209,7 +248,7 @@ def store_in_file(state: ServerState, folder: str | Path, num_clients: int) -> S
 
     Args:
       state: `algorithm.init(key, num_clients=1)`, of an algorithm whose clients keep something.
-      folder: Where the files lie; made if it is missing. One for each run.
+      folder: Where the files lie, made with the first of them. One for each run.
       num_clients: Size of the population.
 
     Returns:
@@ -249,7 +288,6 @@ def store_in_file(state: ServerState, folder: str | Path, num_clients: int) -> S
     if jax.process_count() > 1:
         raise ValueError("stores in files are for one process; keep the store on the devices.")
     folder = Path(folder).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
     index = np.stack([np.full(num_clients, _NOWHERE), np.zeros(num_clients, np.uint32)], 1)
     stores = {
         name: FileStore(index, EntryFile(folder / name, jax.tree.map(lambda x: x[0], store)))

@@ -74,7 +74,11 @@ def copy_cohort(population: StreamedPopulation, client_ids: ArrayLike) -> Cohort
         "device_slots": device_slots,
         "examples": _copy(population.examples, local, row_capacity, device),
     }
-    return Cohort(**_put(arrays, population.mesh), num_clients=population.num_clients)
+    return Cohort(
+        **_put(arrays, population.mesh),
+        num_clients=population.num_clients,
+        most_examples=population.most_examples,
+    )
 
 
 def _rows(population: StreamedPopulation, clients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +102,12 @@ class Settings:
     seed: int = 0
     eval_every: int = 10
     lanes: int | None = None
+
+
+def settings_from(values: Mapping[str, Any]) -> Settings:
+    """Those of some values, by name, that are settings."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    return Settings(**{name: values[name] for name in names & values.keys()})
 
 
 class Calls(NamedTuple):

@@ -60,7 +60,8 @@ def linen_model(
         variables = module.init(key, *args, **kwargs, **options)
         return variables["params"], {k: v for k, v in variables.items() if k != "params"}
 
-    collections = sorted(jax.eval_shape(lambda: init_fn(jax.random.key(0)))[1])
+    shapes = jax.eval_shape(lambda: init_fn(jax.random.key(0)))
+    collections = sorted(shapes[1])
 
     def variables(params: PyTree, model_state: PyTree) -> dict[str, Any]:
         if sorted(model_state) != collections:
@@ -70,9 +71,10 @@ def linen_model(
             )
         return {"params": params, **model_state}
 
-    def loss_fn(
+    def call(
         params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, PyTree]:
+    ) -> tuple[Any, PyTree]:
+        """The predictions of a training step, and the model state after it."""
         args, kwargs = modules.arguments(inputs, batch)
         predictions, updated = module.apply(
             variables(params, model_state),
@@ -82,7 +84,13 @@ def linen_model(
             **kwargs,
             **modules.call_options(module, train=True, mask=batch["mask"]),
         )
-        return loss(predictions, batch), {**model_state, **updated}
+        return predictions, {**model_state, **updated}
+
+    def loss_fn(
+        params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, PyTree]:
+        predictions, after = call(params, model_state, batch, key)
+        return loss(predictions, batch), after
 
     def predict(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
         args, kwargs = modules.arguments(inputs, batch)
@@ -95,23 +103,14 @@ def linen_model(
             return {"loss": loss(predictions, batch)}
         return metrics(predictions, batch)
 
-    def batch_statistics(batch: Batch) -> PyTree:
-        params, model_state = init_fn(jax.random.key(0))
-        args, kwargs = modules.arguments(inputs, batch)
-        options = modules.call_options(module, train=True, mask=batch["mask"])
-        _, updated = module.apply(
-            variables(params, model_state),
-            *args,
-            rngs={"dropout": jax.random.key(1)},
-            mutable=collections,
-            **kwargs,
-            **options,
-        )
-        return updated["batch_stats"]
+    def batch_statistics(drawn: PyTree, batch: Batch) -> PyTree:
+        params, model_state = drawn
+        return call(params, model_state, batch, jax.random.key(1))[1]["batch_stats"]
 
     if "batch_stats" in collections:
         modules.require_mask(module)
-        modules.require_masked_statistics(module, batch_statistics, features)
+        drawn = modules.drawn(shapes)
+        modules.require_masked_statistics(module, batch_statistics, drawn, features)
     return Model(init_fn, loss_fn, metrics_fn, predict)
 
 

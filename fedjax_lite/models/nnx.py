@@ -46,7 +46,8 @@ def nnx_model(
 
     Raises:
       TypeError: `create` is a module, or does not return one.
-      ValueError: The module has batch statistics and its `__call__` does not take `mask`.
+      ValueError: The module has batch statistics and its `__call__` does not take `mask`; or, when
+        the loss is first called, they depend on what it leaves out.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
@@ -74,8 +75,10 @@ def nnx_model(
     _validate.instance("what create(rngs) returned", module, nnx.Module)
     graph, params, streams, model_state, constants = split(module)
     structure: Any = jax.tree.structure((params, model_state))
-    if nnx.state(module, nnx.BatchStat):
+    has_statistics = bool(nnx.state(module, nnx.BatchStat))
+    if has_statistics:
         modules.require_mask(module)
+    checked: set[Any] = set()  # Shapes of inputs.
 
     def init_fn(key: jax.Array) -> tuple[PyTree, PyTree]:
         _, params, _, model_state, _ = split(create(nnx.Rngs(key)))
@@ -83,7 +86,8 @@ def nnx_model(
 
     def apply(
         params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, *, train: bool
-    ) -> tuple[Any, PyTree]:
+    ) -> tuple[Any, nnx.Module]:
+        """The predictions, and the module after the call."""
         given = jax.tree.structure((params, model_state))
         if given != structure:  # nnx would go by the order of the leaves alone.
             raise ValueError(
@@ -99,14 +103,34 @@ def nnx_model(
         module.train() if train else module.eval()
         options = modules.call_options(module, train=train, mask=batch["mask"], rngs=rngs)
         args, kwargs = modules.arguments(inputs, batch)
-        predictions = module(*args, **kwargs, **options)
-        return predictions, split(module)[3]
+        return module(*args, **kwargs, **options), module
+
+    def batch_statistics(variables: PyTree, batch: Batch) -> PyTree:
+        params, model_state = variables
+        _, after = apply(params, model_state, batch, jax.random.key(1), train=True)
+        return nnx.to_pure_dict(nnx.state(after, nnx.BatchStat))
+
+    def check(batch: Batch) -> None:
+        """Refuses a module that does not heed the mask, once the shape of its inputs is known."""
+        shapes = {
+            name: jax.ShapeDtypeStruct((1, *batch[name].shape[1:]), batch[name].dtype)
+            for name in modules.features_of(inputs)
+        }
+        known = tuple((name, x.shape, x.dtype.name) for name, x in shapes.items())
+        if known not in checked:
+            with jax.ensure_compile_time_eval():  # While a round is traced.
+                modules.require_masked_statistics(
+                    module, batch_statistics, (params, model_state), shapes
+                )
+            checked.add(known)
 
     def loss_fn(
         params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, PyTree]:
+        if has_statistics:
+            check(batch)
         predictions, after = apply(params, model_state, batch, key, train=True)
-        return loss(predictions, batch), after
+        return loss(predictions, batch), split(after)[3]
 
     def predict(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
         return apply(params, model_state, batch, jax.random.key(0), train=False)[0]

@@ -15,9 +15,14 @@ _SIGNALS = [
 ]
 
 
+def interrupted_by(came: signal.Signals) -> str:
+    """What a signal has done, in words; Ctrl-C needs no name."""
+    return "interrupted" if came is signal.SIGINT else f"interrupted by {came.name}"
+
+
 def _raise(number: int, frame: FrameType | None) -> None:
-    name = signal.Signals(number).name
-    raise InterruptedTraining(f"interrupted by {name}", signal.Signals(number))
+    came = signal.Signals(number)
+    raise InterruptedTraining(interrupted_by(came), came)
 
 
 @contextlib.contextmanager

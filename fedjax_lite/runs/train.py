@@ -1,11 +1,8 @@
 """The driver: a loop of rounds, with evaluations, records, checkpoints and rules that end it."""
 
 import contextlib
-import dataclasses
 import functools
 import itertools
-import signal
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -18,21 +15,21 @@ from fedjax_lite._extras import require
 from fedjax_lite.base import FederatedAlgorithm, PyTree, RoundInfo, ServerState
 from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.data.population import GeneratedPopulation, ResidentPopulation, StreamedPopulation
-from fedjax_lite.engine.file_store import with_stores
 from fedjax_lite.engine.streaming import prefetch
 from fedjax_lite.privacy.accounting import Budget, ledger_of
-from fedjax_lite.privacy.accounting import Ledger as PrivacyLedger
 from fedjax_lite.runs.checkpoint import CheckpointFolder, Checkpoints
 from fedjax_lite.runs.entries import Courier
 from fedjax_lite.runs.identity import check_same, identify
+from fedjax_lite.runs.initial import on_devices_of
 from fedjax_lite.runs.interrupts import first_signal
-from fedjax_lite.runs.ledger import Ledger, epsilon_of_rows, trained, without_extras
-from fedjax_lite.runs.result import InterruptedTraining, TrainResult
-from fedjax_lite.runs.step import Carry, Keys, build_step, check_length, draw
+from fedjax_lite.runs.ledger import Ledger, epsilon_of_rows, trained
+from fedjax_lite.runs.result import TrainResult
+from fedjax_lite.runs.run import Run
+from fedjax_lite.runs.step import Carry, build_step, check_length, draw
 from fedjax_lite.runs.stopping import History, Row, StopRule
 from fedjax_lite.samplers import Sampler
 from fedjax_lite.xla.memory import memory_errors
-from fedjax_lite.xla.mesh import copied, put, replicate
+from fedjax_lite.xla.mesh import copied, put
 
 
 def train(
@@ -120,10 +117,8 @@ def train(
 
     Raises:
       ValueError: An argument is out of range, or the sampler is for another population; a metric
-            settings = {} if checkpoints is None else checkpoints.settings
-            settings = {**settings, "ema_decay": ema_decay, "best": best}
-            if spent is not None:  # What they were spent with, and told for.
-                settings |= {"noise_multiplier": spent.noise_multiplier, "delta": spent.delta}
+        is unknown; the checkpoints are of another run, or none of them can be read; of several
+        processes, one is given something else than the others.
       MemoryError: There is too little for a round; with what needs how much.
       fl.InterruptedTraining: Ctrl-C was pressed, or SIGTERM or SIGHUP came, in the main thread; a
         `KeyboardInterrupt` with what the run had come to as its `result`. The round in progress
@@ -156,9 +151,6 @@ def train(
         _validate.instance("state", state, ServerState, "algorithm.init(key)")
     if callable(stop):
         raise TypeError("stop is a single rule; pass a list of rules, such as [rule].")
-    names = population.client_ids if isinstance(population, FederatedDataset) else None
-    if isinstance(population, FederatedDataset):
-        population = population.resident()
     if sampler.num_clients != population.num_clients:
         raise ValueError(
             f"sampler chooses among {sampler.num_clients} clients, and population has"
@@ -171,6 +163,9 @@ def train(
     if best is not None:
         _validate.choice("best_mode", best_mode, ("max", "min"))
 
+    names = population.client_ids if isinstance(population, FederatedDataset) else None
+    if isinstance(population, FederatedDataset):
+        population = population.resident()
     spent = epsilon = None
     if privacy is not None:
         spent = ledger_of(privacy, algorithm, sampler, num_rounds)
@@ -184,47 +179,36 @@ def train(
         data = jnp.array(np.asarray(jax.random.key_data(key)))
         key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
     key_init, *keys = jax.random.split(key, 3)
-    is_given = state is not None
     if state is None:
         with memory_errors(lambda: {"the data": getattr(population, "examples", {})}):
             state = algorithm.init(key_init, num_clients=population.num_clients)
-    elif jax.process_count() > 1 and state.round.is_fully_addressable:
-        state = replicate(state)
+        first = copied(state, may_alias=True)
+    else:
+        state = on_devices_of(state, lambda: algorithm.init(key_init, num_clients=1))
+        first = copied(state)  # A round reuses the memory of the one before it.
     courier = Courier(state)
-    run = _Run(
-        # A round reuses the memory of the state before it, and the caller may hold this one.
-        carry=Carry(
-            copied(state, may_alias=not is_given),
-            None if ema_decay is None else copied(trained(state)),
-        ),
+    run = Run(
+        carry=Carry(first, None if ema_decay is None else copied(trained(state))),
         courier=courier,
         step=build_step(algorithm, sampler, ema_decay),
         keys=put(tuple(keys), state.round.sharding),
         evaluation=evaluate,
-        ledger=Ledger(
-            on_round,
-            on_eval,
-            on_resume,
-            best,
-            best_mode or "",
-            name_clients,
-            epsilon,
-        ),
+        ledger=Ledger(on_round, on_eval, on_resume, best, best_mode or "", name_clients, epsilon),
         done=int(state.round),
         spent=spent,
     )
     # In a thread, and so with keys of this process alone: no other one has to be there.
     draw_ahead = functools.partial(draw, sampler, population, tuple(keys))
     is_ahead = isinstance(population, StreamedPopulation) or bool(courier)
+    settings = {} if checkpoints is None else checkpoints.settings
+    settings = {**settings, "ema_decay": ema_decay, "best": best}
+    if spent is not None:  # What they were spent with, and told for.
+        settings |= {"noise_multiplier": spent.noise_multiplier, "delta": spent.delta}
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_errors(lambda: _needs(state, population)))
         if checkpoints is not None or jax.process_count() > 1:
             source = run.equipped(draw_ahead(run.done)) if is_ahead else population
             traced = run.step.trace(run.carry, run.keys, source)
-            settings = {} if checkpoints is None else checkpoints.settings
-            settings = {**settings, "ema_decay": ema_decay, "best": best}
-            if spent is not None:  # What they were spent with, and told for.
-                settings |= {"noise_multiplier": spent.noise_multiplier, "delta": spent.delta}
             identity = identify(state, population, sampler, key, traced.jaxpr, settings)
             check_same({**identity, "num_rounds": num_rounds, "eval_every": eval_every})
         if checkpoints is not None:
@@ -239,27 +223,13 @@ def train(
             from fedjax_lite.runs.progress import shown
 
             run.ledger.show = stack.enter_context(shown(num_rounds))
-        run.start()
-        while True:
-            if run.done % eval_every == 0:
-                run.evaluate()
-                if stop:
-                    run.ledger.settle()
-            history = run.ledger.history
-            seen = history if evaluate is not None else _WithoutEvaluations(*history)
-            stopped = next(filter(None, (rule(run.done, seen) for rule in stop)), None)
-            if stopped or run.done >= num_rounds:
-                run.evaluate()
-                run.save()
-                break
-            if came := run.ledger.interrupted_by():
-                run.save()
-                message = run.interrupted_message(came)
-                raise InterruptedTraining(message, came, run.result(message.partition(";")[0]))
-            if checkpoints is not None and run.done % checkpoints.every == 0:
-                run.save()
-            run.advance(next(sources))
-        return run.result(stopped)
+        return run.play(
+            sources,
+            num_rounds,
+            eval_every=eval_every,
+            save_every=None if checkpoints is None else checkpoints.every,
+            stop=stop,
+        )
 
 
 def _needs(state: ServerState, population: Any) -> dict[str, PyTree]:
@@ -272,142 +242,3 @@ def _needs(state: ServerState, population: Any) -> dict[str, PyTree]:
         "the store": state.store,
         "the data": examples,
     }
-
-
-class _WithoutEvaluations(History):
-    """The history of a run that is never evaluated, for rules that would wait for ever."""
-
-    @property
-    def evaluations(self) -> list[Row]:
-        raise ValueError(
-            "stop has a rule that reads the evaluations of the run, and evaluate is None, so that"
-            " it would never stop; pass evaluate=."
-        )
-
-
-@dataclasses.dataclass
-class _Run:
-    """A run in progress."""
-
-    carry: Carry
-    courier: Courier
-    step: jax.stages.Wrapped
-    keys: Keys
-    evaluation: Callable[[ServerState], Mapping[str, Any]] | None
-    ledger: Ledger
-    done: int
-    spent: PrivacyLedger | None = None
-    folder: CheckpointFolder | None = None
-    evaluated_at: int = -1
-    saved_at: int = -1
-    num_before: int = 0
-    began: float = 0.0
-    compiled: float | None = None
-
-    def start(self) -> None:
-        """Rounds from here on are those of this process."""
-        self.num_before = len(self.ledger.history.rounds)
-        self.began = time.perf_counter()
-
-    def equipped(self, source: Any) -> Any:
-        """The source of the next round, whose clients' entries are fetched if they lie in files."""
-        if not self.courier:
-            return source
-        cohort, selected = source
-        state, cohort = self.courier.fetch(self.carry.state, cohort)
-        self.carry = self.carry._replace(state=state)
-        return cohort, selected
-
-    def advance(self, source: Any) -> None:
-        """One more round."""
-        source = self.equipped(source)
-        if self.compiled is None:
-            # Ahead of the call, which on a CPU may run the round before it returns.
-            self.step.lower(self.carry, self.keys, source).compile()
-            self.compiled = time.perf_counter()
-        self.carry, info, selected = self.step(self.carry, self.keys, source)
-        if self.courier:
-            self.courier.bring(self.carry.state, source[0])
-        self.done += 1
-        self.ledger.add_round(self.done, info, selected)
-
-    def state(self) -> ServerState:
-        """The state after the last round."""
-        return with_stores(self.carry.state, self.courier.arrive())
-
-    def evaluated_state(self) -> ServerState:
-        """The state that evaluations are of."""
-        state, averaged = self.state(), self.carry.averaged
-        return state if averaged is None else dataclasses.replace(state, **averaged)
-
-    def evaluate(self) -> None:
-        """An evaluation, unless there is one of this round."""
-        if self.evaluation is not None and self.evaluated_at < self.done:
-            self.evaluated_at = self.done
-            state = self.evaluated_state()
-            self.ledger.add_evaluation(self.done, self.evaluation(state), state)
-
-    def save(self) -> None:
-        """A checkpoint, unless there is one of this round."""
-        if self.folder is None or self.saved_at == self.done:
-            return
-        self.saved_at = self.done
-        self.ledger.settle()
-        record = {
-            # Copies: they are written while rows are added.
-            "rounds": list(self.ledger.history.rounds),
-            "evaluations": list(self.ledger.history.evaluations),
-        }
-        arrays = self._arrays()
-        self.courier.seal(self.folder.keep)
-        self.folder.save(self.done, arrays, record)
-
-    def restore(self) -> None:
-        """Goes back to the newest checkpoint, if there is one."""
-        if self.folder is None:
-            return
-        restored = self.folder.restore(self._arrays())
-        if restored is None:
-            return
-        state = restored.arrays["state"]
-        self.carry = Carry(state, restored.arrays["averaged"])
-        self.courier = Courier(state)
-        if self.courier:
-            others = [arrays["state"] for arrays in self.folder.others(restored.arrays)]
-            self.courier.reclaim([state, *others])
-        history = History(restored.record["rounds"], restored.record["evaluations"])
-        self.ledger.resume(history, restored.arrays["best"])
-        self.done = self.saved_at = restored.round
-        self.evaluated_at = max((row["round"] for row in history.evaluations), default=-1)
-
-    def _arrays(self) -> dict[str, PyTree]:
-        best = self.ledger.best_state
-        if self.ledger.best is not None and best is None:
-            best = without_extras(self.carry.state)
-        return {"state": self.state(), "averaged": self.carry.averaged, "best": best}
-
-    def result(self, stopped: str | None) -> TrainResult:
-        """What the run has come to."""
-        self.ledger.settle()
-        jax.block_until_ready(self.carry)
-        compiled = self.compiled or self.began
-        run_s = time.perf_counter() - compiled
-        rows = self.ledger.history.rounds[self.num_before :]
-        return TrainResult(
-            state=self.state(),
-            averaged=None if self.carry.averaged is None else self.evaluated_state(),
-            best=self.ledger.best_state,
-            history=self.ledger.history,
-            stopped=stopped,
-            compile_s=compiled - self.began,
-            run_s=run_s,
-            client_updates_per_s=sum(row["num_clients"] - row["num_empty"] for row in rows) / run_s,
-            examples_per_s=sum(row["num_examples"] for row in rows) / run_s,
-            privacy=self.spent,
-        )
-
-    def interrupted_message(self, came: signal.Signals) -> str:
-        """What to tell a user whose signal ended the run."""
-        by = "" if came is signal.SIGINT else f" by {came.name}"
-        told = f"interrupted{by} after round {self.done}"
-        return f"{told}; the same call goes on from its checkpoint" if self.folder else told

@@ -17,7 +17,7 @@ from fedjax_lite.base import (
     Received,
     UpdateTransform,
 )
-from fedjax_lite.updates.pipeline import announced, first_entry, unmasked
+from fedjax_lite.updates.pipeline import announced, check_decodes, first_entry, sent_whole, unmasked
 
 
 def error_feedback(
@@ -55,7 +55,7 @@ def error_feedback(
 
     Raises:
       TypeError: `transform` is no transform.
-      ValueError: `decay` or `max_age` is out of range.
+      ValueError: `decay` or `max_age` is out of range; `transform` makes integers of updates.
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> coarse = error_feedback(fl.quantize_uniform(2))
@@ -67,6 +67,7 @@ def error_feedback(
     [0.0, 0.5, 1.0]
     """
     _validate.instance("transform", transform, UpdateTransform, "fl.quantize_uniform(4)")
+    check_decodes("error_feedback", transform)
     decay = _validate.number("decay", decay, maximum=1)
 
     def entry(params: PyTree) -> PyTree:
@@ -77,9 +78,10 @@ def error_feedback(
         corrected = jax.tree.map(
             lambda x, e: (x + decay * e).astype(x.dtype), message.update, error
         )
-        sent = transform.client(key, state, message._replace(update=corrected, entry=own), client)
+        whole = sent_whole(message, corrected)._replace(entry=own)
+        sent = transform.client(key, state, whole, client)
         lost = optax.tree.cast_like(optax.tree.sub(corrected, sent.update), error)
-        return sent._replace(entry=(lost, sent.entry))
+        return sent._replace(entry=(lost, sent.entry), metrics={**whole.metrics, **sent.metrics})
 
     def guarantees(before: Guarantees, state: PyTree) -> Guarantees:
         # What comes in is the update and all that was lost before: no bound holds any more.
@@ -147,6 +149,7 @@ def ef21(transform: UpdateTransform) -> UpdateTransform:
 
     Raises:
       TypeError: `transform` is no transform.
+      ValueError: `transform` makes integers of updates.
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> largest = ef21(fl.top_k(1))
@@ -159,6 +162,7 @@ def ef21(transform: UpdateTransform) -> UpdateTransform:
     [1.0, 2.0, 3.0]
     """
     _validate.instance("transform", transform, UpdateTransform, "fl.top_k(0.01)")
+    check_decodes("ef21", transform)
 
     def init(params: PyTree) -> PyTree:
         return transform.init(params), optax.tree.zeros_like(params)
@@ -170,10 +174,10 @@ def ef21(transform: UpdateTransform) -> UpdateTransform:
         estimate, own = message.entry
         differing = optax.tree.cast_like(optax.tree.sub(message.update, estimate), message.update)
         weight = jnp.where(message.weight > 0, 1.0, message.weight)
-        message = message._replace(update=differing, weight=weight, entry=own)
-        sent = transform.client(key, state[0], message, client)
+        whole = sent_whole(message, differing)._replace(weight=weight, entry=own)
+        sent = transform.client(key, state[0], whole, client)
         moved = optax.tree.cast_like(optax.tree.add(estimate, sent.update), estimate)
-        return sent._replace(entry=(moved, sent.entry))
+        return sent._replace(entry=(moved, sent.entry), metrics={**whole.metrics, **sent.metrics})
 
     def server(
         key: jax.Array, state: PyTree, received: Received

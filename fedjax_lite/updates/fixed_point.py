@@ -18,7 +18,6 @@ from fedjax_lite.base import (
     UpdateTransform,
 )
 from fedjax_lite.updates.pipeline import unmasked
-from fedjax_lite.updates.vector import reported
 from fedjax_lite.xla import random
 from fedjax_lite.xla.precision import squared_norm, widen
 
@@ -112,12 +111,12 @@ def fixed_point(
         update = jax.tree.unflatten(structure, sent)
         if denominator is None:
             update = update, to_ring(weight, modulus_bits)
-        bits_up = sum(modulus_bits * x.size for x in jax.tree.leaves(update))
+        bits_up: Any = float(sum(modulus_bits * x.size for x in jax.tree.leaves(update)))
         return message._replace(
             update=update,
             weight=weight * (max_weight / largest),
             metrics={
-                "bits_up": reported(bits_up),
+                "bits_up": bits_up,
                 "elements_above": _count([x > max_value for x in leaves]),
                 "elements_below": _count([-x > max_value for x in leaves]),
             },

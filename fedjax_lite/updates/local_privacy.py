@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from fedjax_lite import _validate
 from fedjax_lite.base import Guarantees, Message, PyTree, UpdateTransform
 from fedjax_lite.updates.clipping import norm_of, scale_down
-from fedjax_lite.updates.pipeline import stateless, unmasked
+from fedjax_lite.updates.pipeline import sent_whole, stateless, unmasked
 from fedjax_lite.xla import random
 from fedjax_lite.xla.precision import widen
 
@@ -108,7 +108,7 @@ def _with_noise(
 ) -> Message:
     noisy = optax.tree.add_scale(update, scale, noise)
     noisy = optax.tree.cast_like(noisy, message.update)
-    return message._replace(update=noisy, metrics={"clipped": clipped})
+    return sent_whole(message, noisy, clipped=clipped)
 
 
 def _unbounded(name: str) -> Callable[[Guarantees], Guarantees]:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Client, Guarantees, Message, PyTree, Received, UpdateTransform
-from fedjax_lite.updates.vector import bounded, encoder, num_bits, unit_of
+from fedjax_lite.updates.pipeline import encoded, num_bits
+from fedjax_lite.updates.vector import bounded, encoder, unit_of
 from fedjax_lite.xla.precision import widen
 
 
@@ -79,9 +80,8 @@ def power_sgd(rank: int = 2) -> UpdateTransform:
     round has one; hence the turns, as in the authors' own package `powersgd`.
 
     Clients report `bits_up`: 32 for each of $r m$ entries, or $r n$, in turn, and of those of what
-    is sent whole. `bits_down` has 32 more for each entry of the shared bases; in a `fl.chain` with
-    `fl.downlink`, the report of the last one holds. A matrix that holds NaN or an infinity becomes
-    NaN, and its client is left out.
+    is sent whole. `bits_down` has 32 more for each entry of the shared bases. A matrix that holds
+    NaN or an infinity becomes NaN, and its client is left out.
 
     Source: Vogels et al. (2019), "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
     Optimization".
@@ -153,9 +153,7 @@ def power_sgd(rank: int = 2) -> UpdateTransform:
         projected = [project(x, own, left) for x, own in zip(leaves, all_bases, strict=True)]
         whole = [x for x, own in zip(leaves, all_bases, strict=True) if not own]
         bits = 32.0 * sizes(state)[1] + num_bits(whole)
-        return message._replace(
-            update=jax.tree.unflatten(structure, projected), metrics={"bits_up": bits}
-        )
+        return encoded(message, jax.tree.unflatten(structure, projected), bits)
 
     def server(
         key: jax.Array, state: PyTree, received: Received

@@ -6,7 +6,7 @@ from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Client, Guarantees, Message, PyTree, Received, UpdateTransform
-from fedjax_lite.updates.pipeline import unmasked
+from fedjax_lite.updates.pipeline import sent_whole, unmasked
 
 
 def client_momentum(decay: ArrayLike = 0.9) -> UpdateTransform:
@@ -45,7 +45,8 @@ def client_momentum(decay: ArrayLike = 0.9) -> UpdateTransform:
             optax.tree.scale(decay, message.entry), optax.tree.scale(1 - decay, message.update)
         )
         kept = optax.tree.cast_like(kept, message.entry)
-        return message._replace(update=optax.tree.cast_like(kept, message.update), entry=kept)
+        sent = sent_whole(message, optax.tree.cast_like(kept, message.update))
+        return sent._replace(entry=kept)
 
     def server(
         key: jax.Array, state: PyTree, received: Received

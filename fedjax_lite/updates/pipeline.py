@@ -1,5 +1,6 @@
 """Update transforms one after another, and around a client update."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,8 +35,14 @@ def chain(*transforms: UpdateTransform) -> UpdateTransform:
       *transforms: The transforms.
 
     Returns:
-      The `UpdateTransform`. What transforms report under the same name, such as `bits_up`, is the
-      report of the last one on a client, and of the first one on the server.
+      The `UpdateTransform`. What transforms report under the same name is the report of the last
+      one on a client, and of the first one on the server.
+
+    Bits are those of what has to be sent for the server to have what comes out. It knows the keys
+    of compressors, and can do to what it decodes what those after them do: of several in a row, the
+    message of the one that needs the fewest bits is sent. What it cannot do again comes after all
+    of them: noise of clients, and what they keep; integers to be masked are sent as they are.
+    `bits_down` are the fewest of all `fl.downlink`s, and what transforms send down beside.
 
     Raises:
       TypeError: A transform is none.
@@ -87,11 +94,16 @@ def chain(*transforms: UpdateTransform) -> UpdateTransform:
         return received, tuple(states), info
 
     def broadcast(key: jax.Array, state: PyTree, params: PyTree) -> tuple[PyTree, Any]:
-        bits: Any = None
+        whole = num_bits(params)
+        saved: Any = 0.0
+        beside: Any = 0.0
         for transform, own_key, own_state in zip(transforms, keys_of(key), state, strict=False):
             if transform.broadcast is not None:
                 params, bits = transform.broadcast(own_key, own_state, params)
-        return params, bits
+                more = 0.0 if bits is None else bits - whole
+                saved = jnp.maximum(saved, -more)
+                beside += jnp.maximum(more, 0)
+        return params, whole - saved + beside
 
     def announce(key: jax.Array, state: PyTree, cohort: Cohort) -> PyTree:
         return tuple(
@@ -127,6 +139,42 @@ def announced(transform: UpdateTransform, key: jax.Array, state: PyTree, cohort:
 def first_entry(transform: UpdateTransform, params: PyTree) -> PyTree:
     """What a transform keeps with a client before its first round; `()` if it keeps nothing."""
     return () if transform.entry is None else transform.entry(params)
+
+
+def num_bits(tree: PyTree) -> float:
+    """The size of arrays."""
+    return sum(8.0 * x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def encoded(message: Message, update: PyTree, bits: Any) -> Message:
+    """The message of a compressor, or of one before it, which the server compresses again."""
+    before: Any = message.metrics.get("bits_up", math.inf)
+    known = all(isinstance(number, int | float) for number in (bits, before))
+    # A number of Python, if shapes alone tell it.
+    fewest: Any = float(min(bits, before)) if known else jnp.minimum(bits, before).astype(float)
+    return message._replace(update=update, metrics={"bits_up": fewest})
+
+
+def sent_whole(message: Message, update: PyTree, **metrics: jax.Array) -> Message:
+    """The message of what the server cannot make of those before it."""
+    bits: Any = num_bits(update)
+    return message._replace(update=update, metrics={**metrics, "bits_up": bits})
+
+
+def check_decodes(name: str, transform: UpdateTransform) -> None:
+    """Refuses a transform around one of which a single message is no update.
+
+    Raises:
+      ValueError: It makes integers of a modulus of updates, or masks them.
+    """
+    bounds = Guarantees(sensitivity=1.0, max_weight=1.0)  # That what asks for them finds them.
+    known = transform.guarantees(bounds, None)
+    if known.is_masked or known.modulus_bits is not None:
+        raise ValueError(
+            f"transform makes integers of updates, which {name} cannot take for updates: only their"
+            " sum over clients becomes one again; make integers last, as in"
+            f" fl.chain({name}(fl.quantize_uniform(16)), fl.fixed_point(0.1, 1.0))."
+        )
 
 
 def _parts(tree: PyTree, transforms: tuple[UpdateTransform, ...]) -> PyTree:
@@ -215,8 +263,8 @@ def downlink(transform: UpdateTransform) -> UpdateTransform:
       The `UpdateTransform`. Updates pass it as they are. `bits_down` is the size that it reports.
 
     Raises:
-      ValueError: `transform` keeps something with clients, at once; or on the server, in
-        `algorithm.init`.
+      ValueError: `transform` keeps something with clients, or makes integers of updates, at once;
+        or keeps something on the server, in `algorithm.init`.
 
     >>> import jax, jax.numpy as jnp, optax, fedjax_lite as fl
     >>> model = fl.function_model(lambda w, batch: jnp.sum((w - batch["x"]) ** 2, -1))
@@ -234,6 +282,7 @@ def downlink(transform: UpdateTransform) -> UpdateTransform:
             "transform keeps something with each client, and the server broadcasts to all alike;"
             " pass one without an entry."
         )
+    check_decodes("downlink", transform)
 
     def init(params: PyTree) -> PyTree:
         state = transform.init(params)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Client, Guarantees, Message, PyTree, UpdateTransform
-from fedjax_lite.updates.pipeline import unmasked
+from fedjax_lite.updates.pipeline import check_decodes, unmasked
 from fedjax_lite.updates.vector import compressor, count_of, vector_of
 from fedjax_lite.xla import random
 from fedjax_lite.xla.hadamard import walsh_hadamard
@@ -41,7 +41,8 @@ def rotated(transform: UpdateTransform) -> UpdateTransform:
 
     Raises:
       TypeError: `transform` is no transform.
-      ValueError: It keeps something with clients, whose coordinates are others in each round.
+      ValueError: It keeps something with clients, whose coordinates are others in each round; or
+        makes integers of updates, for which there is `fl.common_rotation`.
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> message = fl.Message(jnp.array([0.0, 4.0, 0.0]), 1.0)
@@ -56,6 +57,7 @@ def rotated(transform: UpdateTransform) -> UpdateTransform:
             "transform keeps something with each client, and has other coordinates in each round;"
             " rotate inside of it, as in error_feedback(rotated(...))."
         )
+    check_decodes("rotated", transform)
 
     def init(params: PyTree) -> PyTree:
         return transform.init(jnp.zeros(padded_size(vector_of(params)[0].size)))

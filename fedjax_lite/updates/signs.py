@@ -8,7 +8,8 @@ from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Client, Guarantees, Message, PyTree, Received, UpdateTransform
-from fedjax_lite.updates.vector import bounded, compressor, map_arrays, reported
+from fedjax_lite.updates.pipeline import encoded
+from fedjax_lite.updates.vector import bounded, compressor, map_arrays
 from fedjax_lite.xla import random
 
 
@@ -47,7 +48,7 @@ def sign_sgd() -> UpdateTransform:
     def client(key: jax.Array, state: PyTree, message: Message, client: Client) -> Message:
         del state, client
         update, bits = map_arrays(sign, key, message.update)
-        return message._replace(update=update, metrics={"bits_up": reported(bits)})
+        return encoded(message, update, bits)
 
     def server(
         key: jax.Array, state: PyTree, received: Received

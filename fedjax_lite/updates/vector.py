@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Guarantees, Message, PyTree, UpdateTransform
-from fedjax_lite.updates.pipeline import stateless, unmasked
+from fedjax_lite.updates.pipeline import encoded, stateless, unmasked
 from fedjax_lite.xla import random
 from fedjax_lite.xla.precision import widen
 
@@ -84,7 +84,7 @@ def encoder(
 
     def client(key: jax.Array, message: Message) -> Message:
         update, bits = (map_arrays if per_array else _whole)(encode, key, message.update)
-        return message._replace(update=update, metrics={"bits_up": reported(bits)})
+        return encoded(message, update, bits)
 
     return stateless(client, lambda before: bounded(name, before, shrinks=shrinks))
 
@@ -125,13 +125,3 @@ def check_count(name: str, share: float) -> None:
 def index_bits(number: int) -> int:
     """How many bits tell one of so many things."""
     return math.ceil(math.log2(number))
-
-
-def reported(bits: Any) -> Any:
-    """A number of bits as metrics have it: one of Python, if shapes alone tell it."""
-    return float(bits) if isinstance(bits, int | float) else jnp.asarray(bits, float)
-
-
-def num_bits(tree: PyTree) -> float:
-    """The size of arrays."""
-    return sum(8.0 * x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
