@@ -94,16 +94,14 @@ def chain(*transforms: UpdateTransform) -> UpdateTransform:
         return received, tuple(states), info
 
     def broadcast(key: jax.Array, state: PyTree, params: PyTree) -> tuple[PyTree, Any]:
-        whole = num_bits(params)
-        saved: Any = 0.0
-        beside: Any = 0.0
+        whole: Any = num_bits(params)
+        size, beside = whole, 0.0
         for transform, own_key, own_state in zip(transforms, keys_of(key), state, strict=False):
             if transform.broadcast is not None:
                 params, bits = transform.broadcast(own_key, own_state, params)
-                more = 0.0 if bits is None else bits - whole
-                saved = jnp.maximum(saved, -more)
-                beside += jnp.maximum(more, 0)
-        return params, whole - saved + beside
+                if bits is not None:
+                    size, beside = _smaller(size, bits), beside + bits - _smaller(bits, whole)
+        return params, size + beside
 
     def announce(key: jax.Array, state: PyTree, cohort: Cohort) -> PyTree:
         return tuple(
@@ -148,11 +146,15 @@ def num_bits(tree: PyTree) -> float:
 
 def encoded(message: Message, update: PyTree, bits: Any) -> Message:
     """The message of a compressor, or of one before it, which the server compresses again."""
-    before: Any = message.metrics.get("bits_up", math.inf)
-    known = all(isinstance(number, int | float) for number in (bits, before))
-    # A number of Python, if shapes alone tell it.
-    fewest: Any = float(min(bits, before)) if known else jnp.minimum(bits, before).astype(float)
+    fewest = _smaller(bits, message.metrics.get("bits_up", math.inf))
     return message._replace(update=update, metrics={"bits_up": fewest})
+
+
+def _smaller(bits: Any, others: Any) -> Any:
+    """The smaller of two sizes; a number of Python, if shapes alone tell both."""
+    if isinstance(bits, int | float) and isinstance(others, int | float):
+        return float(min(bits, others))
+    return jnp.minimum(bits, others).astype(float)
 
 
 def sent_whole(message: Message, update: PyTree, **metrics: jax.Array) -> Message:
