@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from fedjax_lite.base import PyTree, UpdateTransform
 from fedjax_lite.updates.vector import check_count, count_of, encoder
 from fedjax_lite.xla import random
+from fedjax_lite.xla.packing import ravel
 from fedjax_lite.xla.precision import widen
 
 _NUM_SLABS = 16
@@ -100,7 +100,7 @@ def _sparse(name: str, k: float, keep: Any, *, per_array: bool, shrinks: bool) -
     """What keeps some entries of vectors by `keep(key, vector) -> (vector, bits of which)`."""
 
     def encode(key: jax.Array, tree: PyTree) -> tuple[PyTree, int]:
-        flat, restore = ravel_pytree(tree)
+        flat, restore = ravel(tree)
         if not flat.size:
             return tree, 0
         sent, bits = keep(key, flat)
