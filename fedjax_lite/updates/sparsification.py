@@ -121,8 +121,8 @@ def _largest(magnitude: jax.Array, number: int) -> jax.Array:
     # From the last place to the first one. Where all of the equal ones are kept, there is nothing
     # to look for.
     place = jnp.where(equal, jnp.arange(bits.size, 0, -1, dtype=jnp.uint32), 0)
-    num_bytes = jnp.where(_count(equal) > missing, -(-bits.size.bit_length() // 8), 0)
-    first, _ = _least_of_largest(place, missing, num_bytes)
+    num_places = jnp.where(_count(equal) > missing, -(-bits.size.bit_length() // 8), 0)
+    first, _ = _least_of_largest(place, missing, num_places)
     return (bits > least) | (equal & (place >= first))
 
 
