@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from fedjax_lite import _validate
 from fedjax_lite.base import (
@@ -17,6 +16,7 @@ from fedjax_lite.base import (
 from fedjax_lite.updates.pipeline import announced, unmasked
 from fedjax_lite.updates.rotation import padded_size, rotate, rotate_back
 from fedjax_lite.xla import random
+from fedjax_lite.xla.packing import concatenate, ravel
 from fedjax_lite.xla.precision import widen
 
 _KEY_TRANSFORM = 1  # The signs of the rotation derive from 0.
@@ -72,7 +72,7 @@ def common_rotation(transform: UpdateTransform) -> UpdateTransform:
 
     def client(key: jax.Array, state: PyTree, message: Message, client: Client) -> Message:
         key_round, state = state
-        vector, unravel = ravel_pytree(widen(message.update))
+        vector, unravel = ravel(widen(message.update))
         turned = rotate(key_round, vector)
         # In the shapes of the params, and what is beyond: the server knows these.
         message = message._replace(update=(unravel(turned[: vector.size]), turned[vector.size :]))
@@ -84,8 +84,8 @@ def common_rotation(transform: UpdateTransform) -> UpdateTransform:
         key_transform = random.fold_in_pair(key, _KEY_TRANSFORM, 0)
         received, state, info = transform.server(key_transform, state, received)
         turned, rest = received.aggregate
-        vector, unravel = ravel_pytree(turned)
-        back = rotate_back(key, jnp.concatenate([vector, rest]), vector.size)
+        vector, unravel = ravel(turned)
+        back = rotate_back(key, concatenate([vector, rest]), vector.size)
         return received._replace(aggregate=unravel(back)), state, info
 
     def guarantees(before: Guarantees, state: PyTree) -> Guarantees:

@@ -18,6 +18,8 @@ from fedjax_lite.base import (
     UpdateTransform,
 )
 from fedjax_lite.updates.pipeline import announced, check_decodes, first_entry, sent_whole, unmasked
+from fedjax_lite.xla import random
+from fedjax_lite.xla.fusion import apart
 
 
 def error_feedback(
@@ -75,11 +77,15 @@ def error_feedback(
 
     def client(key: jax.Array, state: PyTree, message: Message, client: Client) -> Message:
         error, own = message.entry
-        corrected = jax.tree.map(
-            lambda x, e: (x + decay * e).astype(x.dtype), message.update, error
+        word = _word(key)
+        corrected = apart(
+            lambda: jax.tree.map(
+                lambda x, e: (x + decay * e).astype(x.dtype), message.update, error
+            ),
+            word,
         )
         whole = sent_whole(message, corrected)._replace(entry=own)
-        sent = transform.client(key, state, whole, client)
+        sent = apart(lambda: transform.client(key, state, whole, client), word)
         lost = optax.tree.cast_like(optax.tree.sub(corrected, sent.update), error)
         return sent._replace(entry=(lost, sent.entry), metrics={**whole.metrics, **sent.metrics})
 
@@ -194,6 +200,11 @@ def ef21(transform: UpdateTransform) -> UpdateTransform:
         return transform.guarantees(before, None if state is None else state[0])
 
     return _around(transform, init, entry, client, server)._replace(guarantees=guarantees)
+
+
+def _word(key: jax.Array) -> jax.Array:
+    """What `apart` asks for."""
+    return jax.random.key_data(random.fast(key))[0]
 
 
 def _around(

@@ -9,7 +9,7 @@ from fedjax_lite import _validate
 from fedjax_lite.base import Client, Guarantees, Message, PyTree, Received, UpdateTransform
 from fedjax_lite.updates.pipeline import encoded, num_bits
 from fedjax_lite.updates.vector import bounded, encoder, unit_of
-from fedjax_lite.xla.precision import widen
+from fedjax_lite.xla.precision import reduced, widen
 
 
 def low_rank(rank: int = 2) -> UpdateTransform:
@@ -185,7 +185,7 @@ def _is_large(x: jax.Array, rank: int) -> bool:
 def _matrix(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The matrix in units of the second, a power of two."""
     matrix = widen(x).reshape(-1, x.shape[-1])
-    unit = unit_of(matrix)
+    unit = unit_of(reduced(jnp.abs(matrix), jnp.maximum))
     return matrix / unit, unit
 
 

@@ -1,5 +1,7 @@
 """Blocks of an update as members of a few clusters."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -7,6 +9,9 @@ from fedjax_lite import _validate
 from fedjax_lite.base import UpdateTransform
 from fedjax_lite.updates.vector import compressor, index_bits
 from fedjax_lite.xla import random
+from fedjax_lite.xla.fusion import apart
+
+_GROUP = 8  # Means that blocks are compared with in one loop, whose code is that long.
 
 
 def product_quantization(
@@ -23,7 +28,8 @@ def product_quantization(
     With no more than $K$ blocks, each is sent as it is, and its index. A zero update stays as it
     is; one that holds NaN or an infinity becomes NaN, and its client is left out.
 
-    Each lane needs the memory of $K / B$ updates, and k-means takes longer than local training.
+    Each lane needs the memory of $K / B$ updates, and k-means takes as long as local training, or
+    longer.
 
     Sources: Jégou et al. (2011), "Product Quantization for Nearest Neighbor Search"; Stock et al.
     (2020), "And the Bit Goes Down: Revisiting the Quantization of Neural Networks".
@@ -58,13 +64,16 @@ def product_quantization(
         ) -> tuple[jax.Array, jax.Array]:
             del i
             means, _ = clusters
-            member = _nearest(blocks, means)
+            # Or it would be found anew for each cluster that it may be a member of.
+            member = apart(lambda: _nearest(columns, means), word)
             of_cluster = (member == jnp.arange(number)[:, None]).astype(x.dtype)
             # A mean is no longer than the blocks are only if it is exact.
             total = jnp.matmul(of_cluster, blocks, precision="highest")
             count = of_cluster.sum(1, keepdims=True)
             return jnp.where(count > 0, total / jnp.maximum(count, 1), means), member
 
+        columns = blocks.T  # Long ones, along which a CPU computes with vectors.
+        word = jax.random.key_data(random.fast(key))[0]
         nobody = jnp.zeros(len(blocks), jnp.int32)
         means, member = jax.lax.fori_loop(0, num_iterations, improve, (first, nobody))
         bits = index_bits(number) * len(blocks) + 32 * means.size
@@ -73,15 +82,25 @@ def product_quantization(
     return compressor("product_quantization", compress, shrinks=True)
 
 
-def _nearest(blocks: jax.Array, means: jax.Array) -> jax.Array:
+def _nearest(columns: jax.Array, means: jax.Array) -> jax.Array:
     """The place of the mean that is nearest to each block; of equally near ones, the first."""
-    columns = list(blocks.T)  # Long ones, along which a CPU computes with vectors.
+    # Of all distances at once, the least is found in three times the time.
+    size = min(_GROUP, len(means))
 
-    def compare(i: jax.Array, nearest: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def compare(first: Any, group: jax.Array, nearest: Any) -> tuple[jax.Array, jax.Array]:
         least, place = nearest
-        distance = sum(jnp.square(x - mean) for x, mean in zip(columns, means[i], strict=True))
-        return jnp.minimum(distance, least), jnp.where(distance < least, i, place)
+        for i, mean in enumerate(group):
+            distance = sum(jnp.square(x - m) for x, m in zip(columns, mean, strict=True))
+            place = jnp.where(distance < least, first + i, place)
+            least = jnp.minimum(distance, least)
+        return least, place
 
-    # One after the other: of all of them at once, the least is found in three times the time.
-    nobody = jnp.full(len(blocks), jnp.inf, blocks.dtype), jnp.zeros(len(blocks), jnp.int32)
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(len(means)), compare, nobody)[1]
+    def compare_group(i: jax.Array, nearest: Any) -> tuple[jax.Array, jax.Array]:
+        group = jax.lax.dynamic_slice_in_dim(means, i * size, size)
+        return compare(i * size, group, nearest)
+
+    shape, number = columns.shape[1:], (len(means) - 1) // size
+    nobody = jnp.full(shape, jnp.inf, columns.dtype), jnp.zeros(shape, jnp.int32)
+    nearest = jax.lax.fori_loop(jnp.int32(0), jnp.int32(number), compare_group, nobody)
+    # Of the last group, nobody asks for the distance.
+    return compare(number * size, means[number * size :], nearest)[1]

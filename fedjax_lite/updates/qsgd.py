@@ -9,6 +9,7 @@ from fedjax_lite import _validate
 from fedjax_lite.base import UpdateTransform
 from fedjax_lite.updates.vector import compressor, index_bits
 from fedjax_lite.xla import random
+from fedjax_lite.xla.precision import reduced
 
 
 def qsgd(
@@ -60,7 +61,9 @@ def qsgd(
     def compress(key: jax.Array, x: jax.Array) -> tuple[jax.Array, Any]:
         size = min(bucket_size or x.size, x.size)
         buckets = jnp.pad(x, (0, -x.size % size)).reshape(-1, size)
-        norm = jnp.sqrt(jnp.square(buckets).sum(1, keepdims=True))
+        squares = jnp.square(buckets)
+        total = squares.sum(1) if len(buckets) > 1 else reduced(squares, jnp.add)
+        norm = jnp.sqrt(total.reshape(-1, 1))
         share = jnp.abs(buckets) / jnp.where(norm > 0, norm, 1)
         # The norm of a single entry may be rounded down.
         level = jnp.minimum(random.rounded(key, share * num_levels), num_levels)

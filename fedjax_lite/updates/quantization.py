@@ -7,7 +7,7 @@ from fedjax_lite import _validate
 from fedjax_lite.base import UpdateTransform
 from fedjax_lite.updates.vector import encoder, index_bits, unit_of
 from fedjax_lite.xla import random
-from fedjax_lite.xla.precision import widen
+from fedjax_lite.xla.precision import reduced, widen
 
 
 def half_precision(dtype: str = "bfloat16") -> UpdateTransform:
@@ -79,7 +79,7 @@ def quantize_uniform(num_levels: int = 256) -> UpdateTransform:
         if x.size == 0:
             return x, 0
         wide = widen(x)
-        lowest, highest = wide.min(), wide.max()
+        lowest, highest = reduced(wide, jnp.minimum), reduced(wide, jnp.maximum)
         # Large numbers in units of 2^64, so that neither their spread nor its inverse leaves the
         # dtype.
         is_large = jnp.maximum(-lowest, highest) > 2.0**60
@@ -140,11 +140,16 @@ def quantize_scalar(
             return x, 0
         axes = tuple(range(x.ndim - 1)) if per_channel and x.ndim > 1 else None
         wide = widen(x)
-        unit = unit_of(wide, axes)
+        if axes is None:
+            lowest, highest = reduced(wide, jnp.minimum), reduced(wide, jnp.maximum)
+        else:
+            lowest, highest = wide.min(axes, keepdims=True), wide.max(axes, keepdims=True)
+        most = jnp.maximum(-lowest, highest)
+        unit = unit_of(most)
         wide = wide / unit
-        most = jnp.abs(wide).max(axes, keepdims=True)
-        lowest = jnp.minimum(wide.min(axes, keepdims=True), 0)
-        highest = jnp.maximum(wide.max(axes, keepdims=True), 0)
+        most = most / unit
+        lowest = jnp.minimum(lowest / unit, 0)
+        highest = jnp.maximum(highest / unit, 0)
         steps = 2 ** (num_bits - 1) - 1 if symmetric else 2**num_bits - 1
         step = (most if symmetric else highest - lowest) / steps
         step = jnp.where(step == 0, 1, step)  # Of zeros.

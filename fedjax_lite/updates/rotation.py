@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,10 @@ from fedjax_lite.base import Client, Guarantees, Message, PyTree, UpdateTransfor
 from fedjax_lite.updates.pipeline import check_decodes, unmasked
 from fedjax_lite.updates.vector import compressor, count_of, vector_of
 from fedjax_lite.xla import random
+from fedjax_lite.xla.fusion import apart
 from fedjax_lite.xla.hadamard import walsh_hadamard
+from fedjax_lite.xla.packing import concatenate
+from fedjax_lite.xla.precision import reduced
 
 _KEY_SIGNS, _KEY_ENTRIES, _KEY_TRANSFORM = range(3)
 
@@ -167,15 +171,15 @@ def _eden(name: str, num_bits: float, *, unbiased: bool) -> UpdateTransform:
 
     def quantize(key: jax.Array, x: jax.Array) -> tuple[jax.Array, Any]:
         turned = rotate(key, x)
-        squared = jnp.square(turned).sum()
+        squared = reduced(jnp.square(turned), jnp.add)
         nearest = _nearest(
             levels, turned * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1) / turned.size)
         )
-        along = (turned * nearest).sum()
+        along = reduced(turned * nearest, jnp.add)
         # Of zeros, the scale is zero, too.
         scale = squared / jnp.where(along > 0, along, 1)
         if not unbiased:
-            scale = along / jnp.square(nearest).sum()
+            scale = along / reduced(jnp.square(nearest), jnp.add)
         sent = rotate_back(key, scale * nearest, x.size)
         return sent, max(int(num_bits), 1) * turned.size + 32
 
@@ -218,17 +222,24 @@ def _nearest(levels: np.ndarray, y: jax.Array) -> jax.Array:
 
 def rotate(key: jax.Array, x: jax.Array) -> jax.Array:
     """A vector in random coordinates, with zeros up to a power of two."""
-    padded = jnp.pad(x, (0, padded_size(x.size) - x.size))
-    return walsh_hadamard(_signs(key, padded.size) * padded)
+    rest = jnp.zeros(padded_size(x.size) - x.size, x.dtype)
+
+    def turned(signs: jax.Array) -> jax.Array:
+        return walsh_hadamard(concatenate([signs[: x.size] * x, rest]))
+
+    return _apart(key, turned, x.size + rest.size)
 
 
 def rotate_back(key: jax.Array, turned: jax.Array, size: int) -> jax.Array:
     """So many entries of the vector that `rotate` made this of."""
-    return (_signs(key, turned.size) * walsh_hadamard(turned))[:size]
+    turned = _apart(key, lambda signs: walsh_hadamard(turned), turned.size)
+    return _apart(key, lambda signs: (signs * turned)[:size], turned.size)
 
 
-def _signs(key: jax.Array, size: int) -> jax.Array:
-    return random.random_signs(random.fold_in_pair(key, _KEY_SIGNS, 0), (size,))
+def _apart(key: jax.Array, compute: Callable[[jax.Array], jax.Array], size: int) -> jax.Array:
+    """What a function makes of the random signs, once for all that read it."""
+    key = random.fold_in_pair(key, _KEY_SIGNS, 0)
+    return apart(lambda: compute(random.random_signs(key, (size,))), jax.random.key_data(key)[0])
 
 
 def padded_size(size: int) -> int:

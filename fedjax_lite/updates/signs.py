@@ -11,6 +11,7 @@ from fedjax_lite.base import Client, Guarantees, Message, PyTree, Received, Upda
 from fedjax_lite.updates.pipeline import encoded
 from fedjax_lite.updates.vector import bounded, compressor, map_arrays
 from fedjax_lite.xla import random
+from fedjax_lite.xla.precision import reduced
 
 
 def sign_sgd() -> UpdateTransform:
@@ -91,7 +92,7 @@ def scaled_sign(*, per_array: bool = False) -> UpdateTransform:
 
     def compress(key: jax.Array, x: jax.Array) -> tuple[jax.Array, int]:
         del key
-        scale = jnp.abs(x).mean()
+        scale = reduced(jnp.abs(x), jnp.add) / x.size
         return jnp.where(x < 0, -scale, scale), x.size + 32
 
     return compressor("scaled_sign", compress, per_array=per_array, shrinks=True)
@@ -129,10 +130,10 @@ def terngrad(clip_factor: ArrayLike | None = None) -> UpdateTransform:
     def compress(key: jax.Array, x: jax.Array) -> tuple[jax.Array, int]:
         if clip_factor is not None:
             # About zero, which a constant array is not clipped to.
-            bound = clip_factor * jnp.sqrt(jnp.square(x).mean())
+            bound = clip_factor * jnp.sqrt(reduced(jnp.square(x), jnp.add) / x.size)
             x = jnp.clip(x, -bound, bound)
         magnitude = jnp.abs(x)
-        largest = magnitude.max()
+        largest = reduced(magnitude, jnp.maximum)
         kept = random.rounded(key, magnitude / jnp.where(largest > 0, largest, 1))
         return jnp.sign(x) * kept * largest, math.ceil(x.size * math.log2(3)) + 32
 

@@ -1,16 +1,16 @@
 """Updates of which few entries are sent."""
 
+import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from fedjax_lite.base import PyTree, UpdateTransform
 from fedjax_lite.updates.vector import check_count, count_of, encoder
 from fedjax_lite.xla import random
+from fedjax_lite.xla.packing import ravel
 from fedjax_lite.xla.precision import widen
 
 _NUM_SLABS = 16
@@ -100,7 +100,7 @@ def _sparse(name: str, k: float, keep: Any, *, per_array: bool, shrinks: bool) -
     """What keeps some entries of vectors by `keep(key, vector) -> (vector, bits of which)`."""
 
     def encode(key: jax.Array, tree: PyTree) -> tuple[PyTree, int]:
-        flat, restore = ravel_pytree(tree)
+        flat, restore = ravel(tree)
         if not flat.size:
             return tree, 0
         sent, bits = keep(key, flat)
@@ -112,42 +112,56 @@ def _sparse(name: str, k: float, keep: Any, *, per_array: bool, shrinks: bool) -
 def _largest(magnitude: jax.Array, number: int) -> jax.Array:
     """Whether each entry is one of so many largest ones, of equal ones the first.
 
-    The bits of floats that are not negative are ordered as they are, with NaN last. The bits of the
-    smallest one that is kept are found one after the other, by counting: whatever the number is,
-    31 passes over a vector, where sorting it would take a CPU as long as training.
+    The bits of floats that are not negative are ordered as they are, with NaN last.
     """
-    width = 8 * magnitude.dtype.itemsize
-    bits = jax.lax.bitcast_convert_type(magnitude, f"uint{width}")
-    least = _largest_where(lambda x: _count(bits >= x) >= number, width - 1, bits.dtype)
-    missing = number - _count(bits > least)
+    num_bytes = magnitude.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(magnitude, f"uint{8 * num_bytes}")
+    least, missing = _least_of_largest(bits, jnp.int32(number), num_bytes)
     equal = bits == least
-    place = jnp.arange(magnitude.size, dtype=jnp.uint32)
-    # Of equal ones, the last that is kept: the last place before which too few are. Where all of
-    # them are kept, there is nothing to look for, and no turn of the loop.
-    num_bits = jnp.where(_count(equal) > missing, magnitude.size.bit_length(), 0)
-    last = _largest_where(lambda x: _count(equal & (place < x)) < missing, num_bits, jnp.uint32)
-    return (bits > least) | (equal & ((place <= last) | (num_bits == 0)))
+    # From the last place to the first one. Where all of the equal ones are kept, there is nothing
+    # to look for.
+    place = jnp.where(equal, jnp.arange(bits.size, 0, -1, dtype=jnp.uint32), 0)
+    num_places = jnp.where(_count(equal) > missing, -(-bits.size.bit_length() // 8), 0)
+    first, _ = _least_of_largest(place, missing, num_places)
+    return (bits > least) | (equal & (place >= first))
 
 
-def _largest_where(
-    enough: Callable[[jax.Array], jax.Array], num_bits: Any, dtype: Any
-) -> jax.Array:
-    """The largest integer of so many bits for which there is enough, bit after bit."""
+def _least_of_largest(
+    x: jax.Array, number: jax.Array, num_bytes: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The smallest of so many largest integers, and how many of them are equal to it.
 
-    def try_bit(i: jax.Array, found: jax.Array) -> jax.Array:
-        tried = found | (jnp.ones((), dtype) << jnp.asarray(num_bits - 1 - i).astype(dtype))
-        return jnp.where(enough(tried), tried, found)
+    Its bits are found one after the other, by counting: 31 passes over a vector, where sorting it
+    would take a CPU as long as training. A pass reads a byte of each entry, which takes a third of
+    the time that all four would.
+    """
 
-    return jax.lax.fori_loop(0, num_bits, try_bit, jnp.zeros((), dtype))
+    def find_byte(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        least, missing = found
+        upper = x >> jnp.asarray(8 * (num_bytes - 1 - i)).astype(x.dtype)
+        # Of what may still be the smallest one; of others zero, which is never asked for.
+        byte = jnp.where(upper >> 8 == least, upper & 255, 0).astype(jnp.uint8)
+
+        def try_bit(j: jax.Array, found: tuple[jax.Array, jax.Array]) -> Any:
+            least, larger = found
+            tried = least | (jnp.uint8(128) >> j.astype(jnp.uint8))
+            count = _count(byte >= tried)
+            enough = count >= missing
+            return jnp.where(enough, tried, least), jnp.where(enough, larger, count)
+
+        own, larger = jax.lax.fori_loop(0, 8, try_bit, (jnp.uint8(0), jnp.int32(0)))
+        return (least << 8) | own, missing - larger
+
+    return jax.lax.fori_loop(0, num_bytes, find_byte, (jnp.zeros((), x.dtype), number))
 
 
 def _count(x: jax.Array) -> jax.Array:
     """How many are true."""
     # In slabs side by side, for a CPU that would add one to the other: an eighth of the time.
-    width = -(-x.size // _NUM_SLABS)
-    slabs = [x[start : start + width] for start in range(0, x.size, width)]
-    *full, rest = (slab.astype(jnp.int32) for slab in slabs)
-    return sum(full, jnp.zeros(width, jnp.int32)).sum() + rest.sum()
+    width = x.size // _NUM_SLABS
+    slabs = [x[i * width : (i + 1) * width].astype(jnp.uint8) for i in range(_NUM_SLABS)]
+    rest = x[_NUM_SLABS * width :]
+    return functools.reduce(jnp.add, slabs).sum(dtype=jnp.int32) + rest.sum(dtype=jnp.int32)
 
 
 def choice_bits(size: int, number: int) -> int:

@@ -6,22 +6,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Guarantees, Message, PyTree, UpdateTransform
 from fedjax_lite.updates.pipeline import encoded, stateless, unmasked
 from fedjax_lite.xla import random
-from fedjax_lite.xla.precision import widen
+from fedjax_lite.xla.packing import ravel
+from fedjax_lite.xla.precision import reduced, widen
 
 
-def unit_of(x: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
-    """A power of two near the largest magnitude, to divide by without any rounding.
+def unit_of(largest: jax.Array) -> jax.Array:
+    """A power of two near a magnitude, to divide by without any rounding.
 
-    NaN where there is NaN or an infinity: whatever is multiplied with it is NaN. Axes stay.
+    NaN of NaN or an infinity: whatever is multiplied with it is NaN.
     """
-    largest = jnp.abs(x).max(axis, keepdims=True, initial=0)
-    info = jnp.finfo(x.dtype)
+    info = jnp.finfo(largest.dtype)
     # Up to what has an inverse that is not subnormal.
     bounded = jnp.clip(largest, info.tiny, 2.0 ** (info.maxexp - 2))
     power = jax.lax.reduce_precision(bounded, exponent_bits=info.nexp, mantissa_bits=0)
@@ -30,7 +29,7 @@ def unit_of(x: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
 
 def vector_of(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     """All entries, at least in float32, and what makes a tree of such a vector again."""
-    flat, unravel = ravel_pytree(tree)
+    flat, unravel = ravel(tree)
     return widen(flat), lambda vector: unravel(vector.astype(flat.dtype))
 
 
@@ -59,8 +58,8 @@ def compressor(
         vector, restore = vector_of(tree)
         if not vector.size:
             return tree, 0
-        unit = unit_of(vector)
-        sent, bits = compress(key, vector / unit)
+        unit = unit_of(reduced(jnp.abs(vector), jnp.maximum))
+        sent, bits = compress(key, vector * (1 / unit))
         return restore(unit * sent), bits
 
     return encoder(name, one, per_array=per_array, shrinks=shrinks)

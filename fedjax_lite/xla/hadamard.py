@@ -25,10 +25,11 @@ def walsh_hadamard(x: jax.Array) -> jax.Array:
     [2.0, 1.0, 2.0, 1.0]
     """
     size, shape = x.shape[-1], x.shape
-    x = x * (1 / math.sqrt(size))  # Before, so that no sum leaves the dtype that the result is in.
     stride = min(_WIDTH, size)
-    # The entries of H are 1 and -1: at less than full precision, those of x would be rounded.
-    x = jnp.matmul(x.reshape(*shape[:-1], -1, stride), _hadamard(stride), precision="highest")
+    # Divided by the root here, so that no sum leaves the dtype that the result is in.
+    matrix = (_hadamard(stride) / math.sqrt(size)).astype(x.dtype)
+    # At less than full precision, the entries of x would be rounded.
+    x = jnp.matmul(x.reshape(*shape[:-1], -1, stride), matrix, precision="highest")
     while stride < size:
         radix = min(_RADIX, size // stride)
         blocks = x.reshape(*shape[:-1], -1, radix, stride)

@@ -23,7 +23,7 @@ def squared_norm(tree: PyTree) -> jax.Array:
     # The small ones as one: each sum takes a while to compile, however short.
     large = [x.reshape(-1) for x in leaves if x.size > _SMALL]
     small = pack([x for x in leaves if x.size <= _SMALL])
-    return jnp.asarray(sum(_sum_of_squares(x) for x in (*large, *small)))
+    return jnp.asarray(sum(reduced(_squares(x), jnp.add) for x in (*large, *small)))
 
 
 def root(x: jax.Array) -> jax.Array:
@@ -31,23 +31,24 @@ def root(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), x)
 
 
-@jax.jit  # Traced once for each size, not once for each use.
-def _sum_of_squares(x: jax.Array) -> jax.Array:
-    """Of the entries of a vector."""
+@functools.partial(jax.jit, static_argnames="by")  # Traced once for each size, not for each use.
+def reduced(x: jax.Array, by: jnp.ufunc) -> jax.Array:
+    """The sum of all entries, by `jnp.add`, or the largest one, by `jnp.maximum`, and so on."""
+    x = x.reshape(-1)
     width = x.size // _NUM_SLABS
     if width < 512:
-        return _squares(x).sum()
+        return by.reduce(x)
     # A CPU adds one entry after the other to a sum, but slabs side by side as vectors: the time
     # falls to that of reading the array once.
     ends = range(width, x.size + 1, width)
-    slabs = [_squares(jax.lax.slice(x, (end - width,), (end,))) for end in ends[:_NUM_SLABS]]
-    column = functools.reduce(jnp.add, slabs)
-    # The select changes nothing. Without it, XLA:CPU would leave the squares to YNNPACK together
+    slabs = [jax.lax.slice(x, (end - width,), (end,)) for end in ends[:_NUM_SLABS]]
+    column = functools.reduce(by, slabs)
+    # The select changes nothing. Without it, XLA:CPU would leave the terms to YNNPACK together
     # with their sum, and copy the slabs for it.
-    total = jnp.where(jnp.isnan(column), jnp.nan, column).sum()
+    result = by.reduce(jnp.where(jnp.isnan(column), jnp.nan, column))
     if rest := x.size % _NUM_SLABS:
-        total += _squares(jax.lax.slice(x, (x.size - rest,), (x.size,))).sum()
-    return total
+        result = by(result, by.reduce(jax.lax.slice(x, (x.size - rest,), (x.size,))))
+    return result
 
 
 def _squares(x: jax.Array) -> jax.Array:
