@@ -8,7 +8,7 @@ from fedjax_lite.data.formats import convert, read
 from fedjax_lite.data.frames import read_pandas
 from fedjax_lite.data.hdf5 import read_tff_hdf5
 from fedjax_lite.data.huggingface import read_huggingface
-from fedjax_lite.data.idx import mnist, read_idx
+from fedjax_lite.data.idx import read_idx
 from fedjax_lite.data.leaf import read_leaf
 from fedjax_lite.data.like import (
     cifar10_like,
@@ -17,6 +17,8 @@ from fedjax_lite.data.like import (
     shakespeare_like,
     stackoverflow_like,
 )
+from fedjax_lite.data.matlab import emnist_matlab
+from fedjax_lite.data.mnist import emnist_idx, fashion_mnist, mnist
 from fedjax_lite.data.poisoning import flip_labels
 from fedjax_lite.data.population import (
     GeneratedPopulation,
@@ -45,7 +47,10 @@ __all__ = [
     "digits",
     "digits_images",
     "emnist",
+    "emnist_idx",
     "emnist_like",
+    "emnist_matlab",
+    "fashion_mnist",
     "flip_labels",
     "gaussian_images",
     "halfspace",

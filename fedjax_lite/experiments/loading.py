@@ -69,6 +69,11 @@ def load(
         _refuse(settings, calls, "partition", "test", "held_out")
         return _drawn(settings, calls, *data)
     train, test = _train_and_test(data)
+    own = isinstance(calls.dataset, Call) and calls.dataset.takes("held_out")
+    if test is not None and settings.held_out is not None and not own:
+        raise ValueError(
+            f"held_out is {settings.held_out}, and dataset has examples to test on; leave it out."
+        )
     train, calls = _dealt(settings, calls, train, rng_deal)
     if calls.test is not None and datasets is None:
         test = _clients("test", _read("test", calls.test, settings))

@@ -60,7 +60,8 @@ _DATASETS = {
             *("synthetic", "gaussian_images", "noisy_successors"),
             *("emnist_like", "cifar10_like", "cifar100_like"),
             *("shakespeare_like", "stackoverflow_like"),
-            *("read", "mnist", "emnist", "cifar100", "shakespeare", "stackoverflow"),
+            *("read", "mnist", "fashion_mnist", "emnist_idx", "emnist_matlab"),
+            *("emnist", "cifar100", "shakespeare", "stackoverflow"),
         )
     },
 }
