@@ -297,12 +297,14 @@ PARTITION = {
     "continuous": ["values", "num_clients", "strictness", "seed"],
     "dirichlet": ["labels", "num_clients", "alpha", "min_examples", "self_balancing", "seed"],
     "dirichlet_by_client": ["labels", "num_clients", "alpha", "sizes", "seed"],
+    "dirichlet_sizes": ["num_examples", "num_clients", "alpha", "min_examples", "seed"],
     "exponential": ["num_examples", "num_clients", "min_examples", "seed"],
     "grouped": ["client_ids", "group_size", "seed"],
     "iid": ["num_examples", "num_clients", "seed"],
     "linear": ["num_examples", "num_clients", "min_examples", "seed"],
     "log_normal": ["num_examples", "num_clients", "sigma", "min_examples", "seed"],
     "natural": ["client_ids"],
+    "noisy": ["examples", "num_clients", "variance", "feature", "seed"],
     "pachinko": ["labels", "coarse_labels", "num_clients", "alpha", "beta", "sizes", "seed"],
     "pathological": ["labels", "num_clients", "classes_per_client", "assignment", "seed"],
     "power_law": ["num_examples", "num_clients", "exponent", "min_examples", "seed"],
@@ -389,6 +391,7 @@ MODELS = {
     "resnet18": ["num_classes", "norm", "input_shape", "num_groups", "width"],
     "shakespeare_lstm": ["vocabulary_size", "embedding", "hidden", "layers"],
     "stackoverflow_lstm": ["vocabulary_size", "embedding", "hidden", "layers"],
+    "stackoverflow_tags": ["vocabulary_size", "num_classes"],
     "stackoverflow_transformer": [
         *("vocabulary_size", "embedding", "layers", "num_heads", "feed_forward"),
         "dropout_rate",
@@ -406,6 +409,7 @@ METRICS = {
     "mean_absolute_error": ["label"],
     "mean_squared_error": ["label"],
     "perplexity": ["label", "ignore"],
+    "recall_at": ["k", "label"],
     "r_squared": ["label", "center"],
     "root_mean_squared_error": ["label"],
     "top_k": ["k", "label", "ignore", "barred"],
@@ -462,6 +466,12 @@ DATA = {
     "read_tff_sqlite": ["path", "split", "shapes", "transform", "max_client_bytes"],
     "shakespeare": ["path", "split", "sequence_length", "destination", "check_sizes"],
     "synthetic": ["alpha", "beta", "num_clients", "iid", "held_out", "seed"],
+    "stackoverflow_tags": [
+        *("path", "vocabulary", "tags", "split", "max_length", "destination", "check_sizes"),
+    ],
+    "stackoverflow_tags_like": [
+        *("num_clients", "vocabulary_size", "num_tags", "num_examples", "batch_size"),
+    ],
     "stackoverflow": [
         *("path", "vocabulary", "split", "max_length", "num_oov_buckets", "domain"),
         *("destination", "check_sizes"),

@@ -1,7 +1,14 @@
 """Data sets, populations and their sources."""
 
 from fedjax_lite.data import preprocess
-from fedjax_lite.data.benchmarks import cifar10, cifar100, emnist, shakespeare, stackoverflow
+from fedjax_lite.data.benchmarks import (
+    cifar10,
+    cifar100,
+    emnist,
+    shakespeare,
+    stackoverflow,
+    stackoverflow_tags,
+)
 from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.data.digits import digits, digits_images
 from fedjax_lite.data.formats import convert, read
@@ -16,6 +23,7 @@ from fedjax_lite.data.like import (
     emnist_like,
     shakespeare_like,
     stackoverflow_like,
+    stackoverflow_tags_like,
 )
 from fedjax_lite.data.matlab import emnist_matlab
 from fedjax_lite.data.mnist import emnist_idx, fashion_mnist, mnist
@@ -72,6 +80,8 @@ __all__ = [
     "shakespeare_like",
     "stackoverflow",
     "stackoverflow_like",
+    "stackoverflow_tags",
+    "stackoverflow_tags_like",
     "synthetic",
 ]
 
