@@ -1,6 +1,7 @@
 """`fedjax-lite baseline`: a published setting, and our result beside the published one."""
 
 import dataclasses
+import difflib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,35 +11,43 @@ import rich.table
 from tyro.conf import Positional, arg
 
 import fedjax_lite as fl
-from fedjax_lite.cli import digits
+from fedjax_lite.cli import published
 from fedjax_lite.cli.errors import UsageError
 from fedjax_lite.cli.running import print_report, run_recorded, unused_folder
 from fedjax_lite.experiments import baselines
 from fedjax_lite.experiments.baselines import BASELINES, settings_of
 from fedjax_lite.experiments.build import Experiment, build
+from fedjax_lite.experiments.published import TABLES
 from fedjax_lite.experiments.settings import Settings
 from fedjax_lite.runs.records import jsonable
 
 _WIDTH = 200  # Of lines that go to a file.
 _SYNTHETIC = "synthetic data: speed only"
 _QUIET = arg(metavar="PATH", help_behavior_hint="")
+_NAME = arg(metavar="NAME", help_behavior_hint="")
+_PATTERN = arg(metavar="PATTERN", help_behavior_hint="")
 _NUMBER = arg(metavar="INT", help_behavior_hint="")
 
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """Run a published setting on your copy of the data, or on drawn data of the same shapes.
+    """Run a published setting or table on your copy of the data, or on drawn data of its shapes.
 
-    digits compares FedAvg, FedAdam and FedProx at four splits of the bundled digits, over five
-    seeds each, and needs no files.
+    A table that was interrupted goes on with the cells that are missing, by the same command with
+    its folder as --out. The one named digits needs no files.
 
     Attributes:
       config: File of settings, .yaml or .json, with the names that follow; those on the command
         line go before.
       name: One of those that --list shows.
-      list: Print the baselines, their settings and the published results.
+      list: Print the baselines, their settings and the published results, and the tables; with
+        --table its cells, and the command that runs each of them alone.
+      table: A published table of which to run all cells, instead of a baseline.
+      quick: The table's quick variant: fewer cells, rounds or seeds.
+      only: Of the table, the cells with such names, "row / column", in which * stands for anything.
       data: The data: a file of FedJAX or TensorFlow Federated, the folder cifar-10-batches-bin,
-        or a folder that `fedjax-lite data convert --preprocess` wrote.
+        a folder that `fedjax-lite data convert --preprocess` wrote, or for a table what --list
+        tells.
       test: The test split, if it is a file or folder of its own.
       synthetic: Draw data of the same shapes instead, which tells the speed and nothing else.
       rounds: Number of rounds; the published one by default.
@@ -51,8 +60,11 @@ class Baseline:
     """
 
     config: Annotated[Path | None, _QUIET] = None
-    name: Annotated[Positional[str | None], arg(metavar="NAME", help_behavior_hint="")] = None
+    name: Annotated[Positional[str | None], _NAME] = None
     list: bool = False
+    table: Annotated[str | None, _NAME] = None
+    quick: bool = False
+    only: Annotated[str | None, _PATTERN] = None
     data: Annotated[Path | None, _QUIET] = None
     test: Annotated[Path | None, _QUIET] = None
     synthetic: bool = False
@@ -71,22 +83,24 @@ def baseline(options: Baseline) -> None:
       UsageError: A setting is wrong, or the data cannot be read.
       InterruptedRunError: Ctrl-C was pressed; the run can be resumed.
     """
+    if options.table is not None:
+        _table(options)
+        return
+    _refuse(options, ("quick", "only"), "without --table")
     if options.list:
         _list(as_json=options.json)
         return
-    if options.name not in (*BASELINES, "digits"):
-        told = "no baseline is named" if options.name is None else f"{options.name} is no baseline"
-        raise UsageError(f"{told}; choose one of {', '.join((*BASELINES, 'digits'))}")
+    if options.name not in BASELINES:
+        raise UsageError(_no_baseline(options.name))
     fl.configure_cpu()
-    if options.name == "digits":
-        _refuse(options, ("data", "test", "synthetic", "num_clients", "resume"))
-        digits.compare(options.out, options.rounds, options.seed, as_json=options.json)
-        return
     chosen = BASELINES[options.name]
     if (options.data is None) == (not options.synthetic):
         both = "both --data and --synthetic are" if options.synthetic else "no data are"
         raise UsageError(f"{both} given; choose --data PATH or --synthetic")
-    _refuse(options, ("num_clients",) if options.data else ("test",))
+    _refuse(
+        options,
+        *((("num_clients",), "with --data") if options.data else (("test",), "with --synthetic")),
+    )
     if options.out is not None and options.resume is not None:
         raise UsageError("--out is given beside --resume; leave it out, the folder is the same")
     if options.resume is not None and not (options.resume / "checkpoints").is_dir():
@@ -119,13 +133,40 @@ def baseline(options: Baseline) -> None:
         _print(report)
 
 
-def _refuse(options: Baseline, names: tuple[str, ...]) -> None:
+def _table(options: Baseline) -> None:
+    others = ("name", "test", "synthetic", "rounds", "num_clients", "seed", "resume")
+    _refuse(options, others, "with --table")
+    name = options.table or ""
+    if options.list:
+        published.list_table(name, quick=options.quick, as_json=options.json)
+        return
+    fl.configure_cpu()
+    published.run_table(
+        name,
+        options.data,
+        options.out,
+        options.only,
+        quick=options.quick,
+        as_json=options.json,
+    )
+
+
+def _no_baseline(name: str | None) -> str:
+    if name is None:
+        return f"no baseline is named; choose one of {', '.join(BASELINES)}, or --table NAME"
+    if name in TABLES:
+        return f"{name} is a table; choose --table {name}"
+    close = difflib.get_close_matches(name, (*BASELINES, *TABLES), 1)
+    meant = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(BASELINES)}"
+    return f"{name} is no baseline; {meant}"
+
+
+def _refuse(options: Baseline, names: tuple[str, ...], beside: str) -> None:
     """Refuses options that would do nothing."""
     for name in names:
         if getattr(options, name):
-            kind = "digits" if options.name == "digits" else "--synthetic"
-            kind = "--data" if options.data and kind != "digits" else kind
-            raise UsageError(f"--{name.replace('_', '-')} does nothing with {kind}; leave it out")
+            told = "a baseline's name" if name == "name" else f"--{name.replace('_', '-')}"
+            raise UsageError(f"{told} does nothing {beside}; leave it out")
 
 
 def _build(chosen: baselines.Baseline, options: Baseline) -> Experiment:
@@ -161,7 +202,17 @@ def _list(*, as_json: bool) -> None:
         }
         for name, one in BASELINES.items()
     ]
-    rows.append({"name": "digits", **digits.ABOUT, "accuracy": None, "differs": ""})
+    rows += [
+        {
+            "name": f"--table {name}",
+            "task": table.title,
+            "setting": f"{len(table.cells)} cells; {table.measure.told}",
+            "accuracy": None,
+            "source": table.source,
+            "differs": table.differs,
+        }
+        for name, table in TABLES.items()
+    ]
     if as_json:
         print(json.dumps(rows))
         return

@@ -2,14 +2,17 @@
 
 import contextlib
 import datetime
+import errno
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from fedjax_lite._files import locked, write_text
-from fedjax_lite.cli.errors import UsageError
+from fedjax_lite.cli.errors import UsageError, usage_errors
+from fedjax_lite.runs.reading import read_object
 
 
 def new_folder(name: str) -> Path:
@@ -49,6 +52,28 @@ def open_folder(out: Path, config: dict[str, Any]) -> Iterator[TextIO]:
         except OSError as error:
             raise cannot_write(out, error) from None
         yield file
+
+
+def check_same(out: Path, about: dict[str, Any], what: str) -> None:
+    """Refuses a folder that holds anything but a part of the same.
+
+    Args:
+      out: The folder.
+      about: What its `config.json` has to hold, if it is there already.
+      what: What that is, for the error.
+
+    Raises:
+      FileExistsError: It holds something else.
+      UsageError: It holds another one.
+    """
+    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {".lock"}):
+        return
+    if not (out / "config.json").exists() or (out / "metrics.jsonl").exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    with usage_errors():
+        kept = read_object(out / "config.json")
+    if kept != json.loads(json.dumps(about)):
+        raise UsageError(f"--out {out} holds {what} of other settings; choose another folder")
 
 
 def cannot_write(out: Path, error: OSError) -> UsageError:

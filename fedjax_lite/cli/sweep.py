@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import errno
 import itertools
 import json
-import os
 import re
 import time
 import typing
@@ -24,23 +22,23 @@ from fedjax_lite._files import locked, write_text
 from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError
 from fedjax_lite.cli.hosts import Hosts, join, lost, new_console, of_first
-from fedjax_lite.cli.records import cannot_write, new_folder
+from fedjax_lite.cli.records import cannot_write, check_same, new_folder
 from fedjax_lite.cli.runs import read_run
 from fedjax_lite.cli.train import as_option
 from fedjax_lite.experiments import expressions
-from fedjax_lite.experiments.build import algorithm_of, build
-from fedjax_lite.experiments.settings import Calls, Settings, calls_of
+from fedjax_lite.experiments.build import build
+from fedjax_lite.experiments.settings import Calls, Settings
 from fedjax_lite.experiments.tables import ROLES
 from fedjax_lite.experiments.varying import (
     TRACED,
+    algorithms_of,
+    group_by_numbers,
     group_by_program,
-    numbers_of,
     varied_settings,
-    with_numbers,
 )
 from fedjax_lite.runs.plot.lines import MAX_CURVES, draw
 from fedjax_lite.runs.plot.of_runs import panels, title
-from fedjax_lite.runs.reading import group_seeds, name_groups, number, read_object
+from fedjax_lite.runs.reading import group_seeds, name_groups, number
 from fedjax_lite.runs.records import Recorder, jsonable, machine
 from fedjax_lite.xla import hosts
 
@@ -114,7 +112,7 @@ def sweep(options: Sweep) -> None:
         def opened() -> Path:
             out = options.out or new_folder("sweep")
             try:
-                _check_folder(out, about)
+                check_same(out, about, "a sweep")
                 out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(out / ".lock"))
             except OSError as error:
@@ -122,21 +120,6 @@ def sweep(options: Sweep) -> None:
             return out
 
         _run_all(options, of_first(opened), about, runs, programs)
-
-
-def _check_folder(out: Path, about: dict[str, Any]) -> None:
-    """Refuses a folder that holds anything but a part of the same sweep.
-
-    Raises:
-      FileExistsError: It holds something else.
-      UsageError: It holds another sweep.
-    """
-    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {".lock"}):
-        return
-    if not (out / "config.json").exists() or (out / "metrics.jsonl").exists():
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-    if read_object(out / "config.json") != json.loads(json.dumps(about)):
-        raise UsageError(f"--out {out} holds a sweep of other settings; choose another folder")
 
 
 def _run_all(
@@ -265,17 +248,7 @@ def _is_traced(run: _Run, name: str) -> bool:
 def _run(runs: Sequence[Settings]) -> list[fl.History]:
     """The histories of runs that one program can run."""
     built = hosts.all_or_none(lambda: build(runs[0]))
-    of_runs = [numbers_of(calls_of(run)) for run in runs]
-    varying = [at for at in of_runs[0] if len({numbers[at] for numbers in of_runs}) > 1]
-
-    def algorithm(**numbers: Any) -> fl.FederatedAlgorithm:
-        by_place = {tuple(name.split(".")): number for name, number in numbers.items()}
-        calls = with_numbers(built.calls, by_place)
-        return algorithm_of(calls, built.settings, built.model, built.sampler)
-
-    numbers = {
-        ".".join(at): np.array([numbers[at] for numbers in of_runs], np.float32) for at in varying
-    }
+    algorithm, numbers = algorithms_of(built, runs)
     try:
         result = fl.sweep(
             algorithm,
@@ -291,19 +264,14 @@ def _run(runs: Sequence[Settings]) -> list[fl.History]:
     except jax.errors.ConcretizationTypeError:  # A function asks for the value of a number.
         if not numbers:
             raise
-        return _one_by_one(runs, of_runs)
+        return _one_by_one(runs)
     return result.histories
 
 
-def _one_by_one(
-    runs: Sequence[Settings], of_runs: Sequence[dict[tuple[str, ...], float]]
-) -> list[fl.History]:
+def _one_by_one(runs: Sequence[Settings]) -> list[fl.History]:
     """The histories of runs whose numbers take programs of their own."""
-    groups: dict[tuple[float, ...], list[int]] = {}
-    for place, numbers in enumerate(of_runs):
-        groups.setdefault(tuple(numbers.values()), []).append(place)
     found: dict[int, fl.History] = {}
-    for places in groups.values():
+    for places in group_by_numbers(runs):
         found |= zip(places, _run([runs[place] for place in places]), strict=True)
     return [found[place] for place in range(len(runs))]
 

@@ -1,10 +1,14 @@
 """Settings that vary: other values for numbers inside expressions, and which share a program."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from fedjax_lite.base import FederatedAlgorithm
 from fedjax_lite.experiments import expressions
+from fedjax_lite.experiments.build import Experiment, algorithm_of
 from fedjax_lite.experiments.expressions import Call
 from fedjax_lite.experiments.settings import Calls, Settings, calls_of, to_settings
 
@@ -102,3 +106,36 @@ def group_by_program(runs: Sequence[Settings]) -> list[list[int]]:
         alike = dataclasses.replace(to_settings(settings, shape), seed=0)
         groups.setdefault(alike, []).append(place)
     return list(groups.values())
+
+
+def group_by_numbers(runs: Sequence[Settings]) -> list[list[int]]:
+    """The places of runs that differ in seeds alone, where a program can run no others together."""
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for place, settings in enumerate(runs):
+        groups.setdefault(tuple(numbers_of(calls_of(settings)).values()), []).append(place)
+    return list(groups.values())
+
+
+def algorithms_of(
+    built: Experiment, runs: Sequence[Settings]
+) -> tuple[Callable[..., FederatedAlgorithm], dict[str, np.ndarray]]:
+    """The algorithms of runs that one program can run, as a function of what varies among them.
+
+    Args:
+      built: The experiment of the first one.
+      runs: The settings of all.
+
+    Returns:
+      `build(**numbers) -> algorithm`, in which the numbers may be traced, and these, `[runs]` each.
+    """
+    of_runs = [numbers_of(calls_of(run)) for run in runs]
+    varying = [at for at in of_runs[0] if len({numbers[at] for numbers in of_runs}) > 1]
+
+    def algorithm(**numbers: Any) -> FederatedAlgorithm:
+        by_place = {tuple(name.split(".")): number for name, number in numbers.items()}
+        calls = with_numbers(built.calls, by_place)
+        return algorithm_of(calls, built.settings, built.model, built.sampler)
+
+    return algorithm, {
+        ".".join(at): np.array([numbers[at] for numbers in of_runs], np.float32) for at in varying
+    }

@@ -7,6 +7,7 @@ r"""The small models of the field's benchmarks, each a function that returns a `
 | `emnist_dense`              | characters, `data.emnist`           |    209,662 |
 | `emnist_cnn`                | characters, `data.emnist`           |  1,206,590 |
 | `cifar_cnn`                 | photographs, `data.cifar10`         |  1,626,442 |
+| `mnist_cnn`                 | digits, `data.mnist`                |  1,663,370 |
 | `lenet`                     | photographs, `data.cifar10`         |     62,006 |
 | `resnet18`                  | photographs, `data.cifar100`        | 11,173,962 |
 | `shakespeare_lstm`          | next character, `data.shakespeare`  |    820,522 |
@@ -38,7 +39,7 @@ symbol counts as an error.
 """
 
 from fedjax_lite.models.bag_of_words import stackoverflow_tags
-from fedjax_lite.models.convolutional import cifar_cnn, emnist_cnn, lenet, resnet18
+from fedjax_lite.models.convolutional import cifar_cnn, emnist_cnn, lenet, mnist_cnn, resnet18
 from fedjax_lite.models.dense import emnist_dense, halfspace_classifier, logistic, mlp
 from fedjax_lite.models.recurrent import shakespeare_lstm, stackoverflow_lstm
 from fedjax_lite.models.transformer import stackoverflow_transformer
@@ -51,6 +52,7 @@ __all__ = [
     "lenet",
     "logistic",
     "mlp",
+    "mnist_cnn",
     "resnet18",
     "shakespeare_lstm",
     "stackoverflow_lstm",

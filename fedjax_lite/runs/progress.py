@@ -14,7 +14,7 @@ Show = Callable[[int, str, bool], None]
 
 
 @contextlib.contextmanager
-def progress(num_rounds: int, *, stderr: bool) -> Iterator[Show]:
+def progress(num_rounds: int, *, stderr: bool, what: str = "round") -> Iterator[Show]:
     """`show(done, text, loud)`: in a bar on a terminal, else in lines of the rounds that are loud.
 
     Of several processes, the first one shows it.
@@ -22,6 +22,7 @@ def progress(num_rounds: int, *, stderr: bool) -> Iterator[Show]:
     Args:
       num_rounds: Number of rounds.
       stderr: Whether stdout is kept for something else.
+      what: What is counted, if not rounds.
     """
     if not hosts.is_first():
         yield lambda done, text, loud: None
@@ -31,11 +32,11 @@ def progress(num_rounds: int, *, stderr: bool) -> Iterator[Show]:
 
         def show_line(done: int, text: str, loud: bool) -> None:
             if loud:
-                print(f"round {done}/{num_rounds}  {text}", file=console.file, flush=True)
+                print(f"{what} {done}/{num_rounds}  {text}", file=console.file, flush=True)
 
         yield show_line
         return
-    with bar("round", console) as counting:
+    with bar(what, console) as counting:
         task = counting.add_task("", total=num_rounds)
         yield lambda done, text, loud: counting.update(task, completed=done, description=text)
 

@@ -1,0 +1,15 @@
+"""Published tables, each a value: what its cells run, and the numbers that were published."""
+
+from collections.abc import Mapping
+
+from fedjax_lite.experiments.published.digits import DIGITS
+from fedjax_lite.experiments.published.mcmahan import MCMAHAN_2NN, MCMAHAN_CNN
+from fedjax_lite.experiments.published.table import Cell, Measure, Table
+
+__all__ = ["TABLES", "Cell", "Measure", "Table"]
+
+TABLES: Mapping[str, Table] = {
+    "digits": DIGITS,
+    "mcmahan-2nn": MCMAHAN_2NN,
+    "mcmahan-cnn": MCMAHAN_CNN,
+}
