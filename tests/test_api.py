@@ -454,6 +454,8 @@ DATA = {
     "read_csv": ["path", "client_column", "columns", "transform"],
     "read_fedjax_sqlite": ["path", "transform", "max_client_bytes"],
     "mnist": ["folder", "split"],
+    "rotated_mnist": ["folder", "num_clients", "num_examples", "seed"],
+    "pfllib_fashion_mnist": ["folder"],
     "fashion_mnist": ["folder", "split"],
     "emnist_idx": ["folder", "name", "split"],
     "emnist_matlab": ["path", "split"],

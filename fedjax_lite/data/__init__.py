@@ -34,6 +34,7 @@ from fedjax_lite.data.population import (
     ResidentPopulation,
     StreamedPopulation,
 )
+from fedjax_lite.data.published_splits import pfllib_fashion_mnist, rotated_mnist
 from fedjax_lite.data.sequences import noisy_successors
 from fedjax_lite.data.sqlite import read_fedjax_sqlite, read_tff_sqlite
 from fedjax_lite.data.synthetic import gaussian_images, halfspace, halfspace_batch, synthetic
@@ -65,6 +66,7 @@ __all__ = [
     "halfspace_batch",
     "mnist",
     "noisy_successors",
+    "pfllib_fashion_mnist",
     "preprocess",
     "read",
     "read_csv",
@@ -76,6 +78,7 @@ __all__ = [
     "read_pandas",
     "read_tff_hdf5",
     "read_tff_sqlite",
+    "rotated_mnist",
     "shakespeare",
     "shakespeare_like",
     "stackoverflow",

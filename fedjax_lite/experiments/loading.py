@@ -77,6 +77,9 @@ def load(
     train, calls = _dealt(settings, calls, train, rng_deal)
     if calls.test is not None and datasets is None:
         test = _clients("test", _read("test", calls.test, settings))
+    if test is not None and isinstance(calls.partition, Call) and calls.partition.takes("examples"):
+        # What it does to the examples of clients, it does to those to test on.
+        test, _ = _deal(settings, calls, test, calls.partition, rng_split)
     check_features("dataset", train)
     if test is None:
         fraction = _HELD_OUT if settings.held_out is None else settings.held_out
