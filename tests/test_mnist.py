@@ -22,9 +22,11 @@ def write_idx(path, array, code=8, compress=lambda content: content):
     return path
 
 
-def write_mnist(folder, images=IMAGES, labels=LABELS, prefixes=("train", "t10k"), mark="-"):
-    """40 examples to train on and 20 to test on, and every second file compressed."""
-    for prefix, size in zip(prefixes, (40, 20), strict=True):
+def write_mnist(
+    folder, images=IMAGES, labels=LABELS, prefixes=("train", "t10k"), mark="-", sizes=(40, 20)
+):
+    """Examples to train and to test on, and every second file compressed."""
+    for prefix, size in zip(prefixes, sizes, strict=True):
         write_idx(folder / f"{prefix}-images{mark}idx3-ubyte", images[:size])
         path = folder / f"{prefix}-labels{mark}idx1-ubyte.gz"
         write_idx(path, labels[:size], compress=gzip.compress)

@@ -14,6 +14,7 @@ from fedjax_lite.data.partition._deal import generator
 
 Parts = tuple[FederatedDataset, FederatedDataset]
 _NUM_ANGLES = 4
+_MAX_TRIES = 100
 
 
 def rotated_mnist(
@@ -89,7 +90,7 @@ def pfllib_fashion_mnist(folder: str | os.PathLike[str] = DEBIAN) -> Parts:
 
     Raises:
       FileNotFoundError: As for `fashion_mnist`.
-      ValueError: A file is damaged.
+      ValueError: A file is damaged, or has too few images.
     """
     train, test = fashion_mnist(folder, "both")
     x = 2 * np.concatenate([train["x"], test["x"]]) - 1
@@ -107,7 +108,7 @@ def _deal_as_pfllib(labels: np.ndarray, num_clients: int, alpha: float) -> list[
     """Shuffled rows of each client, of which the first quarter are to test on."""
     rng = np.random.RandomState(1)
     share, least = labels.size / num_clients, min(10 / (1 - 0.75), labels.size / num_clients / 2)
-    while True:
+    for _ in range(_MAX_TRIES):
         dealt: list[list[int]] = [[] for _ in range(num_clients)]
         for label in range(labels.max() + 1):
             rows = np.flatnonzero(labels == label)
@@ -121,3 +122,7 @@ def _deal_as_pfllib(labels: np.ndarray, num_clients: int, alpha: float) -> list[
                 own.extend(more.tolist())
         if min(map(len, dealt)) >= int(least):
             return [np.array(own)[rng.permutation(len(own))] for own in dealt]
+    raise ValueError(
+        f"the data set has {labels.size} examples, of which {_MAX_TRIES} draws each left a client"
+        f" with fewer than {int(least)}; pass the 70,000 of Fashion-MNIST."
+    )
