@@ -1,6 +1,5 @@
 import functools
 import json
-import statistics
 
 import jax
 import numpy as np
@@ -8,9 +7,10 @@ import pytest
 
 import fedjax_lite as fl
 from fedjax_lite import data
-from fedjax_lite.cli import digits, main
+from fedjax_lite.cli import main
 from fedjax_lite.experiments.baselines import BASELINES, settings_of
 from fedjax_lite.experiments.build import build
+from fedjax_lite.experiments.published import TABLES
 from fedjax_lite.experiments.settings import Settings, parsed
 
 
@@ -39,9 +39,6 @@ def folders(tmp_path):
 def report(capsys, *args):
     main(["baseline", *map(str, args), "--json"])
     return json.loads(capsys.readouterr().out)
-
-
-_SKEWED = {"partition": "dirichlet(alpha=0.1, min_examples=1)"}
 
 
 def refusal(capsys, *args):
@@ -89,7 +86,8 @@ def test_the_list_has_all_baselines(capsys):
     main(["baseline", "--list"])
     told = capsys.readouterr().out
     rows = report(capsys, "--list")
-    assert [row["name"] for row in rows] == [*BASELINES, "digits"]
+    tables = [f"--table {name}" for name in TABLES]
+    assert [row["name"] for row in rows] == [*BASELINES, *tables]
     assert all(row["name"] in told for row in rows)
     assert "1000 rounds x 10 clients, batch 10, clients sgd(0.1)" in told
     assert "0.8462" in told
@@ -205,44 +203,5 @@ def test_what_cannot_be_run_is_refused(folders, tmp_path, capsys):
     assert "--num-clients does nothing with --data" in refusal(
         capsys, name, *folders, "--num-clients=3"
     )
-    assert "--synthetic does nothing with digits" in refusal(capsys, "digits", "--synthetic")
-    assert "rounds is 0" in refusal(capsys, "digits", "--rounds=0", "--out", tmp_path)
     assert "rounds is 0" in refusal(capsys, name, *folders, "--rounds=0")
     assert "model is emnist_cnn(dropout_rates=" in refusal(capsys, "emnist-cnn", *folders)
-
-
-def test_digits_are_compared_over_seeds(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(digits, "_NUM_SEEDS", 2)
-    monkeypatch.setattr(digits, "_SPLITS", {"IID": {"partition": "iid"}, "0.1": _SKEWED})
-    told = report(capsys, "digits", "--rounds=3", "--seed=1", "--out", tmp_path)
-    kept = json.loads((tmp_path / "digits.json").read_text())
-    assert told == {"out": str(tmp_path), **kept}
-    assert kept["seeds"] == [1, 2]
-    assert len(kept["runs"]) == 2 * 3
-    for run in kept["runs"]:
-        assert run["mean"] == pytest.approx(statistics.mean(run["final"]))
-        assert run["std"] == pytest.approx(statistics.stdev(run["final"]))
-        assert run["final"] == [curve[-1] for curve in run["accuracy"]]
-        assert run["rounds"] == [0, 3]
-    table = (tmp_path / "digits.md").read_text().splitlines()
-    assert table[0] == "| split | FedAvg | FedAdam | FedProx |"
-    mean, std = (100 * kept["runs"][4][name] for name in ("mean", "std"))
-    assert table[3].split(" | ")[2] == f"{mean:.1f} \N{PLUS-MINUS SIGN} {std:.1f}"
-    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
-
-    # One of the runs by hand, whose clients have a split of their own.
-    first, second = (digits._clients(_SKEWED, seed) for seed in (1, 2))
-    assert not np.array_equal(first.held_out.examples["x"], second.held_out.examples["x"])
-    assert first.held_out.examples["y"].size + first.population.examples["y"].shape[0] == 1797
-    settings = {"server_optimizer": "adam(0.03, b1=0.9, b2=0.99, eps=1e-3)", **_SKEWED}
-    chosen = build(Settings(**settings, rounds=3))
-    result = fl.train(
-        chosen.algorithm,
-        second.population,
-        fl.samplers.uniform(50, 20),
-        num_rounds=3,
-        key=jax.random.key(2),
-        evaluate=second.evaluate,
-    )
-    assert kept["runs"][4]["algorithm"] == "FedAdam"
-    assert kept["runs"][4]["final"][1] == pytest.approx(result.history.evaluations[-1]["accuracy"])

@@ -25,6 +25,7 @@ PARAMETERS = {
     "emnist_dense": (fl.models.emnist_dense, 209_662),
     "emnist_cnn": (fl.models.emnist_cnn, 1_206_590),
     "cifar_cnn": (fl.models.cifar_cnn, 1_626_442),
+    "mnist_cnn": (fl.models.mnist_cnn, 1_663_370),
     "lenet": (fl.models.lenet, 62_006),
     "lenet, MNIST": (lambda: fl.models.lenet((28, 28, 1)), 44_426),
     "resnet18": (fl.models.resnet18, 11_173_962),
@@ -46,6 +47,7 @@ def small_transformer(dropout_rate=0.0, layers=2):
 
 
 SMALL = {
+    "mnist_cnn": fl.models.mnist_cnn,
     "lenet": lambda: fl.models.lenet((17, 16, 2), 3),
     "resnet18": lambda: fl.models.resnet18(3, input_shape=(9, 8, 2), width=4),
     "resnet18, batch norm": lambda: fl.models.resnet18(
@@ -62,8 +64,9 @@ SMALL = {
 def small_batch(name, seed=0):
     """Four examples, the last one all padding if they are sequences."""
     rng = np.random.default_rng(seed)
-    if "lenet" in name or "resnet" in name:
-        shape = (17, 16, 2) if "lenet" in name else (9, 8, 2)
+    shapes = {"mnist_cnn": (28, 28, 1), "lenet": (17, 16, 2), "resnet18": (9, 8, 2)}
+    shape = shapes.get(name.partition(",")[0])
+    if shape is not None:
         x, y = rng.normal(size=(4, *shape)).astype(np.float32), rng.integers(0, 3, 4)
     else:
         text = rng.integers(NUM_SPECIAL, VOCABULARY, (4, 8))
@@ -90,16 +93,17 @@ def test_a_resnet_has_as_many_parameters_with_either_norm():
     assert shapes(group) == shapes(batch)
 
 
-def torch_lenet(params, batch):
+def torch_convolutional(params, batch, *, padding, num_hidden):
     x = batch["x"].permute(0, 3, 1, 2)
     for i in range(2):
         layer = params[f"Conv_{i}"]
-        x = F.relu(F.conv2d(x, layer["kernel"].permute(3, 2, 0, 1), layer["bias"]))
-        x = F.max_pool2d(x, 2)
+        kernel = layer["kernel"].permute(3, 2, 0, 1)
+        x = F.max_pool2d(F.relu(F.conv2d(x, kernel, layer["bias"], padding=padding)), 2)
     x = x.permute(0, 2, 3, 1).flatten(1)
-    for i in range(2):
+    for i in range(num_hidden):
         x = F.relu(x @ params[f"Dense_{i}"]["kernel"] + params[f"Dense_{i}"]["bias"])
-    return x @ params["Dense_2"]["kernel"] + params["Dense_2"]["bias"]
+    last = params[f"Dense_{num_hidden}"]
+    return x @ last["kernel"] + last["bias"]
 
 
 def torch_resnet(params, batch, *, batch_norm):
@@ -170,7 +174,8 @@ def torch_transformer(params, batch):
 
 
 TORCH = {
-    "lenet": torch_lenet,
+    "mnist_cnn": lambda *args: torch_convolutional(*args, padding=2, num_hidden=1),
+    "lenet": lambda *args: torch_convolutional(*args, padding=0, num_hidden=2),
     "resnet18": lambda *args: torch_resnet(*args, batch_norm=False),
     "resnet18, batch norm": lambda *args: torch_resnet(*args, batch_norm=True),
     "shakespeare_lstm": lambda *args: torch_lstm(*args, project=False),

@@ -32,8 +32,8 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """Has a `ValueError` end the command in one line."""
+    """Has a `ValueError`, or a file that is missing, end the command in one line."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from None

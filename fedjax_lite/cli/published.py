@@ -17,7 +17,7 @@ from fedjax_lite._files import locked, write_text
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError, usage_errors
 from fedjax_lite.cli.records import cannot_write, check_same, new_folder
 from fedjax_lite.experiments.published import TABLES
-from fedjax_lite.experiments.published.play import Curve, play
+from fedjax_lite.experiments.published.play import Curve, Program, play
 from fedjax_lite.experiments.published.report import Result, entry, markdown, over, summarize
 from fedjax_lite.experiments.published.table import Cell, Run, Table, command_of, runs_of
 from fedjax_lite.experiments.varying import group_by_program
@@ -70,15 +70,17 @@ def run_table(
     about = {
         "table": name,
         "quick": quick,
-        "cells": {name: [run.settings for run in of_cell] for name, of_cell in runs.items()},
+        "data": data and str(data.resolve()),
+        "cells": {
+            cell.name: [run.settings for run in runs_of(table, cell, quick=quick)] for cell in cells
+        },
     }
     out = out or new_folder(name)
     with contextlib.ExitStack() as stack:
         try:
             check_same(out, about, "a table")
-            (out / "cells").mkdir(parents=True, exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out / ".lock"))
-            write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
         except OSError as error:
             raise cannot_write(out, error) from None
         with usage_errors():
@@ -95,6 +97,9 @@ def run_table(
 
         try:
             for cell, result in _results(table, missing, runs, tell):
+                # Not before there is a result: the data may have been mistyped.
+                write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
+                _file(out, cell.name).parent.mkdir(exist_ok=True)
                 write_text(_file(out, cell.name), json.dumps(result) + "\n")
                 results[cell.name] = result
                 tell(f"{cell.name}: {entry(table.measure, result)}", True)
@@ -189,7 +194,7 @@ def _results(
         cell.name: [{"round": []} for _ in runs[cell.name]] for cell in cells
     }
     seconds = dict.fromkeys(curves, 0.0)
-    waiting = list(cells)
+    waiting, compiled = list(cells), dict[Any, Program]()
     for program in programs:
         began = time.perf_counter()
         own = [places[place] for place in program]
@@ -211,6 +216,7 @@ def _results(
                 is_personal=table.measure.metric != "accuracy",
                 is_over=is_over,
                 show=show_round,
+                programs=compiled,
             )
         for name in names:  # Those that share a program have shared its time.
             seconds[name] += (time.perf_counter() - began) / len(names)

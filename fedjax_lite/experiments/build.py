@@ -3,15 +3,16 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from fedjax_lite import _validate, samplers
-from fedjax_lite.base import FederatedAlgorithm, ServerState
+from fedjax_lite.base import Cohort, FederatedAlgorithm, ServerState
 from fedjax_lite.data.dataset import FederatedDataset
 from fedjax_lite.data.population import Population
 from fedjax_lite.engine import cohort_of
@@ -49,11 +50,11 @@ class Experiment(NamedTuple):
       sampler: Who takes part.
       privacy: What is accounted for; `None` if nothing is.
       evaluate: `evaluate(state) -> {metric: scalar}`, on all held-out examples; of models of which
-        the server has only a part, or several, each client's on its own.
+        the server has only a part, or several, each client's on its own. A `Partial` with the data.
       held_out: The held-out examples of each client; `None` where clients are generated.
       personal: `personal(state, key) -> evaluation`, of the params that each client has for itself
         on its held-out examples: those that the algorithm gives it, or the server's, fine-tuned.
-        `None` if they have none.
+        A `Partial` with the data; `None` if they have none.
       server_has_all: Whether the server has a whole model, and one only.
     """
 
@@ -64,9 +65,9 @@ class Experiment(NamedTuple):
     population: Population
     sampler: Sampler
     privacy: Budget | None
-    evaluate: Callable[[ServerState], dict[str, jax.Array]]
+    evaluate: Partial
     held_out: FederatedDataset | None
-    personal: Callable[[ServerState, jax.Array], ClientEvaluation] | None
+    personal: Partial | None
     server_has_all: bool
 
     def __repr__(self) -> str:
@@ -156,10 +157,11 @@ def build(settings: Settings, datasets: tuple[FederatedDataset, ...] | None = No
     personal = _personal(settings, calls, model, algorithm, loaded)
     server_has_all = _server_has_all(model, algorithm)
 
-    def evaluated(state: ServerState) -> dict[str, jax.Array]:
+    def evaluated(examples: Any, *rest: Any) -> dict[str, jax.Array]:
+        *cohorts, state = rest
         if server_has_all or personal is None:
-            return evaluate_on(state, on_device)
-        return personal(state, jax.random.key(settings.data_seed)).pooled
+            return evaluate_on(state, examples)
+        return personal.func(*cohorts, state, jax.random.key(settings.data_seed)).pooled
 
     closed = to_settings(loaded.settings, calls)
     if datasets is not None:  # Read by somebody else, from where the settings say.
@@ -172,7 +174,7 @@ def build(settings: Settings, datasets: tuple[FederatedDataset, ...] | None = No
         population=loaded.population,
         sampler=sampler,
         privacy=privacy,
-        evaluate=evaluated,
+        evaluate=Partial(evaluated, on_device, *(personal.args if personal else ())),
         held_out=loaded.held_out,
         personal=personal,
         server_has_all=server_has_all,
@@ -380,7 +382,7 @@ def _personal(
     model: Model,
     algorithm: FederatedAlgorithm,
     loaded: Loaded,
-) -> Callable[[ServerState, jax.Array], ClientEvaluation] | None:
+) -> Partial | None:
     """What evaluates the params that clients have for themselves."""
     client_model, num_epochs = algorithm.client_model, settings.fine_tune_epochs
     if client_model is None and num_epochs is None:
@@ -401,15 +403,17 @@ def _personal(
     optimizer = _client_optimizer(calls.client_optimizer)
     batch_size = calls.algorithm.arguments.get("batch_size")
 
-    def personal(state: ServerState, key: jax.Array) -> ClientEvaluation:
-        # Clients that are generated draw other examples from another key.
-        ids = np.arange(min(population.num_clients, _GENERATED_CLIENTS_EVALUATED))
-        test_population: Any = population
-        if files is not None:
-            ids = np.arange(population.num_clients)
-            test_population = files[1].select(files[0].client_ids).resident()
-        key_sizes = jax.random.key(settings.data_seed)
-        held_out_cohort = cohort_of(test_population, ids, key=key_sizes)
+    # Clients that are generated draw other examples from another key.
+    ids = np.arange(min(population.num_clients, _GENERATED_CLIENTS_EVALUATED))
+    test_population: Any = population
+    if files is not None:
+        ids = np.arange(population.num_clients)
+        test_population = files[1].select(files[0].client_ids).resident()
+    key_sizes = jax.random.key(settings.data_seed)
+
+    def personal(
+        cohort: Cohort, held_out_cohort: Cohort, state: ServerState, key: jax.Array
+    ) -> ClientEvaluation:
         if client_model is not None:
             return evaluate_clients(
                 model, state, held_out_cohort, client_model=client_model, key=key
@@ -417,7 +421,7 @@ def _personal(
         _, after = evaluate_fine_tuned(
             model,
             state,
-            cohort_of(population, ids, key=key_sizes),
+            cohort,
             held_out_cohort,
             optimizer,
             key=key,
@@ -426,7 +430,11 @@ def _personal(
         )
         return after
 
-    return personal
+    return Partial(
+        personal,
+        cohort_of(population, ids, key=key_sizes),
+        cohort_of(test_population, ids, key=key_sizes),
+    )
 
 
 experiment.__signature__ = inspect.signature(Settings)  # type: ignore[attr-defined]

@@ -1,24 +1,49 @@
 """Runs that one program can run, evaluation by evaluation, until each has what it is run for."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
-from fedjax_lite.base import FederatedAlgorithm, PyTree, ServerState
-from fedjax_lite.data.population import Population
+from fedjax_lite.base import Cohort, FederatedAlgorithm, PyTree, ServerState
+from fedjax_lite.data.population import Population, ResidentPopulation
 from fedjax_lite.engine import cohort_of
 from fedjax_lite.evaluation import ClientEvaluation, evaluate_clients, summarize_clients
 from fedjax_lite.experiments.build import Experiment, build
-from fedjax_lite.experiments.settings import Settings
-from fedjax_lite.experiments.varying import algorithms_of, group_by_numbers
+from fedjax_lite.experiments.settings import Settings, to_settings
+from fedjax_lite.experiments.varying import algorithms_of, group_by_numbers, with_numbers
 from fedjax_lite.runs.step import play_round
 
+_ROWS = 256  # Rows of examples come in multiples of it.
 Curve = dict[str, list[Any]]
 """Evaluations of a run: `round`, and the values of the metrics."""
+
+
+class Program(NamedTuple):
+    """Compiled functions of some runs that differ in seeds, traced numbers and data alone.
+
+    Attributes:
+      start: `start(data, of_runs) -> states`, with a leading axis of runs.
+      advance: `advance(states, goes_on, data, of_runs, num_rounds=...) -> states`, where runs that
+        do not go on stay as they are.
+      evaluate: `evaluate(states, data) -> {metric: [runs]}`.
+    """
+
+    start: Callable[..., ServerState]
+    advance: Callable[..., ServerState]
+    evaluate: Callable[..., dict[str, jax.Array]]
+
+
+class _Data(NamedTuple):
+    """The clients, and what is evaluated on."""
+
+    population: Population
+    evaluated: tuple[Any, ...]
 
 
 def play(
@@ -27,6 +52,7 @@ def play(
     is_personal: bool,
     is_over: Callable[[Sequence[Curve]], Sequence[bool]],
     show: Callable[[int, Curve], None] = lambda round, curve: None,
+    programs: MutableMapping[Any, Program] | None = None,
 ) -> list[Curve]:
     """The curves of runs that differ in seeds and traced numbers alone.
 
@@ -35,22 +61,31 @@ def play(
 
     Args:
       runs: Their settings.
-      is_personal: Whether the models that clients use are evaluated too: those that they have for
-        themselves, or the server's.
+      is_personal: Whether the models that clients use are evaluated in place of the server's:
+        those that they have for themselves, or else the server's on the examples of each.
       is_over: `is_over(curves)`: of each run, whether it ends before its last round.
       show: `show(round, curve)`, called with each evaluation of the first run that still goes on.
+      programs: Those of calls before, for runs on other data; those of this call are added.
 
     Raises:
       ValueError: A setting is out of range, or no examples are held out for each client.
     """
     built = build(runs[0])
     algorithm, numbers = algorithms_of(built, runs)
+    personal = _personal(built) if is_personal else None
+    data = _padded(_Data(built.population, (personal or built.evaluate).args))
+    programs = {} if programs is None else programs
+    key = (_but_for_data(built, numbers), is_personal)
+    program = programs.get(key) or _program(built, algorithm, personal and personal.func)
     try:
-        return _play(built, algorithm, numbers, runs, is_personal, is_over, show)
+        curves = _play(program, data, numbers, runs, is_over, show)
     except jax.errors.ConcretizationTypeError:  # A function asks for the value of a number.
         if not numbers:
             raise
-    curves: list[Curve] = [{"round": []} for _ in runs]
+    else:
+        programs[key] = program
+        return curves
+    curves = [{"round": []} for _ in runs]
     for places in group_by_numbers(runs):
 
         def are_over(some: Sequence[Curve], places: list[int] = places) -> list[bool]:
@@ -60,45 +95,65 @@ def play(
             return [over[place] for place in places]
 
         settings = [runs[place] for place in places]
-        play(settings, is_personal=is_personal, is_over=are_over, show=show)
+        play(settings, is_personal=is_personal, is_over=are_over, show=show, programs=programs)
     return curves
 
 
 def _play(
-    built: Experiment,
-    algorithm: Callable[..., FederatedAlgorithm],
+    program: Program,
+    data: _Data,
     numbers: Mapping[str, np.ndarray],
     runs: Sequence[Settings],
-    is_personal: bool,
     is_over: Callable[[Sequence[Curve]], Sequence[bool]],
     show: Callable[[int, Curve], None],
 ) -> list[Curve]:
     keys = jax.vmap(jax.random.key)(np.array([run.seed for run in runs]))
     of_runs = (keys, {name: jnp.asarray(values) for name, values in numbers.items()})
+    states, done = program.start(data, of_runs), 0
+    goes_on = np.ones(len(runs), bool)
+    curves: list[Curve] = [{"round": []} for _ in runs]
+    while True:
+        found = jax.device_get(program.evaluate(states, data))
+        for place in np.flatnonzero(goes_on):
+            curves[place]["round"].append(done)
+            for name, values in found.items():
+                curves[place].setdefault(name, []).append(float(values[place]))
+        show(done, curves[int(goes_on.argmax())])
+        goes_on &= ~np.asarray(is_over(curves))
+        size = min(runs[0].eval_every, runs[0].rounds - done)
+        if size == 0 or not goes_on.any():
+            return curves
+        states = program.advance(states, goes_on, data, of_runs, num_rounds=size)
+        done += size
 
+
+def _program(
+    built: Experiment,
+    algorithm: Callable[..., FederatedAlgorithm],
+    personal: Callable[..., ClientEvaluation] | None,
+) -> Program:
     @jax.jit
-    def start(population: Population, of_runs: PyTree) -> ServerState:
+    def start(data: _Data, of_runs: PyTree) -> ServerState:
         def one(key: jax.Array, numbers: dict[str, jax.Array]) -> ServerState:
             key_init = jax.random.split(key, 3)[0]
-            return algorithm(**numbers).init(key_init, num_clients=population.num_clients)
+            num_clients = data.population.num_clients
+            return algorithm(**numbers).init(key_init, num_clients=num_clients)
 
         return _each(one, of_runs)
 
     @functools.partial(jax.jit, static_argnames="num_rounds", donate_argnames="states")
     def advance(
-        states: ServerState,
-        goes_on: jax.Array,
-        population: Population,
-        of_runs: PyTree,
-        num_rounds: int,
+        states: ServerState, goes_on: jax.Array, data: _Data, of_runs: PyTree, num_rounds: int
     ) -> ServerState:
         def one(
             state: ServerState, goes_on: jax.Array, key: jax.Array, numbers: dict[str, jax.Array]
         ) -> ServerState:
-            played, keys = algorithm(**numbers), tuple(jax.random.split(key, 3)[1:])
+            chosen = algorithm(**numbers)
+            _, key_sampler, key_rounds = jax.random.split(key, 3)
 
             def round(state: ServerState, _: None) -> tuple[ServerState, None]:
-                return play_round(played, built.sampler, keys, state, population)[0], None
+                keys = (key_sampler, key_rounds)
+                return play_round(chosen, built.sampler, keys, state, data.population)[0], None
 
             def rounds(state: ServerState) -> ServerState:
                 return jax.lax.scan(round, state, length=num_rounds)[0]
@@ -108,25 +163,23 @@ def _play(
         return _each(one, (states, goes_on, *of_runs))
 
     @jax.jit
-    def evaluate(states: ServerState) -> dict[str, jax.Array]:
-        return _each(functools.partial(_evaluate, built, is_personal), (states,))
+    def evaluate(states: ServerState, data: _Data) -> dict[str, jax.Array]:
+        def one(state: ServerState) -> dict[str, jax.Array]:
+            if personal is None:
+                found = built.evaluate.func(*data.evaluated, state)
+                return {name: found[name] for name in ("loss", "accuracy")}
+            key = jax.random.key(built.settings.data_seed)
+            own = personal(*data.evaluated, state, key)
+            summary = summarize_clients(own.clients["accuracy"], own.num_examples)
+            return {
+                "loss": own.pooled["loss"],
+                "personal_accuracy": own.pooled["accuracy"],
+                "client_accuracy": summary["mean"],
+            }
 
-    states, done = start(built.population, of_runs), 0
-    goes_on = np.ones(len(runs), bool)
-    curves: list[Curve] = [{"round": []} for _ in runs]
-    while True:
-        found = jax.device_get(evaluate(states))
-        for place in np.flatnonzero(goes_on):
-            curves[place]["round"].append(done)
-            for name, values in found.items():
-                curves[place].setdefault(name, []).append(float(values[place]))
-        show(done, curves[int(goes_on.argmax())])
-        goes_on &= ~np.asarray(is_over(curves))
-        size = min(built.settings.eval_every, built.settings.rounds - done)
-        if size == 0 or not goes_on.any():
-            return curves
-        states = advance(states, goes_on, built.population, of_runs, num_rounds=size)
-        done += size
+        return _each(one, (states,))
+
+    return Program(start, advance, evaluate)
 
 
 def _each(one: Callable[..., PyTree], of_runs: tuple[PyTree, ...]) -> PyTree:
@@ -137,27 +190,44 @@ def _each(one: Callable[..., PyTree], of_runs: tuple[PyTree, ...]) -> PyTree:
     return jax.lax.map(lambda x: one(*x), of_runs)
 
 
-def _evaluate(built: Experiment, is_personal: bool, state: ServerState) -> dict[str, jax.Array]:
-    found = {name: built.evaluate(state)[name] for name in ("loss", "accuracy")}
-    if not is_personal:
-        return found
-    own = _of_clients(built, state)
-    summary = summarize_clients(own.clients["accuracy"], own.num_examples)
-    return {
-        **found,
-        "personal_accuracy": own.pooled["accuracy"],
-        "client_accuracy": summary["mean"],
-    }
-
-
-def _of_clients(built: Experiment, state: ServerState) -> ClientEvaluation:
-    """That of the models that clients have for themselves, or else of the server's."""
+def _personal(built: Experiment) -> Partial:
+    """What evaluates the models that clients have for themselves, or else the server's."""
     if built.personal is not None:
-        return built.personal(state, jax.random.key(built.settings.data_seed))
+        return built.personal
     if built.held_out is None:
         raise ValueError(
             f"dataset is {built.settings.dataset}, of which no examples are held out for each"
             " client; choose one with examples of clients."
         )
+
+    def of_server(cohort: Cohort, state: ServerState, key: jax.Array) -> ClientEvaluation:
+        return evaluate_clients(built.model, state, cohort, key=key)
+
     ids = np.arange(built.held_out.num_clients)
-    return evaluate_clients(built.model, state, cohort_of(built.held_out.resident(), ids))
+    return Partial(of_server, cohort_of(built.held_out.resident(), ids))
+
+
+def _padded(data: _Data) -> _Data:
+    """The data with unused rows behind those of clients, so that splits share their shapes."""
+
+    def padded(part: Any) -> Any:
+        if not isinstance(part, (ResidentPopulation, Cohort)):
+            return part
+        examples = {
+            name: jnp.pad(x, [(0, -len(x) % _ROWS), *[(0, 0)] * (x.ndim - 1)])
+            for name, x in part.examples.items()
+        }
+        return dataclasses.replace(part, examples=examples)
+
+    return _Data(padded(data.population), tuple(map(padded, data.evaluated)))
+
+
+def _but_for_data(built: Experiment, numbers: Iterable[str]) -> Any:
+    """What decides, beside shapes, which program runs: the settings without seeds and clients."""
+    calls = with_numbers(built.calls, {tuple(name.split(".")): 1.0 for name in numbers})
+    settings = dataclasses.replace(to_settings(built.settings, calls), seed=0)
+    params, _ = jax.eval_shape(built.model.init, jax.random.key(0))  # By the number of classes.
+    shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(params))
+    if not calls.sampler.takes("num_examples"):
+        settings = dataclasses.replace(settings, partition=None, data_seed=0)
+    return settings, tuple(numbers), shapes, built.population.num_clients
