@@ -309,6 +309,7 @@ PARTITION = {
     "pathological": ["labels", "num_clients", "classes_per_client", "assignment", "seed"],
     "power_law": ["num_examples", "num_clients", "exponent", "min_examples", "seed"],
     "shards": ["labels", "num_clients", "shards_per_client", "seed"],
+    "similarity": ["labels", "num_clients", "iid_fraction", "num_hostile", "seed"],
     "sizes": ["num_examples", "sizes", "seed"],
     "square": ["num_examples", "num_clients", "min_examples", "seed"],
 }

@@ -3,7 +3,7 @@
 `noisy` changes them as well, and returns a data set.
 """
 
-from fedjax_lite.data.partition.by_class import pathological, shards
+from fedjax_lite.data.partition.by_class import pathological, shards, similarity
 from fedjax_lite.data.partition.by_dirichlet import dirichlet, dirichlet_by_client, pachinko
 from fedjax_lite.data.partition.by_noise import noisy
 from fedjax_lite.data.partition.by_size import (
@@ -34,6 +34,7 @@ __all__ = [
     "pathological",
     "power_law",
     "shards",
+    "similarity",
     "sizes",
     "square",
 ]
