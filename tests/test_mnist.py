@@ -90,6 +90,10 @@ def test_mnist_is_dealt_and_trained_on(tmp_path):
     for split, examples in (("train", train), ("test", test)):
         found = fl.data.read(tmp_path, split=split)[0]
         np.testing.assert_array_equal(found["x"], examples["x"])
+    shifted = fl.data.mnist(tmp_path, "both", mean=0.5, std=2)
+    np.testing.assert_allclose(shifted[1]["x"][..., 0], (IMAGES[:20] / 255 - 0.5) / 2, atol=1e-6)
+    with pytest.raises(ValueError, match="std is 0; choose"):
+        fl.data.mnist(tmp_path, std=0)
     common = {"partition": "shards(shards_per_client=2)", "num_clients": 5, "cohort_size": 2}
     as_folder = fl.experiment(dataset=str(tmp_path), model="logistic", **common)
     by_name = fl.experiment(
@@ -101,7 +105,7 @@ def test_mnist_is_dealt_and_trained_on(tmp_path):
     for experiment in (as_folder, by_name):
         assert np.diff(experiment.population.offsets).tolist() == [8] * 5
         np.testing.assert_array_equal(experiment.held_out.examples["x"], test["x"])
-    assert as_folder.settings.dataset == f"mnist(folder='{tmp_path}', split='both')"
+    assert as_folder.settings.dataset == f"mnist(folder='{tmp_path}', split='both', mean=0, std=1)"
     with pytest.raises(ValueError, match=r"held_out is 0.2, and dataset has examples to test on"):
         fl.experiment(dataset=str(tmp_path), held_out=0.2)
 

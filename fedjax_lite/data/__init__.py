@@ -34,7 +34,11 @@ from fedjax_lite.data.population import (
     ResidentPopulation,
     StreamedPopulation,
 )
-from fedjax_lite.data.published_splits import pfllib_fashion_mnist, rotated_mnist
+from fedjax_lite.data.published_splits import (
+    long_tailed_mnist,
+    pfllib_fashion_mnist,
+    rotated_mnist,
+)
 from fedjax_lite.data.sequences import noisy_successors
 from fedjax_lite.data.sqlite import read_fedjax_sqlite, read_tff_sqlite
 from fedjax_lite.data.synthetic import gaussian_images, halfspace, halfspace_batch, synthetic
@@ -64,6 +68,7 @@ __all__ = [
     "gaussian_images",
     "halfspace",
     "halfspace_batch",
+    "long_tailed_mnist",
     "mnist",
     "noisy_successors",
     "pfllib_fashion_mnist",

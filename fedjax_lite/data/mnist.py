@@ -1,6 +1,7 @@
 """MNIST and what has its form: images and labels in IDX files, which belong to no client."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,11 +39,19 @@ NUM_CLASSES = {
 
 
 @overload
-def mnist(folder: str | os.PathLike[str], split: Split = "train") -> Examples: ...
-@overload
-def mnist(folder: str | os.PathLike[str], split: Literal["both"]) -> tuple[Examples, Examples]: ...
 def mnist(
-    folder: str | os.PathLike[str], split: Literal["train", "test", "both"] = "train"
+    folder: str | os.PathLike[str], split: Split = "train", *, mean: float = 0, std: float = 1
+) -> Examples: ...
+@overload
+def mnist(
+    folder: str | os.PathLike[str], split: Literal["both"], *, mean: float = 0, std: float = 1
+) -> tuple[Examples, Examples]: ...
+def mnist(
+    folder: str | os.PathLike[str],
+    split: Literal["train", "test", "both"] = "train",
+    *,
+    mean: float = 0,
+    std: float = 1,
 ) -> Examples | tuple[Examples, Examples]:
     """MNIST, or another data set in its form, to be dealt to clients.
 
@@ -52,16 +61,26 @@ def mnist(
       folder: With `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and the same of `t10k`, as
         they are or with `.gz`; a dot before `idx` is as good as a hyphen.
       split: train or test; both gives the two as a pair.
+      mean: Subtracted from the pixels, such as 0.1307, the mean of MNIST.
+      std: Divides them then, such as 0.3081.
 
     Returns:
-      The features `x` `[rows, 28, 28, 1]`, float32 within [0, 1], and `y` `[rows]`, int32.
+      The features `x` `[rows, 28, 28, 1]`, float32, within [0, 1] by default, and `y` `[rows]`,
+      int32.
 
     Raises:
       FileNotFoundError: A file is missing; the message says where to fetch it.
-      ValueError: A file is damaged or holds something else, or there are not as many labels as
-        images.
+      ValueError: A file is damaged or holds something else, there are not as many labels as
+        images, or `std` is not positive.
     """
-    return _splits(folder, split, _PREFIXES, "mnist")
+    if not 0 < std < math.inf:
+        raise ValueError(f"std is {std}; choose a positive number.")
+
+    def shifted(examples: Examples) -> Examples:
+        return {**examples, "x": (examples["x"] - np.float32(mean)) / np.float32(std)}
+
+    found = _splits(folder, split, _PREFIXES, "mnist")
+    return (shifted(found[0]), shifted(found[1])) if isinstance(found, tuple) else shifted(found)
 
 
 @overload

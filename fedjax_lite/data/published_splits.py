@@ -1,7 +1,4 @@
-"""MNIST and Fashion-MNIST as papers deal them to clients that are tested on examples of their own.
-
-Each function returns a pair: what clients train on, and what the same clients are tested on.
-"""
+"""MNIST and Fashion-MNIST as papers deal or cut them: pairs of what is trained and tested on."""
 
 import os
 
@@ -69,6 +66,40 @@ def _turned(examples: Examples, rows: list[np.ndarray]) -> FederatedDataset:
     clusters = np.split(dataset.examples["x"], starts[1:-1])
     x = np.concatenate([np.rot90(part, j, axes=(1, 2)) for j, part in enumerate(clusters)])
     return dataset.map(lambda features: {**features, "x": x})
+
+
+def long_tailed_mnist(
+    folder: str | os.PathLike[str], *, decay: float = 0.5
+) -> tuple[Examples, Examples]:
+    r"""MNIST, of whose digit $i$ only a fraction $\beta^i$ is left, to be dealt to clients.
+
+    Pixels have the mean 0 and the standard deviation 1 of all that MNIST has to train on.
+
+    Source: Karimireddy et al. (2022), "Byzantine-Robust Learning on Heterogeneous Datasets via
+    Bucketing", whose code has $\beta = 0.5$, of the examples to test on as well.
+
+    Args:
+      folder: As for `mnist`.
+      decay: $\beta$, within (0, 1].
+
+    Returns:
+      The first ones of each digit to train and to test on, as of `mnist`.
+
+    Raises:
+      FileNotFoundError: As for `mnist`.
+      ValueError: `decay` is out of range, or a file is damaged.
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay is {decay}; choose a number above 0, up to 1.")
+
+    def cut(examples: Examples) -> Examples:
+        rows = [np.flatnonzero(examples["y"] == digit) for digit in range(10)]
+        left = [of_digit[: int(of_digit.size * decay**i)] for i, of_digit in enumerate(rows)]
+        kept = np.sort(np.concatenate(left))
+        return {name: feature[kept] for name, feature in examples.items()}
+
+    train, test = mnist(folder, "both", mean=0.1307, std=0.3081)
+    return cut(train), cut(test)
 
 
 def pfllib_fashion_mnist(folder: str | os.PathLike[str] = DEBIAN) -> Parts:

@@ -61,7 +61,7 @@ _DATASETS = {
             *("emnist_like", "cifar10_like", "cifar100_like"),
             *("shakespeare_like", "stackoverflow_like", "stackoverflow_tags_like"),
             *("read", "mnist", "fashion_mnist", "emnist_idx", "emnist_matlab"),
-            *("rotated_mnist", "pfllib_fashion_mnist"),
+            *("rotated_mnist", "long_tailed_mnist", "pfllib_fashion_mnist"),
             *("emnist", "cifar100", "shakespeare", "stackoverflow"),
         )
     },

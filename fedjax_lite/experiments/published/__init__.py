@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from fedjax_lite.experiments.published.bucketing import BUCKETING_MNIST
 from fedjax_lite.experiments.published.digits import DIGITS
 from fedjax_lite.experiments.published.ifca import IFCA_ROTATED_MNIST
 from fedjax_lite.experiments.published.mcmahan import MCMAHAN_2NN, MCMAHAN_CNN
@@ -12,6 +13,7 @@ from fedjax_lite.experiments.published.table import Cell, Measure, Table
 __all__ = ["TABLES", "Cell", "Measure", "Table"]
 
 TABLES: Mapping[str, Table] = {
+    "bucketing-mnist": BUCKETING_MNIST,
     "digits": DIGITS,
     "ifca-rotated-mnist": IFCA_ROTATED_MNIST,
     "mcmahan-2nn": MCMAHAN_2NN,
