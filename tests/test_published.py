@@ -160,7 +160,7 @@ def test_the_help_of_a_table_has_its_commands(capsys):
     assert [len(row["commands"]) for row in rows] == [1, 1, 2]
     assert '--algorithm "fed_prox(mu=0.1)"' in rows[2]["commands"][1]
     main(["baseline", "--list"])
-    assert "--table tiny" in capsys.readouterr().out
+    assert "tiny clients" in capsys.readouterr().out
 
 
 def run_list(capsys):

@@ -202,26 +202,35 @@ def _list(*, as_json: bool) -> None:
         }
         for name, one in BASELINES.items()
     ]
-    rows += [
+    tables = [
         {
-            "name": f"--table {name}",
-            "task": table.title,
-            "setting": f"{len(table.cells)} cells; {table.measure.told}",
-            "accuracy": None,
+            "table": name,
+            "title": table.title,
+            "cells": len(table.cells),
+            "measure": table.measure.told,
             "source": table.source,
+            "needs": table.needs,
             "differs": table.differs,
         }
         for name, table in TABLES.items()
     ]
     if as_json:
-        print(json.dumps(rows))
+        print(json.dumps([*rows, *tables]))
         return
-    table = rich.table.Table(title="baselines, and the published accuracy on test data")
-    for column in ("name", "task", "setting", "published", "source"):
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
     for row in rows:
-        published = "" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
-        table.add_row(row["name"], row["task"], row["setting"], published, row["source"])
+        row["published"] = "" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
+    columns = ("name", "task", "setting", "published", "source")
+    _print_rows("baselines, and the published accuracy on test data", columns, rows)
+    columns = ("table", "title", "cells", "measure", "source")
+    _print_rows("tables, all of whose cells --table runs", columns, tables)
+
+
+def _print_rows(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    table = rich.table.Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in columns))
     console = rich.console.Console(markup=False)
     if not console.is_terminal:
         console.width = _WIDTH

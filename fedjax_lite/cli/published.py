@@ -7,7 +7,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,21 @@ def run_table(
             told = f"interrupted; the same command with --out {out} goes on"
             raise InterruptedRunError(told, interrupt) from None
         results = {cell.name: results[cell.name] for cell in cells if cell.name in results}
-        report = {
+        report = _write(out, name, cells, results, quick=quick)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        table_text = (out / "table.md").read_text()
+        print(f"\n{table_text}\n{report['seconds']:.0f} s of runs; files in {out}")
+
+
+def _write(
+    out: Path, name: str, cells: Sequence[Cell], results: Mapping[str, Result], *, quick: bool
+) -> dict[str, Any]:
+    """Writes table.json, whose content it returns, table.md and table.png."""
+    table = TABLES[name]
+    report: dict[str, Any] = jsonable(
+        {
             "table": name,
             "out": str(out),
             "title": table.title,
@@ -120,14 +134,11 @@ def run_table(
             "seconds": sum(result["seconds"] for result in results.values()),
             "cells": results,
         }
-        text = markdown(table, results, quick=quick)
-        write_text(out / "table.json", json.dumps(jsonable(report), indent=2) + "\n")
-        write_text(out / "table.md", text)
-        _draw(out / "table.png", table, cells, results)
-    if as_json:
-        print(json.dumps(jsonable(report)))
-    else:
-        print(f"\n{text}\n{report['seconds']:.0f} s of runs; files in {out}")
+    )
+    write_text(out / "table.json", json.dumps(report, indent=2) + "\n")
+    write_text(out / "table.md", markdown(table, results, quick=quick))
+    _draw(out / "table.png", table, cells, results)
+    return report
 
 
 def list_table(name: str, *, quick: bool, as_json: bool) -> None:
@@ -227,7 +238,7 @@ def _results(
             yield cell, summarize(table, cell, runs[name], curves[name], seconds[name])
 
 
-def _draw(path: Path, table: Table, cells: Sequence[Cell], results: dict[str, Result]) -> None:
+def _draw(path: Path, table: Table, cells: Sequence[Cell], results: Mapping[str, Result]) -> None:
     measure = table.measure
     factor = 1 if measure.target is not None else 100
 
