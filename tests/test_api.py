@@ -389,7 +389,7 @@ MODELS = {
     "lenet": ["input_shape", "num_classes"],
     "logistic": ["input_shape", "num_classes"],
     "mlp": ["input_shape", "hidden", "num_classes"],
-    "mnist_cnn": ["num_classes", "padding"],
+    "mnist_cnn": ["num_classes", "widths", "hidden", "padding"],
     "resnet18": ["num_classes", "norm", "input_shape", "num_groups", "width"],
     "shakespeare_lstm": ["vocabulary_size", "embedding", "hidden", "layers"],
     "stackoverflow_lstm": ["vocabulary_size", "embedding", "hidden", "layers"],

@@ -32,9 +32,10 @@ def twins():
     return dataset, dataset
 
 
-# In place of data sets that the images do not suffice for, and of a model that takes long to trace.
+# In place of data sets that the images do not suffice for, and of models that take long to trace.
 SMALL = {
     "bucketing-mnist": lambda folder: {"model": "logistic"},
+    "byzfl-mnist": lambda folder: {"model": "logistic"},
     "ifca-rotated-mnist": lambda folder: {
         "dataset": f"rotated_mnist({str(folder)!r}, num_clients=8, num_examples=5)"
     },

@@ -1,7 +1,7 @@
 """Karimireddy et al. (2022): what robust rules cost without attackers, and stand with them.
 
-The published numbers are those of the tables in the authors' repository. A step of theirs is a round
-here: clients send the gradient of one batch, times the learning rate, by which the radius of
+The published numbers are those of the tables in the authors' repository. A step of theirs is a
+round here: clients send the gradient of one batch, times the learning rate, by which the radius of
 clipping and the smoothing of RFA are multiplied as well.
 """
 
