@@ -11,7 +11,7 @@ from fedjax_lite.data import published_splits
 from fedjax_lite.experiments.build import build
 from fedjax_lite.experiments.published import TABLES
 from fedjax_lite.experiments.published.table import runs_of
-from fedjax_lite.experiments.settings import Settings, calls_of
+from fedjax_lite.experiments.settings import Settings
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2000, 28, 28)).astype(np.uint8)
 LABELS = (np.arange(2000) % 10).astype(np.uint8)
@@ -48,10 +48,8 @@ SMALL = {
 def test_every_cell_can_be_run(name, folder):
     table, small, algorithms, partitions = TABLES[name], SMALL[name](folder), set(), set()
     for cell in table.cells:
-        for quick in (True, False):
-            settings = runs_of(table, cell, folder, quick=quick)[0].settings
-            calls = calls_of(Settings(**settings))
-            assert calls.dataset.arguments["folder"] == str(folder)
+        settings = runs_of(table, cell, folder)[0].settings
+        assert str(folder) in settings["dataset"]
         algorithm = settings["algorithm"], settings.get("reducer")
         partition = settings.get("partition")
         if algorithm in algorithms and partition in partitions:
@@ -62,7 +60,7 @@ def test_every_cell_can_be_run(name, folder):
             lambda key, built=built, ids=ids: built.algorithm.init(key, num_clients=ids.size),
             jax.random.key(0),
         )
-        if algorithm not in algorithms:
+        if algorithm not in algorithms and (cell.is_quick or "reducer" not in settings):
             cohort = fl.cohort_of(built.population, ids)
             after, _ = jax.eval_shape(built.algorithm.round, jax.random.key(1), state, cohort)
             shapes = [jax.tree.map(np.shape, one.params) for one in (after, state)]
