@@ -33,6 +33,7 @@ PARTITIONERS = {
     "pachinko": lambda y, n, seed: partition.pachinko(y, y // 2, n, seed=seed),
     "power_law": lambda y, n, seed: partition.power_law(y.size, n, exponent=1.5, seed=seed),
     "shards": lambda y, n, seed: partition.shards(y, n, shards_per_client=1, seed=seed),
+    "similarity": lambda y, n, seed: partition.similarity(y, n, iid_fraction=0.3, seed=seed),
     "sizes": lambda y, n, seed: partition.sizes(
         y.size, np.bincount(np.arange(y.size) % n), seed=seed
     ),
@@ -168,6 +169,33 @@ def test_dirichlet_sizes_have_the_moments_of_their_shares():
     assert abs(shares.var() / variance - 1) < 0.15
     least = partition.dirichlet_sizes(51, 5, alpha=0.01, min_examples=10, seed=0)
     assert sorted(sizes_of(least)) == [10, 10, 10, 10, 11]
+
+
+# Similarity
+
+
+@pytest.mark.parametrize("num_hostile", [0, 3])
+def test_similar_clients_share_a_part_and_the_rest_is_sorted(num_hostile):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 100))
+    for fraction in (0.0, 0.4, 1.0):
+        rows = partition.similarity(
+            labels, 5 + num_hostile, iid_fraction=fraction, num_hostile=num_hostile, seed=1
+        )
+        hostile, honest = rows[:num_hostile], rows[num_hostile:]
+        assert np.sort(np.concatenate(honest)).tolist() == list(range(1000))
+        assert sizes_of(rows).tolist() == [200] * (5 + num_hostile)
+        for i, part in enumerate(honest):
+            # What is sorted has two classes; of what is not, there are as many of each.
+            own = np.isin(labels[part], (2 * i, 2 * i + 1)).mean()
+            assert abs(own - (1 - fraction + fraction / 5)) < 0.1
+        for part in hostile:
+            counts = np.bincount(labels[part], minlength=10)
+            assert len(set(part.tolist())) == 200
+            assert abs(counts - 20).max() < 20
+    first, second = (
+        partition.similarity(labels, 8, iid_fraction=0.0, num_hostile=3, seed=1) for _ in range(2)
+    )
+    assert same(first, second)
 
 
 # Noise
@@ -477,6 +505,11 @@ LABELS = [0, 0, 0, 1, 1, 2]
         (lambda: partition.linear(3, 4, seed=0), "min_examples is 1 for 4 clients"),
         (lambda: partition.power_law(9, 2, exponent=-1.0, seed=0), "exponent is -1.0"),
         (lambda: partition.log_normal(9, 2, sigma=np.nan, seed=0), "sigma is nan"),
+        (lambda: partition.similarity([0, 1], 2, iid_fraction=2, seed=0), "iid_fraction is 2"),
+        (
+            lambda: partition.similarity([0, 1], 2, iid_fraction=0, num_hostile=2, seed=0),
+            "num_hostile is 2",
+        ),
         (lambda: partition.dirichlet_sizes(9, 2, alpha=0, seed=0), "alpha is 0; choose a positi"),
         (lambda: partition.dirichlet_sizes(9, 2, alpha=[1, 2, 3], seed=0), "or 2 of them"),
         (lambda: partition.noisy({"x": np.eye(3)}, 2, variance=-1, seed=0), "variance is -1"),

@@ -271,8 +271,8 @@ def mnist(tmp_path_factory):
     return folder
 
 
-# One by one where only the partition or numbers differ would take a minute. The others, of which some
-# need more than a few images, are in test_published_tables.py.
+# One by one where only the partition or numbers differ would take a minute. Other tables, of which
+# some need more than a few images, are in test_published_tables.py.
 CELLS = {
     (name, str({**cell.settings, **table.settings}.get("algorithm")), by): cell
     for name, table in TABLES.items()

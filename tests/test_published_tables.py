@@ -109,6 +109,16 @@ def test_images_are_turned_by_cluster(folder):
             fl.data.rotated_mnist(folder, **arguments)
 
 
+def test_digits_become_rarer(folder):
+    for examples, size in zip(fl.data.long_tailed_mnist(folder), (2000, 20), strict=True):
+        kept = [i for i in range(size) if i // 10 < int(size // 10 * 0.5 ** (i % 10))]
+        assert examples["y"].tolist() == LABELS[kept].tolist()
+        expected = (IMAGES[kept] / 255 - 0.1307) / 0.3081
+        np.testing.assert_allclose(examples["x"][..., 0], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="decay is 0; choose"):
+        fl.data.long_tailed_mnist(folder, decay=0)
+
+
 def test_pfllib_deals_as_its_code_does(monkeypatch):
     """Its steps, on NumPy's global generator and by scikit-learn."""
     labels = np.random.default_rng(0).integers(0, 10, 7000)
