@@ -42,8 +42,8 @@ def noisy(
       ValueError: An argument is out of range, there is no such feature or it holds no floats, or
         there are more clients than rows.
 
-    >>> dataset = noisy({"x": np.zeros((9000, 4), np.float32)}, 3, variance=0.9, seed=0)
-    >>> [round(float(dataset[i]["x"].var()), 2) for i in range(3)]
+    >>> dataset = noisy({"x": np.zeros((30_000, 4), np.float32)}, 3, variance=0.9, seed=0)
+    >>> [round(float(dataset[i]["x"].var()), 1) for i in range(3)]
     [0.3, 0.6, 0.9]
     """
     if not 0 <= variance < np.inf:
