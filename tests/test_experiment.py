@@ -150,10 +150,41 @@ def test_metrics_are_evaluated_beside_those_of_the_model():
     np.testing.assert_allclose(np.log(measured["perplexity"]), measured["loss"], rtol=1e-5)
 
 
+def test_a_partition_may_change_the_examples():
+    plain, noisy = (
+        build(Settings(partition=f"noisy(variance={v})", num_clients=20, cohort_size=5))
+        for v in (0, 0.1)
+    )
+    assert noisy.settings.partition == "noisy(num_clients=20, variance=0.1, feature='x')"
+    images, disturbed = (built.population.examples for built in (plain, noisy))
+    np.testing.assert_array_equal(images["y"], disturbed["y"])
+    owners = np.repeat(np.arange(20), np.diff(noisy.population.offsets))
+    squared = np.square(disturbed["x"] - images["x"]).mean(1)
+    of_clients = np.bincount(owners, squared) / np.bincount(owners)
+    np.testing.assert_allclose(of_clients, 0.1 * np.arange(1, 21) / 20, rtol=0.2)
+
+
+def test_examples_with_several_labels():
+    rng = np.random.default_rng(0)
+    examples = {"x": rng.integers(0, 8, (60, 5)).astype(np.int32), "y": rng.random((60, 3)) < 0.4}
+    built = fl.experiment(
+        dataset=fl.FederatedDataset.from_clients(dict.fromkeys(range(3), examples)),
+        model="stackoverflow_tags(vocabulary_size=6)",
+        metrics="recall_at(2)",
+        cohort_size=2,
+    )
+    state = built.algorithm.init(jax.random.key(0))
+    assert state.params["kernel"].shape == (6, 3)
+    found = built.evaluate(state)
+    assert set(found) == {"loss", "accuracy", "recall_at"}
+    assert 0 < found["recall_at"] < 1
+
+
 @pytest.mark.parametrize(
     "partition",
     [
         "iid",
+        "dirichlet_sizes(alpha=0.5)",
         "dirichlet(alpha=0.3)",
         "dirichlet-by-client(alpha=1.0)",
         "shards(shards_per_client=2)",
@@ -376,6 +407,7 @@ def test_language_models_take_sequences(texts, model, num_params):
         ("cifar100_like", "resnet18", (32, 32, 3), 500),
         ("shakespeare_like", "shakespeare_lstm", (80,), 715),
         ("stackoverflow_like", "stackoverflow_transformer", (20,), 342_477),
+        ("stackoverflow_tags_like", "stackoverflow_tags", (30,), 342_477),
     ],
 )
 def test_drawn_data_have_the_shapes_of_benchmarks(dataset, model, shape, num_clients):
@@ -383,7 +415,8 @@ def test_drawn_data_have_the_shapes_of_benchmarks(dataset, model, shape, num_cli
     key = jax.random.key(0)
     batch = jax.eval_shape(built.population.sample, key, jnp.int32(0))
     assert batch["x"].shape == (3, *shape)
-    assert batch["y"].shape == ((3,) if len(shape) == 3 else (3, *shape))
+    of_tags = model == "stackoverflow_tags"
+    assert batch["y"].shape == (3, *(() if len(shape) == 3 else (500,) if of_tags else shape))
     assert (built.calls.model.name, built.population.num_clients) == (model, num_clients)
     assert int(built.population.num_examples(key, jnp.int32(0))) == 7
     if dataset == "cifar100_like":

@@ -25,6 +25,7 @@ EXAMPLES = {
     "predicted": RNG.normal(size=ROWS).astype(np.float32),
     "target": RNG.normal(7.0, 2.0, size=ROWS).astype(np.float32),
     "domain": RNG.integers(0, DOMAINS - 1, ROWS).astype(np.int32),  # nobody in the last one
+    "tags": RNG.random((ROWS, CLASSES)) < 0.3,
 }
 LOG_LIKELIHOODS = jax.device_get(jax.nn.log_softmax(EXAMPLES["tokens"].astype(np.float64)))
 
@@ -62,6 +63,14 @@ CASES = {
         fl.metrics.accuracy(),
         "logits",
         lambda e: sk.accuracy_score(e["y"], e["logits"].argmax(-1)),
+    ),
+    "recall_at": (
+        fl.metrics.recall_at(2, "tags"),
+        "logits",
+        lambda e: (
+            sum(e["tags"][i, best].sum() for i, best in enumerate(np.argsort(-e["logits"])[:, :2]))
+            / e["tags"].sum()
+        ),
     ),
     "top_k": (
         fl.metrics.top_k(3),

@@ -23,6 +23,9 @@ PARTITIONERS = {
     "dirichlet_by_client": lambda y, n, seed: partition.dirichlet_by_client(
         y, n, alpha=0.5, seed=seed
     ),
+    "dirichlet_sizes": lambda y, n, seed: partition.dirichlet_sizes(
+        y.size, n, alpha=0.5, seed=seed
+    ),
     "exponential": lambda y, n, seed: partition.exponential(y.size, n, seed=seed),
     "iid": lambda y, n, seed: partition.iid(y.size, n, seed=seed),
     "linear": lambda y, n, seed: partition.linear(y.size, n, seed=seed),
@@ -30,6 +33,7 @@ PARTITIONERS = {
     "pachinko": lambda y, n, seed: partition.pachinko(y, y // 2, n, seed=seed),
     "power_law": lambda y, n, seed: partition.power_law(y.size, n, exponent=1.5, seed=seed),
     "shards": lambda y, n, seed: partition.shards(y, n, shards_per_client=1, seed=seed),
+    "similarity": lambda y, n, seed: partition.similarity(y, n, iid_fraction=0.3, seed=seed),
     "sizes": lambda y, n, seed: partition.sizes(
         y.size, np.bincount(np.arange(y.size) % n), seed=seed
     ),
@@ -147,6 +151,75 @@ def test_log_normal_sizes_have_the_spread_asked_for():
     assert abs(spread - sigma) < 5 * error
     assert abs(spread - 1.25 * sigma) > 5 * error
     assert not np.array_equal(sizes, other)
+
+
+def test_dirichlet_sizes_have_the_moments_of_their_shares():
+    alpha, num_clients, num_examples = 0.5, 5, 100_000
+    draws = np.array(
+        [
+            sizes_of(partition.dirichlet_sizes(num_examples, num_clients, alpha=alpha, seed=seed))
+            for seed in range(300)
+        ]
+    )
+    shares = draws / num_examples
+    # Of Dir(a, ..., a) over N: the mean is 1/N, the variance (N - 1) / (N² (N a + 1)).
+    variance = (num_clients - 1) / num_clients**2 / (num_clients * alpha + 1)
+    error = np.sqrt(variance / 300)
+    assert (np.abs(shares.mean(0) - 1 / num_clients) < 5 * error).all()
+    assert abs(shares.var() / variance - 1) < 0.15
+    least = partition.dirichlet_sizes(51, 5, alpha=0.01, min_examples=10, seed=0)
+    assert sorted(sizes_of(least)) == [10, 10, 10, 10, 11]
+
+
+# Similarity
+
+
+@pytest.mark.parametrize("num_hostile", [0, 3])
+def test_similar_clients_share_a_part_and_the_rest_is_sorted(num_hostile):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 100))
+    for fraction in (0.0, 0.4, 1.0):
+        rows = partition.similarity(
+            labels, 5 + num_hostile, iid_fraction=fraction, num_hostile=num_hostile, seed=1
+        )
+        hostile, honest = rows[:num_hostile], rows[num_hostile:]
+        assert np.sort(np.concatenate(honest)).tolist() == list(range(1000))
+        assert sizes_of(rows).tolist() == [200] * (5 + num_hostile)
+        for i, part in enumerate(honest):
+            # What is sorted has two classes; of what is not, there are as many of each.
+            own = np.isin(labels[part], (2 * i, 2 * i + 1)).mean()
+            assert abs(own - (1 - fraction + fraction / 5)) < 0.1
+        for part in hostile:
+            counts = np.bincount(labels[part], minlength=10)
+            assert len(set(part.tolist())) == 200
+            assert abs(counts - 20).max() < 20
+    first, second = (
+        partition.similarity(labels, 8, iid_fraction=0.0, num_hostile=3, seed=1) for _ in range(2)
+    )
+    assert same(first, second)
+
+
+# Noise
+
+
+def test_noise_grows_with_the_client_and_is_all_that_changes():
+    rng = np.random.default_rng(0)
+    examples = {"x": rng.normal(size=(4000, 3, 2)).astype(np.float32), "y": np.arange(4000)}
+    dataset = partition.noisy(examples, 4, variance=0.2, seed=1)
+    assert dataset.num_examples.tolist() == [1000] * 4
+    assert np.sort(dataset.examples["y"]).tolist() == list(range(4000))
+    for i in range(4):
+        noise = dataset[i]["x"] - examples["x"][dataset[i]["y"]]
+        assert noise.dtype == np.float32
+        variance = 0.2 * (i + 1) / 4
+        # The variance of n normal variates has a relative error of sqrt(2 / n).
+        assert abs(noise.var() / variance - 1) < 5 * np.sqrt(2 / noise.size)
+        assert abs(noise.mean()) < 5 * np.sqrt(variance / noise.size)
+    again = partition.noisy(examples, 4, variance=0.2, seed=np.random.default_rng(1))
+    np.testing.assert_array_equal(dataset.examples["x"], again.examples["x"])
+    plain = partition.noisy(examples, 4, variance=0, seed=1)
+    np.testing.assert_array_equal(plain[2]["x"], examples["x"][plain[2]["y"]])
+    rows = partition.iid(4000, 4, seed=1)
+    assert all(np.array_equal(plain[i]["y"], rows[i]) for i in range(4))
 
 
 # Dirichlet
@@ -432,6 +505,20 @@ LABELS = [0, 0, 0, 1, 1, 2]
         (lambda: partition.linear(3, 4, seed=0), "min_examples is 1 for 4 clients"),
         (lambda: partition.power_law(9, 2, exponent=-1.0, seed=0), "exponent is -1.0"),
         (lambda: partition.log_normal(9, 2, sigma=np.nan, seed=0), "sigma is nan"),
+        (lambda: partition.similarity([0, 1], 2, iid_fraction=2, seed=0), "iid_fraction is 2"),
+        (
+            lambda: partition.similarity([0, 1], 2, iid_fraction=0, num_hostile=2, seed=0),
+            "num_hostile is 2",
+        ),
+        (lambda: partition.dirichlet_sizes(9, 2, alpha=0, seed=0), "alpha is 0; choose a positi"),
+        (lambda: partition.dirichlet_sizes(9, 2, alpha=[1, 2, 3], seed=0), "or 2 of them"),
+        (lambda: partition.noisy({"x": np.eye(3)}, 2, variance=-1, seed=0), "variance is -1"),
+        (lambda: partition.noisy({"x": np.eye(3)}, 9, variance=1, seed=0), "num_clients is 9, bu"),
+        (lambda: partition.noisy({"x": [1, 2]}, 2, variance=1, seed=0), "'x', of dtype int64"),
+        (
+            lambda: partition.noisy({"x": [1.0]}, 1, variance=1, feature="z", seed=0),
+            "feature is 'z', of dtype object, among x; choose one with floats",
+        ),
         (
             lambda: partition.dirichlet_by_client(LABELS, 2, alpha=[1, 2], seed=0),
             r"alpha is \[1, 2\]; choose a positive concentration, at most 1e\+15, or 3 of them",

@@ -250,6 +250,41 @@ def test_questions_and_answers_are_domains(tmp_path):
         )
 
 
+def test_tags_of_posts_as_in_tensorflow_federated(tmp_path):
+    """The mean of one-hot words of sentence and title, without the unknown; and known tags."""
+    vocabulary, tags = ["how", "to", "jit", "a"], ["jax", "python"]
+    posts = [
+        (b"how to jit a loop", b"jit loop", b"jax|c++|python"),
+        (b"a a a", b"to", b"python"),
+        (b"unknown", b"words", b"rust"),
+    ]
+    rows = [{"tokens": objects(t), "title": objects(h), "tags": objects(g)} for t, h, g in posts]
+    path = write_tff(tmp_path / "a.sqlite", {"u": rows}, "train")
+    with pytest.raises(ValueError, match="1 clients with 3 examples where the published data set"):
+        fl.data.stackoverflow_tags(path, vocabulary, tags)
+    dataset = fl.data.stackoverflow_tags(path, vocabulary, tags, max_length=8, check_sizes=False)
+    x, y = dataset["u"]["x"], dataset["u"]["y"]
+    assert (x.shape, x.dtype, y.dtype) == ((3, 8), np.int32, bool)
+
+    params = {
+        "kernel": np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32),
+        "bias": np.array([0.5, -1.0], np.float32),
+    }
+    batch = {"x": x, "y": y, "mask": np.ones(3, bool)}
+    model = fl.models.stackoverflow_tags(4, 2)
+    losses, _ = model.loss(params, {}, batch, None)
+    found = model.metrics(params, {}, batch)
+    for i, (text, title, names) in enumerate(posts[::2] + posts[1::2]):  # As in the file.
+        words = (text + b" " + title).decode().split()
+        bag = np.mean([[word == known for known in vocabulary] for word in words], axis=0)
+        known = np.array([tag in names.decode().split("|") for tag in tags])
+        p = 1 / (1 + np.exp(-(bag @ params["kernel"] + params["bias"])))
+        np.testing.assert_array_equal(y[i], known)
+        expected = -(known * np.log(p) + ~known * np.log(1 - p)).sum()
+        np.testing.assert_allclose([losses[i], found["loss"][i]], expected, rtol=1e-5)
+        assert found["accuracy"][i] == known[p.argmax()]
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -258,6 +293,8 @@ def test_questions_and_answers_are_domains(tmp_path):
         (lambda: preprocess.emnist_domain(2109), "client_id is 2109; pass one of EMNIST's"),
         (lambda: preprocess.emnist_domain("f210_72"), "client_id is 'f210_72'; pass one of EMN"),
         (lambda: preprocess.stackoverflow(["a"], num_oov_buckets=0), "num_oov_buckets is 0; cho"),
+        (lambda: preprocess.stackoverflow_tags(["a"], ["b", "b"]), "tags has 2 words, but 1 dis"),
+        (lambda: preprocess.stackoverflow_tags(["a"], ["b"], 0), "max_length is 0"),
         (lambda: preprocess.stackoverflow(["a", "a"]), "vocabulary has 2 words, but 1 distinct"),
         (lambda: preprocess.emnist({"x": np.zeros(1)}), r"it has features \['x'\] and no 'pixels'"),
         (

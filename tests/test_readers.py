@@ -11,7 +11,6 @@ import shlex
 import shutil
 import signal
 import sqlite3
-import struct
 import subprocess
 import sys
 import zipfile
@@ -741,82 +740,6 @@ def test_hostile_huggingface_is_refused(tmp_path):
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["a"]}')
     with pytest.raises(ValueError, match=r"holds the splits \['a'\]; pass the folder of one"):
         fl.data.read(tmp_path)
-
-
-# IDX.
-
-
-def write_idx(path, array, code, compress=lambda content: content):
-    header = struct.pack(f">HBB{array.ndim}I", 0, code, array.ndim, *array.shape)
-    path.write_bytes(compress(header + array.astype(array.dtype.newbyteorder(">")).tobytes()))
-    return path
-
-
-@pytest.mark.parametrize("compress", [lambda content: content, gzip.compress])
-@pytest.mark.parametrize(
-    ("code", "dtype"),
-    [(8, "u1"), (9, "i1"), (11, "i2"), (12, "i4"), (13, "f4"), (14, "f8")],
-)
-def test_idx(tmp_path, code, dtype, compress):
-    array = np.random.default_rng(0).integers(0, 100, (2, 3, 5)).astype(dtype) - 50
-    array = array.astype(dtype)
-    found = fl.data.read_idx(write_idx(tmp_path / "a", array, code, compress))
-    assert found.dtype == array.dtype
-    np.testing.assert_array_equal(found, array)
-    found[0] = 0  # It is the caller's own.
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "it begins with b''"),
-        (b"PK\x03\x04" + bytes(9), "it begins with"),
-        (b"\0\0\x0a\x01\0\0\0\x01a", "it begins with"),
-        (b"\0\0\x08\x02\0\0\0\x01", "it ends in its header"),
-        (b"\0\0\x08\x01\0\0\0\x03ab", r"is not of the size of uint8 \[3\]"),
-        (b"\0\0\x08\x01\0\0\0\x03abcd", r"is not of the size of uint8 \[3\]"),
-        (b"\0\0\x0e\xff" + b"\xff" * 1020, "is not of the size of float64"),
-        (gzip.compress(b"\0\0\x08\x01\0\0\0\x01" + bytes(2**26)), "is not of the size"),
-        (gzip.compress(b"\0\0\x08\x01\0\0\0\x01a")[:-4], "end-of-stream"),
-        (b"\x1f\x8b" + bytes(20), "Unknown compression"),
-    ],
-)
-def test_damaged_idx_is_refused(tmp_path, content, message):
-    (tmp_path / "a.idx").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"a.idx cannot be read as IDX: .*{message}.*; fetch the"):
-        fl.data.read_idx(tmp_path / "a.idx")
-
-
-def test_mnist_is_dealt_and_trained_on(tmp_path):
-    rng = np.random.default_rng(0)
-    labels = np.arange(40, dtype=np.uint8) % 10
-    images = rng.integers(0, 256, (40, 28, 28)).astype(np.uint8)
-    for split, size in (("train", 40), ("t10k", 20)):
-        write_idx(tmp_path / f"{split}-images-idx3-ubyte", images[:size], 8)
-        write_idx(tmp_path / f"{split}-labels-idx1-ubyte.gz", labels[:size], 8, gzip.compress)
-    train, test = fl.data.mnist(tmp_path), fl.data.mnist(tmp_path, "test")
-    np.testing.assert_allclose(train["x"][..., 0], images / 255, rtol=1e-6)
-    np.testing.assert_array_equal(test["y"], labels[:20])
-    assert (train["x"].shape, train["x"].dtype, train["y"].dtype) == ((40, 28, 28, 1), "f4", "i4")
-    experiment = fl.experiment(
-        dataset=f"mnist('{tmp_path}')",
-        test=f"mnist('{tmp_path}', 'test')",
-        partition="shards(shards_per_client=2)",
-        num_clients=5,
-        cohort_size=2,
-        model="logistic",
-    )
-    assert np.diff(experiment.population.offsets).tolist() == [8] * 5
-    assert experiment.held_out.examples["x"].shape == (20, 28, 28, 1)
-
-    write_idx(tmp_path / "train-labels-idx1-ubyte", labels[:39], 8)
-    with pytest.raises(ValueError, match=r"images \(40, 28, 28\) and labels \(39,\); fetch"):
-        fl.data.mnist(tmp_path)
-    with pytest.raises(ValueError, match="split is 't10k'; choose"):
-        fl.data.mnist(tmp_path, "t10k")
-    (tmp_path / "t10k-images-idx3-ubyte").unlink()
-    with pytest.raises(FileNotFoundError, match="neither t10k-images-idx3-ubyte nor"):
-        fl.data.mnist(tmp_path, "test")
 
 
 # Any format.

@@ -19,10 +19,10 @@ class Source:
     Attributes:
       source: A folder of .npy files that this program wrote; a file of SQLite (FedJAX, TensorFlow
         Federated), HDF5, LEAF's JSON, .npz, parquet or CSV; a folder of LEAF, or of Hugging Face's
-        save_to_disk.
-      format: csv, fedjax_sqlite, huggingface, leaf, npz, parquet, tff_hdf5 or tff_sqlite; found
-        out from the content by default.
-      split: The split to read, if the file has several (tff_sqlite).
+        save_to_disk; IDX files, such as those of MNIST, or a folder of them.
+      format: csv, fedjax_sqlite, huggingface, idx, leaf, npz, parquet, tff_hdf5 or tff_sqlite;
+        found out from the content by default.
+      split: The split to read, if there are several (idx, tff_sqlite).
       client_column: The column that names the client (csv, huggingface, npz, parquet).
       columns: Features, and the columns that make them up: x=a,b y=label, where x=a, is a vector
         of one and x=* one of all columns that are not named. By default each is a feature.

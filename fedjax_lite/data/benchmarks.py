@@ -28,6 +28,8 @@ def emnist(
 ) -> FederatedDataset:
     """Handwritten characters by their writers: `preprocess.emnist` of FedJAX's or TFF's file.
 
+    For NIST's own files, see `emnist_idx` and `emnist_matlab`.
+
     | split           | clients | examples | classes |
     |-----------------|---------|----------|---------|
     | train           | 3,400   | 671,585  | 62      |
@@ -197,26 +199,56 @@ def stackoverflow(
       FileNotFoundError: There is no file; the message says where to fetch it.
       ValueError: The file is damaged, or has another size.
     """
-    sizes = {
-        "train": (342_477, 135_818_730),
-        "held_out": (38_758, 16_491_230),
-        "test": (204_088, 16_586_035),
-    }
-    return _load(
+    return _stackoverflow(
         path,
+        split,
         destination,
-        urls=(
-            f"{_FEDJAX}/stackoverflow/stackoverflow_{split}.sqlite",
-            f"{_TFF}/stackoverflow.sqlite.lzma",
-        ),
-        tff_split=split.replace("_", ""),
-        transform=preprocess.stackoverflow(
+        check_sizes,
+        preprocess.stackoverflow(
             vocabulary, max_length, num_oov_buckets=num_oov_buckets, domain=domain
         ),
-        transform_name=(
-            f"stackoverflow {max_length} {num_oov_buckets} {domain} {' '.join(vocabulary)}"
-        ),
-        sizes=sizes[split] if check_sizes else None,
+        f"stackoverflow {max_length} {num_oov_buckets} {domain} {' '.join(vocabulary)}",
+    )
+
+
+def stackoverflow_tags(
+    path: str | os.PathLike[str],
+    vocabulary: Sequence[str],
+    tags: Sequence[str],
+    split: Literal["train", "held_out", "test"] = "train",
+    *,
+    max_length: int = 100,
+    destination: str | os.PathLike[str] | None = None,
+    check_sizes: bool = True,
+) -> FederatedDataset:
+    """Tags of Stack Overflow by user: `preprocess.stackoverflow_tags` of FedJAX's or TFF's file.
+
+    Clients and sentences are those of `stackoverflow`.
+
+    Args:
+      path: The file; nothing is downloaded.
+      vocabulary: The known words; see `preprocess.read_vocabulary`.
+      tags: The known tags.
+      split: train, held_out or test.
+      max_length: Most words of a sentence and its title.
+      destination: Folder to convert to, which must not exist; in memory if left out, which takes
+        900 bytes for each sentence with 500 tags.
+      check_sizes: Refuse other numbers of clients and sentences than the published ones.
+
+    Returns:
+      Features `x` `[rows, max_length]`, int32, and `y` `[rows, tags]`, bool.
+
+    Raises:
+      FileNotFoundError: There is no file; the message says where to fetch it.
+      ValueError: The file is damaged, or has another size.
+    """
+    return _stackoverflow(
+        path,
+        split,
+        destination,
+        check_sizes,
+        preprocess.stackoverflow_tags(vocabulary, tags, max_length),
+        f"stackoverflow_tags {max_length} {' '.join(vocabulary)} | {' '.join(tags)}",
     )
 
 
@@ -251,6 +283,33 @@ def cifar10(folder: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict
 
     train = np.concatenate([batch(f"data_batch_{i}.bin") for i in range(1, 6)])
     return examples(train), examples(batch("test_batch.bin"))
+
+
+def _stackoverflow(
+    path: str | os.PathLike[str],
+    split: str,
+    destination: str | os.PathLike[str] | None,
+    check_sizes: bool,
+    transform: Callable[[preprocess.Features], preprocess.Features],
+    transform_name: str,
+) -> FederatedDataset:
+    sizes = {
+        "train": (342_477, 135_818_730),
+        "held_out": (38_758, 16_491_230),
+        "test": (204_088, 16_586_035),
+    }
+    return _load(
+        path,
+        destination,
+        urls=(
+            f"{_FEDJAX}/stackoverflow/stackoverflow_{split}.sqlite",
+            f"{_TFF}/stackoverflow.sqlite.lzma",
+        ),
+        tff_split=split.replace("_", ""),
+        transform=transform,
+        transform_name=transform_name,
+        sizes=sizes[split] if check_sizes else None,
+    )
 
 
 def _load(

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fedjax_lite import _validate
-from fedjax_lite.data import frames, hdf5, huggingface, leaf, sqlite, tables
+from fedjax_lite.data import frames, hdf5, huggingface, leaf, mnist, sqlite, tables
 from fedjax_lite.data.checks import Transform
 from fedjax_lite.data.dataset import FederatedDataset
+from fedjax_lite.data.idx import is_idx
 from fedjax_lite.data.sources import Columns, Source, chosen, collect, loaded, name_of
 from fedjax_lite.data.writer import Writer
 
@@ -22,6 +23,7 @@ FORMATS: dict[str, Callable[..., contextlib.AbstractContextManager[Source]]] = {
     "csv": tables.table,
     "fedjax_sqlite": sqlite.fedjax_sqlite,
     "huggingface": huggingface.huggingface,
+    "idx": mnist.idx,
     "leaf": leaf.leaf,
     "npz": tables.npz,
     "parquet": frames.pandas,
@@ -47,8 +49,10 @@ def read(
     Args:
       path: A file or folder; a folder that `FederatedDataset.save` wrote is opened, not read. Or
         a `datasets.Dataset`, or a pandas `DataFrame`.
-      format: csv, fedjax_sqlite, huggingface, leaf, npz, parquet, tff_hdf5 or tff_sqlite; found
-        out from the content if left out.
+      format: csv, fedjax_sqlite, huggingface, idx, leaf, npz, parquet, tff_hdf5 or tff_sqlite;
+        found out from the content if left out. What IDX files hold belongs to nobody, and becomes
+        one client: the training examples of a folder that `mnist` reads, or those of another
+        `split`; of a single file, `y` if it has one axis and else `x`.
       columns: Features by name, each one that the file has or, for a vector, several:
         `{"x": ["x1", "x2"], "y": "label"}`; "*" stands for all that are not named. All as they
         are if left out.
@@ -187,7 +191,7 @@ def detect(path: Any, format: str | None = None) -> str:  # noqa: A002
     path = Path(path)
     if format is not None:
         _validate.choice("format", format, FORMATS)
-        if path.is_file():
+        if path.is_file() and format != "idx":
             with path.open("rb") as file:
                 _refuse_compressed(path, file.read(64))
         return format
@@ -198,6 +202,8 @@ def detect(path: Any, format: str | None = None) -> str:  # noqa: A002
             return "huggingface"
         if any(path.glob("*.json")):
             return "leaf"
+        if mnist.is_mnist(path):
+            return "idx"
         raise ValueError(f"{path} is a folder of no known format; pass a file, or format=.")
     try:
         with path.open("rb") as file:
@@ -214,6 +220,8 @@ def detect(path: Any, format: str | None = None) -> str:  # noqa: A002
         return "parquet"
     if start.lstrip().startswith(b"{"):
         return "leaf"
+    if is_idx(path):
+        return "idx"
     _refuse_compressed(path, start)
     if path.suffix == ".csv":
         return "csv"

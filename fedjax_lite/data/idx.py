@@ -1,20 +1,20 @@
-"""IDX files, of MNIST and of what has its form: one array in each."""
+"""IDX files: one array in each."""
 
+import contextlib
 import gzip
 import math
 import os
 import zlib
-from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from collections.abc import Iterator
+from typing import BinaryIO, cast
 
 import numpy as np
 
-from fedjax_lite import _validate
 from fedjax_lite.data.sources import check_file
 
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+MAX_RATIO = 1032  # By which the deflation of gzip makes anything smaller at most.
 _PIECE = 2**24  # Bytes.
-_PREFIXES = {"train": "train", "test": "t10k"}
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
@@ -41,69 +41,54 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     array([7, 2, 1], dtype=uint8)
     """
     check_file(path)
+    try:
+        with _content(path) as (file, most):
+            return _array(file, most)
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{os.fspath(path)} cannot be read as IDX: {error}; fetch the file anew."
+        ) from None
+
+
+def is_idx(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as one of IDX does, decompressed."""
+    try:
+        with _content(path) as (file, _):
+            start = file.read(4)
+    except (OSError, EOFError, zlib.error):
+        return False
+    return len(start) == 4 and start[:2] == b"\0\0" and start[2] in _DTYPES
+
+
+@contextlib.contextmanager
+def _content(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, int]]:
+    """The file, decompressed, and how many bytes it has at most."""
     with open(path, "rb") as file:
         is_compressed = file.read(2) == b"\x1f\x8b"
+        size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        try:
-            return _array(cast(BinaryIO, gzip.open(file)) if is_compressed else file)
-        except (ValueError, OSError, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"{os.fspath(path)} cannot be read as IDX: {error}; fetch the file anew."
-            ) from None
+        if is_compressed:
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=file)), MAX_RATIO * size
+        else:
+            yield file, size
 
 
-def _array(file: BinaryIO) -> np.ndarray:
+def _array(file: BinaryIO, most: int) -> np.ndarray:
+    """The array of a file that has so many bytes at most: a hostile one may claim any size."""
     start = file.read(4)
-    if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in _DTYPES:
-        raise ValueError(f"it begins with {start!r}")
+    if len(start) < 4 or start[:2] != b"\0\0":
+        raise ValueError(f"it begins with {start!r}, not with two zeros, a type and a count")
+    if start[2] not in _DTYPES:
+        raise ValueError(f"its type is {start[2]:#04x}, not one of {', '.join(map(hex, _DTYPES))}")
     lengths = file.read(4 * start[3])
     if len(lengths) < 4 * start[3]:
         raise ValueError("it ends in its header")
     dtype, shape = np.dtype(_DTYPES[start[2]]), np.frombuffer(lengths, ">u4").tolist()
     size, content = math.prod(shape) * dtype.itemsize, bytearray()
-    # Piece by piece: a damaged or hostile file may claim any size.
-    while len(content) <= size and (piece := file.read(_PIECE)):
+    while size <= most and len(content) <= size:
+        if not (piece := file.read(min(_PIECE, size + 1 - len(content)))):
+            break
         content += piece
     if len(content) != size:
         raise ValueError(f"what follows is not of the size of {dtype.name} {shape}")
     return np.frombuffer(content, dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
-
-
-def mnist(
-    folder: str | os.PathLike[str], split: Literal["train", "test"] = "train"
-) -> dict[str, np.ndarray]:
-    """MNIST, or Fashion-MNIST, or another in its form, to be dealt to clients.
-
-    Args:
-      folder: With `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and the same of `t10k`, as
-        they are or with `.gz`; nothing is downloaded.
-      split: train or test.
-
-    Returns:
-      The features `x` `[rows, 28, 28, 1]`, float32 within [0, 1], and `y` `[rows]`, int32.
-
-    Raises:
-      FileNotFoundError: A file is missing; the message says what is looked for.
-      ValueError: A file is damaged, or there are not as many labels as images.
-    """
-    _validate.choice("split", split, tuple(_PREFIXES))
-    images, labels = (
-        read_idx(_find(Path(folder), f"{_PREFIXES[split]}-{kind}-ubyte"))
-        for kind in ("images-idx3", "labels-idx1")
-    )
-    if images.ndim != 3 or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"{os.fspath(folder)} has images {images.shape} and labels {labels.shape}; fetch the"
-            " files anew."
-        )
-    return {"x": images[..., None].astype(np.float32) / 255, "y": labels.astype(np.int32)}
-
-
-def _find(folder: Path, name: str) -> Path:
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.exists():
-            return path
-    raise FileNotFoundError(
-        f"{folder} has neither {name} nor {name}.gz; fetch MNIST's four files, or those of"
-        " Fashion-MNIST."
-    )

@@ -7,7 +7,9 @@ benchmarks themselves.
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
+from fedjax_lite import _validate
 from fedjax_lite.data.population import GeneratedPopulation
 from fedjax_lite.data.sequences import noisy_successors
 from fedjax_lite.data.synthetic import gaussian_images
@@ -165,3 +167,45 @@ def stackoverflow_like(
         batch_size=batch_size,
         seed=seed,
     )
+
+
+def stackoverflow_tags_like(
+    num_clients: int = 342_477,
+    *,
+    vocabulary_size: int = 10_000,
+    num_tags: int = 500,
+    num_examples: int = 400,
+    batch_size: int = 100,
+) -> Drawn:
+    """Bags of 30 words in the shapes of Stack Overflow's tags.
+
+    A text has up to three tags, low ones more often, and each of its words is by half one of ten
+    that go with a tag of it.
+
+    Args:
+      num_clients: Number of clients; Stack Overflow has 342,477.
+      vocabulary_size: Number of words.
+      num_tags: Number of tags.
+      num_examples: Texts of a client in a round; Stack Overflow has 397 of each.
+      batch_size: Texts in a local batch.
+    """
+    vocabulary_size = _validate.integer("vocabulary_size", vocabulary_size, minimum=1)
+    num_tags = _validate.integer("num_tags", num_tags, minimum=1)
+    num_examples = _validate.integer("num_examples", num_examples, minimum=0, maximum=2**31 - 1)
+    batch_size = _validate.integer("batch_size", batch_size, minimum=1)
+
+    def draw(key: jax.Array, size: int) -> dict[str, jax.Array]:
+        keys = jax.random.split(key, 4)
+        tags = (num_tags * jax.random.uniform(keys[0], (size, 3)) ** 3).astype(jnp.int32)
+        of_tag = jnp.take_along_axis(tags, jax.random.randint(keys[1], (size, 30), 0, 3), axis=1)
+        own = 10 * of_tag + jax.random.randint(keys[2], (size, 30), 0, 10)
+        words = jax.random.randint(keys[3], (2, size, 30), 0, 2 * vocabulary_size)
+        x = jnp.where(words[0] < vocabulary_size, own, words[1]) % vocabulary_size + 1
+        return {"x": x, "y": (tags[..., None] == jnp.arange(num_tags)).any(1)}
+
+    population = GeneratedPopulation(
+        num_clients=num_clients,
+        num_examples=lambda key, client_id: jnp.int32(num_examples),
+        sample=lambda key, client_id: draw(key, batch_size),
+    )
+    return population, draw

@@ -262,8 +262,10 @@ def _at_round(call: Call, round: jax.Array) -> Call:
 
 def _default_model(loaded: Loaded) -> Call:
     """A model for the shape of the data."""
-    shape, is_text = loaded.examples["x"].shape[1:], loaded.examples["y"].ndim == 2
-    if is_text:
+    shape, y = loaded.examples["x"].shape[1:], loaded.examples["y"]
+    if y.dtype.kind == "b":
+        name = "stackoverflow_tags"
+    elif y.ndim == 2:
         name = "shakespeare_lstm" if loaded.num_classes <= _FEW_IDS else "stackoverflow_transformer"
     elif shape == (28, 28, 1):
         name = "emnist_cnn"

@@ -69,9 +69,17 @@ def load(
         _refuse(settings, calls, "partition", "test", "held_out")
         return _drawn(settings, calls, *data)
     train, test = _train_and_test(data)
+    own = isinstance(calls.dataset, Call) and calls.dataset.takes("held_out")
+    if test is not None and settings.held_out is not None and not own:
+        raise ValueError(
+            f"held_out is {settings.held_out}, and dataset has examples to test on; leave it out."
+        )
     train, calls = _dealt(settings, calls, train, rng_deal)
     if calls.test is not None and datasets is None:
         test = _clients("test", _read("test", calls.test, settings))
+    if test is not None and isinstance(calls.partition, Call) and calls.partition.takes("examples"):
+        # What it does to the examples of clients, it does to those to test on.
+        test, _ = _deal(settings, calls, test, calls.partition, rng_split)
     check_features("dataset", train)
     if test is None:
         fraction = _HELD_OUT if settings.held_out is None else settings.held_out
@@ -84,11 +92,16 @@ def load(
             f" {train.features['x'].shape}; choose the other split of the same data set."
         )
     # A rare class may be in one of the two alone.
-    num_classes = 1 + max(int(part.examples["y"].max()) for part in (train, test))
+    num_classes = max(_num_classes(part.examples["y"]) for part in (train, test))
     for part in (train, test):
         _validate.labels(part.examples["y"], num_classes)
     settings = dataclasses.replace(settings, num_clients=None)
     return Loaded(settings, calls, train.resident(), train, test, test.examples, num_classes)
+
+
+def _num_classes(y: Any) -> int:
+    """Number of classes, from 0 to the highest; where an example has several, one for each bool."""
+    return int(y.shape[-1]) if y.dtype.kind == "b" else 1 + int(y.max())
 
 
 def read_examples(text: str) -> FederatedDataset:
@@ -187,7 +200,13 @@ def _deal(
     check_features("dataset", dataset)
     labels = dataset.examples["y"]
     owners = np.repeat(np.arange(dataset.num_clients), dataset.num_examples)
-    known = {"values": labels, "client_ids": owners, "num_examples": len(labels), "seed": rng}
+    known: dict[str, Any] = {
+        "examples": dataset.examples,
+        "values": labels,
+        "client_ids": owners,
+        "num_examples": len(labels),
+        "seed": rng,
+    }
     if labels.ndim == 1:
         known["labels"] = labels
     if "coarse" in dataset.examples:
@@ -206,6 +225,8 @@ def _deal(
         rows = expressions.build(ROLES["partition"], partition, known)
     else:
         rows = partition
+    if isinstance(rows, FederatedDataset):  # A partition that changes the examples, too.
+        return rows, calls
     return FederatedDataset.from_rows(dataset.examples, rows), calls
 
 
@@ -227,7 +248,7 @@ def _drawn(
 ) -> Loaded:
     """Clients that draw their examples."""
     examples = draw(jax.random.key(settings.data_seed), _NUM_EVALUATED)
-    num_classes = 1 + int(examples["y"].max())
+    num_classes = _num_classes(examples["y"])
     if isinstance(calls.dataset, Call):
         num_classes = calls.dataset.arguments.get("num_classes", num_classes)
     settings = dataclasses.replace(settings, num_clients=None)
@@ -243,7 +264,10 @@ def _with_floats(dataset: FederatedDataset) -> FederatedDataset:
 
 
 def check_features(name: str, dataset: FederatedDataset) -> None:
-    """Refuses data that are not images, or rows of numbers, with classes, or sequences of ids."""
+    """Refuses data that are not images, or rows of numbers, with classes, or sequences of ids.
+
+    In place of a class, an example may have a bool for each.
+    """
     features = dataset.features
     if not {"x", "y"} <= set(features):
         raise ValueError(
@@ -252,6 +276,8 @@ def check_features(name: str, dataset: FederatedDataset) -> None:
             " with `fedjax-lite data convert --preprocess`."
         )
     x, y = features["x"], features["y"]
+    if y.dtype.kind == "b" and len(y.shape) == 1 and x.dtype.kind in "fiu":
+        return
     if y.dtype.kind not in "iu" or x.dtype.kind not in "fiu":
         raise ValueError(
             f"{name} has x of dtype {x.dtype} and y of dtype {y.dtype}; choose one with floating x,"

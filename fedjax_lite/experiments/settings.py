@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedjax_lite import _validate
+from fedjax_lite.data.mnist import is_mnist
 from fedjax_lite.experiments import expressions
 from fedjax_lite.experiments.expressions import Call, Role
 from fedjax_lite.experiments.tables import ROLES, SCHEDULES
@@ -29,7 +30,8 @@ class Settings:
     Attributes:
       dataset: What is learned, such as digits, "synthetic(alpha=0.5)", "cifar10_like(crop=24)" or
         "read('b.csv', client_column='user', columns={'x': ['a', 'b'], 'y': 'label'})"; or just the
-        path of a file or folder that fl.data.read reads, with the features x and y.
+        path of a file or folder that fl.data.read reads, with the features x and y. A folder of
+        the four files of MNIST, or of another in its form, has examples to test on.
       test: A data set to evaluate on, such as the test split of a file; by default a part of the
         data set is held out.
       held_out: Fraction of each client's examples that is evaluated on and never trained on,
@@ -273,6 +275,9 @@ def parsed(setting: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if role.setting in ("dataset", "test") and _is_path(role, value):
+        if is_mnist(value):
+            split = "both" if role.setting == "dataset" else "test"
+            return Call("mnist", role.table["mnist"], {"folder": value, "split": split})
         return Call("read", role.table["read"], {"path": value})
     return expressions.parse(role, value)
 

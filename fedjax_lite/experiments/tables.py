@@ -59,8 +59,10 @@ _DATASETS = {
         for name in (
             *("synthetic", "gaussian_images", "noisy_successors"),
             *("emnist_like", "cifar10_like", "cifar100_like"),
-            *("shakespeare_like", "stackoverflow_like"),
-            *("read", "mnist", "emnist", "cifar100", "shakespeare", "stackoverflow"),
+            *("shakespeare_like", "stackoverflow_like", "stackoverflow_tags_like"),
+            *("read", "mnist", "fashion_mnist", "emnist_idx", "emnist_matlab"),
+            *("rotated_mnist", "long_tailed_mnist", "pfllib_fashion_mnist"),
+            *("emnist", "cifar100", "shakespeare", "stackoverflow"),
         )
     },
 }
@@ -84,7 +86,8 @@ ROLES: Mapping[str, Role] = {
             "partition",
             _functions(partition),
             "partitions",
-            *("labels", "coarse_labels", "values", "client_ids", "num_examples", "seed"),
+            *("examples", "labels", "coarse_labels", "values", "client_ids", "num_examples"),
+            "seed",
             "num_clients",
         ),
         _role("model", _functions(models), "models", "input_shape", "num_classes"),

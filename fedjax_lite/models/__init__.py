@@ -13,6 +13,7 @@ r"""The small models of the field's benchmarks, each a function that returns a `
 | `shakespeare_lstm`          | next character, `data.shakespeare`  |    820,522 |
 | `stackoverflow_lstm`        | next word, `data.stackoverflow`     |  4,050,748 |
 | `stackoverflow_transformer` | next word, `data.stackoverflow`     |  1,962,912 |
+| `stackoverflow_tags`        | tags, `data.stackoverflow_tags`     |  5,000,500 |
 
 Classifiers take `x` `[batch, ...]` and `y` `[batch]`, integer classes. Their loss is the softmax
 cross-entropy, and their metrics are `loss` and `accuracy`.
@@ -37,6 +38,7 @@ The last one is FedJAX's: padding, begin, end and unknown are never predicted, s
 symbol counts as an error.
 """
 
+from fedjax_lite.models.bag_of_words import stackoverflow_tags
 from fedjax_lite.models.convolutional import cifar_cnn, emnist_cnn, lenet, mnist_cnn, resnet18
 from fedjax_lite.models.dense import emnist_dense, halfspace_classifier, logistic, mlp
 from fedjax_lite.models.recurrent import shakespeare_lstm, stackoverflow_lstm
@@ -54,6 +56,7 @@ __all__ = [
     "resnet18",
     "shakespeare_lstm",
     "stackoverflow_lstm",
+    "stackoverflow_tags",
     "stackoverflow_transformer",
 ]
 

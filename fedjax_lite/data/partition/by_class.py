@@ -130,3 +130,63 @@ def shards(
     blocks = np.array_split(order, num_shards)
     dealt = rng.permutation(num_shards).reshape(num_clients, shards_per_client)
     return [np.sort(np.concatenate([blocks[shard] for shard in hand])) for hand in dealt]
+
+
+def similarity(
+    labels: ArrayLike,
+    num_clients: int,
+    *,
+    iid_fraction: float,
+    num_hostile: int = 0,
+    seed: int | np.random.Generator,
+) -> list[np.ndarray]:
+    r"""A fraction $s$ of the rows is dealt at random, and the others in blocks, sorted by label.
+
+    Clients have nearly as many rows of each kind. If the first ones are hostile, whose data no one
+    else lacks, the rows go to those that follow; each hostile client has a random selection of
+    them, as large as an honest one's.
+
+    Sources: Karimireddy et al. (2020), "SCAFFOLD: Stochastic Controlled Averaging for Federated
+    Learning", section 7, "$s$ % similarity"; with hostile clients, ByzFL and Karimireddy et al.
+    (2022), "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing".
+
+    Args:
+      labels: `[rows]`, the class of each row.
+      num_clients: Number of clients, hostile ones included.
+      iid_fraction: $s$, from 0, where all rows are sorted, to 1, where none is.
+      num_hostile: How many clients are hostile, the first ones, as an integer says in
+        `hostile_clients`.
+      seed: Seed, or the generator to draw from.
+
+    Returns:
+      For each client, the sorted indices of its rows. Each row has exactly one honest client.
+
+    Raises:
+      ValueError: Labels are real values, an argument is out of range, or there are fewer rows than
+        honest clients.
+
+    >>> labels = np.repeat(np.arange(4), 10)
+    >>> dealt = similarity(labels, 5, iid_fraction=0.0, num_hostile=1, seed=0)
+    >>> [np.unique(labels[rows]).tolist() for rows in dealt[1:]], dealt[0].size
+    ([[0], [1], [2], [3]], 10)
+    """
+    labels = classes("labels", labels)
+    num_clients = _validate.integer("num_clients", num_clients, minimum=1)
+    num_hostile = _validate.integer("num_hostile", num_hostile, minimum=0, maximum=num_clients - 1)
+    honest = clients(num_clients - num_hostile, labels.size)
+    if not 0 <= iid_fraction <= 1:
+        raise ValueError(f"iid_fraction is {iid_fraction}; choose a number from 0 to 1.")
+    rng = generator(seed)
+    order = rng.permutation(labels.size)
+    num_sorted = labels.size - round(iid_fraction * labels.size)
+    by_label = order[:num_sorted][np.argsort(labels[order[:num_sorted]], kind="stable")]
+    # The larger blocks of one kind go with the smaller of the other.
+    parts = zip(
+        np.array_split(by_label, honest),
+        reversed(np.array_split(order[num_sorted:], honest)),
+        strict=True,
+    )
+    dealt = [np.sort(np.concatenate(part)) for part in parts]
+    size = labels.size // honest
+    chosen = [np.sort(rng.choice(labels.size, size, replace=False)) for _ in range(num_hostile)]
+    return [*chosen, *dealt]

@@ -6,7 +6,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
-from fedjax_lite.data.partition._deal import client_sizes, deal, generator
+from fedjax_lite.data.partition._deal import client_sizes, concentration, deal, generator
 
 
 def iid(
@@ -204,6 +204,42 @@ def log_normal(
     rng = generator(seed)
     logarithms = sigma * rng.standard_normal(_clients(num_clients))
     weights = np.exp(logarithms - logarithms.max())
+    return _proportional(num_examples, weights, min_examples, rng)
+
+
+def dirichlet_sizes(
+    num_examples: int,
+    num_clients: int,
+    *,
+    alpha: ArrayLike,
+    min_examples: int = 1,
+    seed: int | np.random.Generator,
+) -> list[np.ndarray]:
+    r"""Sizes in proportion to shares $q \sim \mathrm{Dir}_N(\alpha)$.
+
+    Source: Li et al. (2022), "Federated Learning on Non-IID Data Silos: An Experimental Study",
+    "quantity skew", with $\alpha = 0.5$. Their code draws anew until each client has ten examples.
+
+    Args:
+      num_examples: Number of rows.
+      num_clients: Number of clients $N$.
+      alpha: Concentration, positive, or one per client: towards 0, one client has everything;
+        towards infinity, all have as much.
+      min_examples: Fewest examples of a client, as in `linear`.
+      seed: Seed, or the generator to draw from.
+
+    Returns:
+      For each client, the sorted indices of its rows. Each row has exactly one client.
+
+    Raises:
+      ValueError: An argument is out of range, or there are fewer than `min_examples` rows
+        per client.
+
+    >>> [rows.size for rows in dirichlet_sizes(12, 3, alpha=1e12, seed=0)]
+    [4, 4, 4]
+    """
+    rng = generator(seed)
+    weights = rng.dirichlet(concentration("alpha", alpha, _clients(num_clients)))
     return _proportional(num_examples, weights, min_examples, rng)
 
 

@@ -12,6 +12,7 @@ from fedjax_lite.evaluation.metrics.labels import (
     cross_entropy,
     label_rate,
     perplexity,
+    recall_at,
     top_k,
 )
 from fedjax_lite.evaluation.metrics.sums import Metric, by_domain, mean
@@ -35,6 +36,7 @@ __all__ = [
     "mean_squared_error",
     "perplexity",
     "r_squared",
+    "recall_at",
     "root_mean_squared_error",
     "top_k",
 ]

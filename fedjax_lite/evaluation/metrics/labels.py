@@ -76,6 +76,46 @@ def top_k(
 
 
 @memoized
+def recall_at(k: int, label: str = "y") -> Metric:
+    """The share of labels that are among the `k` highest scores, where an example has several.
+
+    Labels of all examples count alike, as in Reddi et al. (2021), "Adaptive Federated
+    Optimization", whose metric of tags is the recall at 5.
+
+    Args:
+      k: How many labels are named for each example.
+      label: Name of the feature with the labels, a yes or no for each: `[batch, ..., classes]`, in
+        the shape of the scores.
+
+    Raises:
+      ValueError: `k` is not positive; when it is used, `k` is above the number of classes, or
+        labels are of another shape.
+
+    >>> import jax.numpy as jnp
+    >>> scores, y = jnp.array([[3.0, 2.0, 1.0]]), jnp.array([[False, True, True]])
+    >>> sums = recall_at(2).from_batch(scores, {"y": y, "mask": jnp.array([True])})
+    >>> float(recall_at(2).result(sums))
+    0.5
+    """
+    k = _validate.integer("k", k, minimum=1)
+
+    def hits(predictions: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        labels = batch[label]
+        if predictions.shape != labels.shape:
+            raise ValueError(
+                f"feature {label!r} has shape {labels.shape} beside predictions of shape"
+                f" {predictions.shape}; pass a yes or no for each class."
+            )
+        _validate.integer("k", k, minimum=1, maximum=predictions.shape[-1])
+        named = jax.lax.top_k(predictions, k)[1]
+        is_named = jnp.zeros(labels.shape, bool)
+        is_named = jnp.put_along_axis(is_named, named, True, axis=-1, inplace=False)
+        return is_named, over(batch["mask"], labels) & (labels != 0)
+
+    return pooled(hits, dtype=jnp.uint32)
+
+
+@memoized
 def cross_entropy(label: str = "y", *, ignore: Sequence[int] = ()) -> Metric:
     """The mean negative log-likelihood of the labels, in nats.
 

@@ -38,11 +38,12 @@ def over(measure: Measure, runs: Sequence[Run], curves: Sequence[Curve]) -> list
 def summarize(
     table: Table, cell: Cell, runs: Sequence[Run], curves: Sequence[Curve], seconds: float
 ) -> Result:
-    """What is kept of a cell whose runs have ended: the best of what it is tuned over, and all."""
+    """What is kept of a cell whose runs have ended: all, and the best or worst it is tuned over."""
     values = [_value(table.measure, curve) for curve in curves]
     means = _by_chosen(runs, values)
     sign = -1 if table.measure.target is None else 1
-    chosen = min(means, key=lambda i: math.inf if np.isnan(means[i]) else sign * means[i])
+    cost = {i: math.inf if np.isnan(mean) else sign * mean for i, mean in means.items()}
+    chosen = (max if table.is_worst else min)(cost, key=lambda i: cost[i])
     own = [value for run, value in zip(runs, values, strict=True) if run.chosen == chosen]
     first = next(run for run in runs if run.chosen == chosen)
     return {
@@ -95,7 +96,7 @@ def markdown(table: Table, results: Mapping[str, Result], *, quick: bool) -> str
         if name in cells and result["tuned"]
     ]
     if tuned:
-        told.append(f"Chosen as the best: {'; '.join(tuned)}.")
+        told.append(f"Chosen as the {'worst' if table.is_worst else 'best'}: {'; '.join(tuned)}.")
     return f"{' '.join(told)}\n\n{body}"
 
 

@@ -75,7 +75,8 @@ class Cell(NamedTuple):
       published: The published number, an accuracy within [0, 1] or a number of rounds; `None` if
         there is none.
       spread: The published standard deviation.
-      tuned: Settings to choose from, as the source did: ours is the best of them.
+      tuned: Settings to choose from, as the source did: ours is the best of them, or the worst, as
+        the table says.
       is_quick: Whether it is in the quick variant of the table.
     """
 
@@ -104,6 +105,8 @@ class Table(NamedTuple):
       cells: Its cells, row by row.
       measure: What its numbers are.
       num_seeds: How many runs each cell has, with the seeds 0, 1, ...
+      is_worst: Whether ours is the worst of what a cell is tuned over, such as of attacks, and not
+        the best.
       has_splits: Whether the seed of a run is that of its split as well.
       quick: What the quick variant has in place of the settings, such as fewer rounds.
       num_quick_seeds: How many runs each cell of the quick variant has.
@@ -117,6 +120,7 @@ class Table(NamedTuple):
     cells: tuple[Cell, ...]
     measure: Measure
     num_seeds: int = 1
+    is_worst: bool = False
     has_splits: bool = False
     quick: Mapping[str, Any] = {}
     num_quick_seeds: int = 1
