@@ -1,7 +1,7 @@
 """Loops that XLA:CPU is to keep apart."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,15 @@ def apart(compute: Callable[[], T], word: jax.Array) -> T:
 
     It would compute the result again in each consumer, or in the loop of one that reads it in
     another shape, entry by entry; it takes no notice of an `optimization_barrier`, but it does not
-    fuse across a branch. Under `vmap` of `word` the branch becomes a select, and nothing is kept apart.
+    fuse across a branch. Under `vmap` of `word` the branch becomes a select, and nothing is kept
+    apart.
 
     Args:
       compute: What to compute, a pytree of arrays. Numbers of Python in it stay such.
       word: A `uint32` that is not known when compiling; which one does not matter.
     """
     numbers: dict[int, float] = {}
-    structure = jax.tree.structure(())
+    structure: Any = None
 
     def arrays() -> list[jax.Array]:
         nonlocal structure
