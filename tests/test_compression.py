@@ -462,7 +462,7 @@ def test_each_place_is_as_likely_to_be_chosen():
 
 
 # Of 39 entries, three at most are one in 9139.
-SPARSE, HALF = 3 * 32 + 14, 16 * 39
+SPARSE, HALVED = 3 * 32 + 14, 16 * 39
 
 
 @pytest.mark.parametrize(
@@ -471,12 +471,12 @@ SPARSE, HALF = 3 * 32 + 14, 16 * 39
         # The server rounds what it has decoded, and need not be sent zeros.
         ((fl.top_k(3), fl.half_precision()), SPARSE),
         ((fl.half_precision(), fl.top_k(3)), SPARSE),
-        ((fl.half_precision(), fl.clip_by_norm(1.0), fl.cap_weight(1.0)), HALF),
+        ((fl.half_precision(), fl.clip_by_norm(1.0), fl.cap_weight(1.0)), HALVED),
         ((fl.chain(fl.half_precision(), fl.top_k(3)), fl.half_precision()), SPARSE),
         # The server knows neither the noise nor what a client keeps, and masks hide its message.
         ((fl.top_k(3), fl.local_gaussian_noise(1.0, 0.5)), 39 * 32),
-        ((fl.top_k(3), fl.local_laplace_noise(1.0, 0.5), fl.half_precision()), HALF),
-        ((fl.top_k(3), fl.error_feedback(fl.half_precision())), HALF),
+        ((fl.top_k(3), fl.local_laplace_noise(1.0, 0.5), fl.half_precision()), HALVED),
+        ((fl.top_k(3), fl.error_feedback(fl.half_precision())), HALVED),
         ((fl.top_k(3), fl.ef21(fl.clip_by_norm(1.0))), 39 * 32),
         ((fl.top_k(3), fl.client_momentum(0.5)), 39 * 32),
         ((fl.top_k(3), fl.fixed_point(1.0, 1.0, modulus_bits=24, denominator=1.0)), 39 * 24),
