@@ -2,6 +2,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -38,6 +39,16 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 def without_a_last_value(monkeypatch):
     """Doctests leave theirs in `builtins._`, which tyro looks up as the name of a translation."""
     monkeypatch.delattr("builtins._", raising=False)
+
+
+@pytest.fixture
+def in_the_foreground():
+    """Signals that what runs in the background of a shell ignores come through."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 # Linux allows a process 65,530 mappings, of which a compiled program takes ten or more; XLA ends a

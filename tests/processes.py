@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 
-# Tests that run in the background of a shell are deaf to Ctrl-C, and so are their children.
+# Tests that run in the background of a shell are deaf to Ctrl-C, and so are their children; to a
+# closed terminal, those of `nohup`.
 _PROGRAM = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from fedjax_lite.cli import main
 main(sys.argv[1:])
 """

@@ -149,6 +149,7 @@ def test_the_users_data_are_run_and_resumed(folders, tmp_path, capsys):
     assert (tmp_path / "out" / "clients.json").exists()
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 def test_a_signal_finishes_the_round_and_names_what_goes_on(folders, tmp_path, capsys, monkeypatch):
     out, record = tmp_path / "out", Recorder.on_round
 

@@ -110,6 +110,7 @@ def test_goes_on_with_the_programs_that_had_not_ended(tmp_path, capsys, monkeypa
     assert swept["runs"][0]["accuracy"] == [None, None]
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
 @pytest.mark.parametrize("at", ["a program", "the last program", "the pictures"])
 def test_a_signal_keeps_what_has_ended(tmp_path, capsys, monkeypatch, name, code, at):

@@ -274,15 +274,7 @@ def power_cut_in_round(round):
     return on_round
 
 
-@pytest.fixture
-def hears_ctrl_c():
-    """As in the foreground of a shell: what runs in its background is deaf to Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("hears_ctrl_c")
+@pytest.mark.usefixtures("in_the_foreground")
 def test_an_interrupt_finishes_the_round_and_saves_it(tmp_path):
     straight = fl.train(**setting(ema_decay=0.5, best="loss", best_mode="min"))
     options = checkpointed(tmp_path)
@@ -506,7 +498,7 @@ def test_rules_and_checkpoints_refuse(build, message):
         build()
 
 
-@pytest.mark.usefixtures("hears_ctrl_c")
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_an_interrupt_carries_what_the_run_had_come_to(name):
     number = signal.Signals[name]
