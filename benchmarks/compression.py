@@ -113,7 +113,15 @@ def costs(names: list[str], case: cases.Case, repeats: int) -> dict[str, dict[st
         options = {"batch_size": case.batch_size, **COMPRESSORS[name]()}
         algorithm = fl.fed_avg(model, optax.sgd(cases.LEARNING_RATE), **options)
         state = algorithm.init(jax.random.key(0), num_clients=dataset.num_clients)
-        return lambda: algorithm.round(jax.random.key(2), state, cohort)
+        # As in training: what clients keep is not copied.
+        step = jax.jit(algorithm.round, donate_argnames="state")
+
+        def play() -> Any:
+            nonlocal state
+            state, info = step(jax.random.key(2), state=state, cohort=cohort)
+            return info
+
+        return play
 
     found = {}
     for name in names:  # Beside the plain one each, not all at once: stores take memory.
