@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 import fedjax_lite as fl
-from benchmarks.timing import interleaved, machine
+from benchmarks.timing import interleaved, machine, rounds
 
 SEEDS, EVAL_EVERY = range(3), 5
 Build = Callable[..., fl.FederatedAlgorithm]
@@ -237,7 +237,7 @@ def costs(case: Case, names: list[str], dataset: Any) -> dict[str, float]:
         algorithm = _build(case, name, model, dataset.num_clients)
         state = algorithm.init(jax.random.key(0), num_clients=dataset.num_clients)
         cohort = fl.cohort(jax.random.key(1), population, case.cohort_size)
-        return lambda: algorithm.round(jax.random.key(2), state, cohort)
+        return rounds(algorithm, state, cohort)
 
     timings = interleaved({name: round_of(name) for name in ("fed_avg", *names)}, repeats=9)
     return {name: round(timings[name].fastest / timings["fed_avg"].fastest, 2) for name in names}

@@ -24,7 +24,7 @@ import optax
 import fedjax_lite as fl
 from benchmarks import cases
 from benchmarks.algorithms import CASES, SEEDS
-from benchmarks.timing import interleaved, machine
+from benchmarks.timing import interleaved, machine, rounds
 
 EVAL_EVERY = 10
 SIGN_RATE = 0.01  # Of the server, for steps of 1 or -1.
@@ -113,15 +113,7 @@ def costs(names: list[str], case: cases.Case, repeats: int) -> dict[str, dict[st
         options = {"batch_size": case.batch_size, **COMPRESSORS[name]()}
         algorithm = fl.fed_avg(model, optax.sgd(cases.LEARNING_RATE), **options)
         state = algorithm.init(jax.random.key(0), num_clients=dataset.num_clients)
-        # As in training: what clients keep is not copied.
-        step = jax.jit(algorithm.round, donate_argnames="state")
-
-        def play() -> Any:
-            nonlocal state
-            state, info = step(jax.random.key(2), state=state, cohort=cohort)
-            return info
-
-        return play
+        return rounds(algorithm, state, cohort)
 
     found = {}
     for name in names:  # Beside the plain one each, not all at once: stores take memory.

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fedjax_lite import FederatedAlgorithm
+
 
 class Timing(NamedTuple):
     """Seconds over several repeats."""
@@ -36,6 +38,18 @@ def interleaved(contestants: Mapping[str, Callable[[], Any]], repeats: int) -> d
             jax.block_until_ready(run())
             seconds[name].append(time.perf_counter() - began)
     return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
+
+
+def rounds(algorithm: FederatedAlgorithm, state: Any, cohort: Any) -> Callable[[], Any]:
+    """Plays one more round at each call, as in training: what clients keep is not copied."""
+    step = jax.jit(algorithm.round, donate_argnames="state")
+
+    def play() -> Any:
+        nonlocal state
+        state, info = step(jax.random.key(2), state=state, cohort=cohort)
+        return info
+
+    return play
 
 
 def usable_cores() -> int:
