@@ -13,9 +13,9 @@ from typing import Any
 
 import rich.console
 
-from fedjax_lite._files import locked, write_text
+from fedjax_lite._files import write_text
 from fedjax_lite.cli.errors import InterruptedRunError, UsageError, usage_errors
-from fedjax_lite.cli.records import cannot_write, check_same, new_folder
+from fedjax_lite.cli.records import kept_folder, new_folder
 from fedjax_lite.experiments.published import TABLES
 from fedjax_lite.experiments.published.play import Curve, Program, play
 from fedjax_lite.experiments.published.report import Result, entry, markdown, over, summarize
@@ -77,12 +77,7 @@ def run_table(
     }
     out = out or new_folder(name)
     with contextlib.ExitStack() as stack:
-        try:
-            check_same(out, about, "a table")
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(out / ".lock"))
-        except OSError as error:
-            raise cannot_write(out, error) from None
+        stack.enter_context(kept_folder(out, about, "a table"))
         with usage_errors():
             results = {
                 cell.name: read_object(_file(out, cell.name))

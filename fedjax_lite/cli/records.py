@@ -54,13 +54,30 @@ def open_folder(out: Path, config: dict[str, Any]) -> Iterator[TextIO]:
         yield file
 
 
-def check_same(out: Path, about: dict[str, Any], what: str) -> None:
-    """Refuses a folder that holds anything but a part of the same.
+@contextlib.contextmanager
+def kept_folder(out: Path, about: dict[str, Any], what: str) -> Iterator[None]:
+    """Makes the folder, or goes on with one that holds a part of the same; keeps others out.
 
     Args:
       out: The folder.
       about: What its `config.json` has to hold, if it is there already.
       what: What that is, for the error.
+
+    Raises:
+      UsageError: The folder cannot be written, or holds something else.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            _check_same(out, about, what)
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out / ".lock"))
+        except OSError as error:
+            raise cannot_write(out, error) from None
+        yield
+
+
+def _check_same(out: Path, about: dict[str, Any], what: str) -> None:
+    """Refuses a folder that holds anything but a part of the same; see `kept_folder`.
 
     Raises:
       FileExistsError: It holds something else.

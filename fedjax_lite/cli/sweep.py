@@ -16,11 +16,11 @@ import rich.table
 import tyro
 
 import fedjax_lite as fl
-from fedjax_lite._files import locked, write_text
+from fedjax_lite._files import write_text
 from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.errors import UsageError, finishing, usage_errors
 from fedjax_lite.cli.hosts import Hosts, join, lost, new_console, of_first
-from fedjax_lite.cli.records import cannot_write, check_same, new_folder
+from fedjax_lite.cli.records import kept_folder, new_folder
 from fedjax_lite.cli.runs import read_run
 from fedjax_lite.cli.train import as_option
 from fedjax_lite.cli.vary import is_traced, varied_by
@@ -105,12 +105,7 @@ def sweep(options: Sweep) -> None:
 
         def opened() -> Path:
             out = options.out or new_folder("sweep")
-            try:
-                check_same(out, about, "a sweep")
-                out.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(out / ".lock"))
-            except OSError as error:
-                raise cannot_write(out, error) from None
+            stack.enter_context(kept_folder(out, about, "a sweep"))
             return out
 
         _run_all(options, of_first(opened), about, runs, programs)

@@ -129,17 +129,20 @@ def _stackoverflow(writer: str, most: int) -> Callable[[Path, Path | None], Load
     return load
 
 
+NIID_BENCH: Mapping[str, Any] = {
+    "model": "lenet",
+    "sampler": "everyone",
+    "batch_size": 64,
+    "num_epochs": 10,
+    "client_optimizer": "chain(add_decayed_weights(1e-5), sgd(0.01, momentum=0.9))",
+    "rounds": 50,
+}
+"""What all runs of NIID-Bench share."""
+
+
 def _niid_bench() -> dict[str, Baseline]:
     """Ten silos, all in each round."""
-    settings = {
-        "model": "lenet",
-        "sampler": "everyone",
-        "batch_size": 64,
-        "num_epochs": 10,
-        "client_optimizer": "chain(add_decayed_weights(1e-5), sgd(0.01, momentum=0.9))",
-        "rounds": 50,
-        "eval_every": 1,
-    }
+    settings = {**NIID_BENCH, "eval_every": 1}
     algorithms = {
         "fed-avg": "fed_avg",
         "fed-prox": "fed_prox(mu=0.01)",

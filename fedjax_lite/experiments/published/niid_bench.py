@@ -3,6 +3,7 @@
 The published numbers are not here: only such are as were read at their source.
 """
 
+from fedjax_lite.experiments.baselines import NIID_BENCH
 from fedjax_lite.experiments.published.table import Cell, Measure, Table
 
 _ALGORITHMS = {
@@ -26,14 +27,9 @@ NIID_BENCH_FMNIST = Table(
     title="LeNet of 44,426 parameters on Fashion-MNIST, 10 silos, all in each round, E 10, B 64",
     source="Li et al. (2022), Federated Learning on Non-IID Data Silos, table III",
     settings={
+        **NIID_BENCH,
         "dataset": "fashion_mnist(DATA, 'both')",
         "num_clients": 10,
-        "model": "lenet",
-        "sampler": "everyone",
-        "batch_size": 64,
-        "num_epochs": 10,
-        "client_optimizer": "chain(add_decayed_weights(1e-5), sgd(0.01, momentum=0.9))",
-        "rounds": 50,
         "eval_every": 10,
     },
     cells=tuple(
