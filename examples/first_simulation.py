@@ -12,7 +12,7 @@ import optax
 
 import fedjax_lite as fl
 
-fl.configure_cpu()  # several times as fast on CPUs; elsewhere it does nothing
+fl.configure_cpu()  # one device per core; on accelerators it does nothing
 num_rounds = 60
 
 # %% [markdown]
