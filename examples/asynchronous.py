@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Asynchronous training
 #
-# Some clients are ten times as slow as others. A synchronous round waits for the slowest; FedBuff
-# (Nguyen et al. 2022) lets clients train all the time, and takes a step whenever a few updates have
-# arrived, however old the params are that they started from. What counts is accuracy at a time.
+# Some clients are ten times as slow as others. A synchronous round waits for the slowest; in FedBuff
+# (Nguyen et al. 2022) clients train all the time, and the server takes a step whenever a few updates
+# have arrived, also from clients that started from old params. Which is more accurate at a given time?
 
 # %%
 import jax
@@ -17,7 +17,7 @@ num_rounds = 60
 # %%
 dataset, held_out = fl.data.digits(num_clients=100, alpha=1.0)
 population, model = dataset.resident(), fl.models.logistic((64,), 10)
-durations = fl.durations.log_normal(1.0, persistent=True)  # Seconds, of each client for good.
+durations = fl.durations.log_normal(1.0, persistent=True)  # Seconds, drawn once for each client.
 
 
 def train(algorithm, sampler, num_rounds):
@@ -33,8 +33,8 @@ def train(algorithm, sampler, num_rounds):
 
 
 # %% [markdown]
-# Who trains when does not depend on the params, so the whole schedule is known before training:
-# 20 clients at a time, in both, and a step of the server for every 5 updates in FedBuff.
+# Which clients train when does not depend on the params, so the whole schedule is known before
+# training: in both 20 clients at a time, and in FedBuff a server step for every 5 updates.
 
 # %%
 fed_buff = fl.samplers.fed_buff(

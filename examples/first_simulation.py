@@ -3,7 +3,7 @@
 #
 # FedAvg (McMahan et al. 2017, Algorithm 1) on 1,800 images of digits, dealt to 50 clients so that
 # each has few classes. In each round, 20 clients train a copy of the server's params on their own
-# images, and the server takes the mean of what changed.
+# images, and the server takes the mean of their updates.
 
 # %%
 import jax
@@ -16,7 +16,7 @@ fl.configure_cpu()  # one device per core; on accelerators it does nothing
 num_rounds = 60
 
 # %% [markdown]
-# Data, a model, an algorithm: each is a value, and any other of its kind goes in its place.
+# Data, a model and an algorithm are values, and others of their kind go in their places.
 
 # %%
 dataset, held_out = fl.data.digits(num_clients=50, alpha=0.3)
@@ -31,7 +31,7 @@ algorithm = fl.fed_avg(
 )
 
 # %% [markdown]
-# A round is a pure function of a key, a state and a cohort. The first one compiles, and no other.
+# A round is a pure function of a key, a state and a cohort. Only the first one compiles.
 
 # %%
 state, accuracies = algorithm.init(jax.random.key(0)), []

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Fine-tuning with low-rank adapters
 #
-# A small transformer has learnt one language. Clients speak another, and fine-tune it: all params,
-# or low-rank adapters of its dense layers (Hu et al. 2022, "LoRA"), whose means the server takes
+# A small transformer has learned one language. Clients have texts in another, and fine-tune it: all
+# params, or low-rank adapters of its dense layers (Hu et al. 2022, "LoRA"), which the server averages
 # (FedIT, Zhang et al. 2024, "Towards Building the Federated GPT").
 
 # %%
@@ -15,8 +15,8 @@ fl.configure_cpu()
 num_rounds = 20
 
 # %% [markdown]
-# In a language of 24 words each calls for the next one, mostly; the seed decides for which.
-# 100 clients have 20 texts each.
+# In a language of 24 words each word mostly determines the next one, by the seed. 100 clients have
+# 20 texts each.
 
 
 # %%
@@ -48,8 +48,8 @@ fed_avg = fl.fed_avg(model, optax.adam(0.01), batch_size=10)
 base = train(fed_avg, model, language(0), 2 * num_rounds).state.params
 
 # %% [markdown]
-# The adapted model is a model like any other. Its base is frozen: it is on each device once, and
-# neither sent, nor averaged, nor kept for each client.
+# The adapted model is a model like any other. Its base is frozen: it lies on each device once, and is
+# neither sent nor averaged.
 
 # %%
 adapted = fl.lora(model, rank=4, base=base)

@@ -2,7 +2,7 @@
 # # An algorithm from its pseudo-code
 #
 # SCAFFOLD (Karimireddy et al. 2020, Algorithm 1), written from nothing. Client $i$ keeps a control
-# variate $c_i$ between rounds, and the server their mean $c$. Of $K$ local steps from $x$, each is
+# variate $c_i$ between rounds, and the server their mean $c$. Each of $K$ local steps from $x$ is
 #
 # $$y \leftarrow y - \eta (\nabla f_i(y) - c_i + c);$$
 #
@@ -22,8 +22,8 @@ num_rounds = 60
 
 
 # %% [markdown]
-# `server` is what the server sends, and `client.entry` what the client kept. The functions are
-# those of one client; `fl.federated_algorithm` maps them over cohorts, lanes and devices.
+# `server` is the server's state, and `client.entry` what the client kept. The functions are those of
+# one client; `fl.federated_algorithm` maps them over the cohort.
 
 
 # %%
@@ -64,7 +64,7 @@ def scaffold(model, rate, num_clients, **options):
 
 
 # %% [markdown]
-# Beside FedAvg, where clients have few classes each and many local steps:
+# A comparison with FedAvg, with few classes for each client and many local steps:
 
 # %%
 dataset, held_out = fl.data.digits(num_clients=50, alpha=0.1)

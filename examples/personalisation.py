@@ -1,9 +1,9 @@
 # %% [markdown]
-# # Models of clients' own
+# # Personalised models
 #
 # Where clients differ, one model for all is a compromise. In Ditto (Li et al. 2021) each client
-# trains params of its own, not far from the server's; in FedPer (Arivazhagan et al. 2019) clients
-# share all layers but the last. What counts is the accuracy of each client on its own examples.
+# trains personal params near the server's; in FedPer (Arivazhagan et al. 2019) the last layer is
+# personal. The comparison is by the accuracy of each client on its own examples.
 
 # %%
 import jax
@@ -15,7 +15,7 @@ fl.configure_cpu()
 num_rounds = 40
 
 # %% [markdown]
-# 30 clients with two classes each, of whose examples a third is held out.
+# 30 clients with two classes each, and a third of their examples held out.
 
 # %%
 images = fl.data.digits_images()
@@ -35,8 +35,8 @@ def train_on(algorithm):
 
 
 # %% [markdown]
-# What is a client's own is in `state.store`, by client; `algorithm.client_model` puts it together
-# with what is the server's. In Ditto, the server's own model is that of FedAvg.
+# What is personal is in `state.store`, by client; `algorithm.client_model` combines it with the
+# server's params. In Ditto, the server's own model is that of FedAvg.
 
 # %%
 with_ditto, with_fed_per = train_on(ditto), train_on(fed_per)

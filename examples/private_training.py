@@ -2,9 +2,9 @@
 # # Private training
 #
 # DP-FedAvg (McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models"):
-# whoever sees the params of all rounds learns little of any one client. How little is
-# $\varepsilon$; how much noise that takes follows from how clients are drawn and how many rounds
-# there are. Needs the extra `privacy`, which does the accounting.
+# whoever sees the params of all rounds learns little about any one client, at most $\varepsilon$. The
+# noise that it takes follows from how clients are sampled, and from the number of rounds. Needs the
+# extra `privacy`, which does the accounting.
 
 # %%
 import jax
@@ -18,7 +18,7 @@ fl.configure_cpu()
 num_rounds = 40
 
 # %% [markdown]
-# Clients of one image each. In a round, each of them takes part on a coin of its own.
+# Clients of one image each, by Poisson sampling: each takes part in a round with the same probability.
 
 # %%
 images = fl.data.digits_images()
@@ -30,8 +30,8 @@ epsilons = [0.3, 1.0, 3.0]
 noise = [fl.privacy.calibrate(epsilon, delta, num_rounds, sampler) for epsilon in epsilons]
 
 # %% [markdown]
-# No client counts for more than one, or moves the sum by more than 0.5; noise in proportion to that
-# is added; and the mean is over how many clients there are on average, not over who is there.
+# No client has a weight above 1, or changes the sum by more than 0.5; the noise is in proportion to
+# that; and the mean divides by the expected number of clients, not by the actual one.
 
 # %%
 model = fl.models.logistic((64,), 10)
@@ -51,7 +51,7 @@ def dp_fed_avg(noise_multiplier):
 
 
 # %% [markdown]
-# The noise is a number, so that all runs are one program. The history has what each has spent.
+# The noise may be an array, so all runs are one program. The history has the epsilon of each.
 
 # %%
 found = fl.sweep(

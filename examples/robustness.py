@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Hostile clients
+# # Robust aggregation
 #
-# A fifth of the clients collude: they know what all others send, and send minus ten times its mean
-# (inner-product manipulation, Xie et al. 2020). The mean is lost; robust rules are not.
+# A fifth of the clients is hostile and colludes: they know what all others send, and send minus ten
+# times its mean (inner-product manipulation, Xie et al. 2020). The mean fails; robust reducers do not.
 
 # %%
 import jax
@@ -16,11 +16,11 @@ num_rounds = 40
 # %%
 dataset, held_out = fl.data.digits(num_clients=25, alpha=1.0)
 population, model = dataset.resident(), fl.models.logistic((64,), 10)
-hostile = range(5)  # Clients, of 25; rules reckon with a fifth.
+hostile = range(5)  # Of 25 clients.
 rules = {
     "mean": fl.weighted_mean(),
     "median (Yin 2018)": fl.coordinate_median(),
-    "mixtures, trimmed (Allouah 2023)": fl.nearest_neighbor_mixing(0.2, fl.trimmed_mean(0.2)),
+    "mixing, trimmed mean (Allouah 2023)": fl.nearest_neighbor_mixing(0.2, fl.trimmed_mean(0.2)),
 }
 
 
