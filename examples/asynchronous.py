@@ -1,9 +1,10 @@
 # %% [markdown]
 # # Asynchronous training
 #
-# Some clients are ten times as slow as others. A synchronous round waits for the slowest; in FedBuff
-# (Nguyen et al. 2022) clients train all the time, and the server takes a step whenever a few updates
-# have arrived, also from clients that started from old params. Which is more accurate at a given time?
+# Some clients are ten times as slow as others. A synchronous round waits for the slowest; in
+# FedBuff (Nguyen et al. 2022) clients train all the time, and the server takes a step whenever a
+# few updates have arrived, also from clients that started from old params. Which is more accurate
+# at a given time?
 
 # %%
 import jax

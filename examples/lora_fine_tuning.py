@@ -2,8 +2,8 @@
 # # Fine-tuning with low-rank adapters
 #
 # A small transformer has learned one language. Clients have texts in another, and fine-tune it: all
-# params, or low-rank adapters of its dense layers (Hu et al. 2022, "LoRA"), which the server averages
-# (FedIT, Zhang et al. 2024, "Towards Building the Federated GPT").
+# params, or low-rank adapters of its dense layers (Hu et al. 2022, "LoRA"), which the server
+# averages (FedIT, Zhang et al. 2024, "Towards Building the Federated GPT").
 
 # %%
 import jax
@@ -48,8 +48,8 @@ fed_avg = fl.fed_avg(model, optax.adam(0.01), batch_size=10)
 base = train(fed_avg, model, language(0), 2 * num_rounds).state.params
 
 # %% [markdown]
-# The adapted model is a model like any other. Its base is frozen: it lies on each device once, and is
-# neither sent nor averaged.
+# The adapted model is a model like any other. Its base is frozen: it lies on each device once, and
+# is neither sent nor averaged.
 
 # %%
 adapted = fl.lora(model, rank=4, base=base)

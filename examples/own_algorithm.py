@@ -22,8 +22,8 @@ num_rounds = 60
 
 
 # %% [markdown]
-# `server` is the server's state, and `client.entry` what the client kept. The functions are those of
-# one client; `fl.federated_algorithm` maps them over the cohort.
+# `server` is the server's state, and `client.entry` what the client kept. The functions are those
+# of one client; `fl.federated_algorithm` maps them over the cohort.
 
 
 # %%

@@ -2,9 +2,9 @@
 # # Private training
 #
 # DP-FedAvg (McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models"):
-# whoever sees the params of all rounds learns little about any one client, at most $\varepsilon$. The
-# noise that it takes follows from how clients are sampled, and from the number of rounds. Needs the
-# extra `privacy`, which does the accounting.
+# whoever sees the params of all rounds learns little about any one client, at most $\varepsilon$.
+# The noise that it takes follows from how clients are sampled, and from the number of rounds. Needs
+# the extra `privacy`, which does the accounting.
 
 # %%
 import jax
@@ -18,7 +18,8 @@ fl.configure_cpu()
 num_rounds = 40
 
 # %% [markdown]
-# Clients of one image each, by Poisson sampling: each takes part in a round with the same probability.
+# Clients of one image each, by Poisson sampling: each takes part in a round with the same
+# probability.
 
 # %%
 images = fl.data.digits_images()

@@ -2,7 +2,8 @@
 # # Robust aggregation
 #
 # A fifth of the clients is hostile and colludes: they know what all others send, and send minus ten
-# times its mean (inner-product manipulation, Xie et al. 2020). The mean fails; robust reducers do not.
+# times its mean (inner-product manipulation, Xie et al. 2020). The mean fails; robust reducers do
+# not.
 
 # %%
 import jax

@@ -38,10 +38,10 @@ class Train(Hosts, Settings):
     """Train a federated model with any settings, and record and draw what happens.
 
     A setting that chooses something is a name, such as scaffold, or a call as in Python, such as
-    "fed_prox(mu=0.1)"; my_file.py:net(width=64) calls a function of one's own. What the program
-    knows is filled in, and fedjax-lite list shows what there is. Numbers with options of their own
-    go into these calls, in place of what is written there. The defaults reach an accuracy of 0.95
-    and more on the digits within 100 rounds.
+    fed_prox(mu=0.1); my_file.py:net(width=64) calls a function of your own. What the program knows
+    is filled in, and fedjax-lite list shows what there is. Numbers with options of their own go
+    into these calls, in place of what is written there. The defaults reach an accuracy of 0.95 and
+    more on the digits within 100 rounds.
 
     Attributes:
       config: File of settings, .yaml or .json, with the names that follow; also the config.json
@@ -56,8 +56,8 @@ class Train(Hosts, Settings):
       max_seconds: Seconds after which to stop.
       ema_decay: Decay by round, below 1, of a moving average of the params, which is then what
         is evaluated.
-      store_in_file: Keep what clients keep between rounds in a file in the folder, if memory has
-        not enough room for that of all of them.
+      store_in_file: Keep the entries of clients in a file in the folder, where memory has no room
+        for those of all clients.
       tensorboard: Write events for TensorBoard to the folder, too.
       dry_run: Print what would be run, its memory and the time of one round, and end there.
       json: Print one JSON object, and nothing else, on stdout.

@@ -21,27 +21,24 @@ from fedjax_lite.experiments.tables import ROLES, SCHEDULES
 class Settings:
     """All settings of a run.
 
-    A setting that chooses something is a name, such as scaffold, or a call in which its arguments
-    are written as in Python, such as "fed_prox(mu=0.1, num_epochs=5)"; my_file.py:net(width=64)
-    calls a function of one's own. What the program knows is filled in, as are defaults; fedjax-lite
-    list shows what there is. Numbers with options of their own go into these calls, in place of
-    what is written there.
+    A setting that chooses something is a name, such as scaffold, or a call as in Python, such as
+    fed_prox(mu=0.1, num_epochs=5); my_file.py:net(width=64) calls a function of one's own. What the
+    program knows is filled in, as are defaults; fedjax-lite list shows what there is. Numbers with
+    options of their own go into these calls, in place of what is written there.
 
     Attributes:
-      dataset: What is learned, such as digits, "synthetic(alpha=0.5)", "cifar10_like(crop=24)" or
-        "read('b.csv', client_column='user', columns={'x': ['a', 'b'], 'y': 'label'})"; or just the
-        path of a file or folder that fl.data.read reads, with the features x and y. A folder of
-        the four files of MNIST, or of another in its form, has examples to test on.
+      dataset: The data set, such as digits, "synthetic(alpha=0.5)", "cifar10_like(crop=24)" or the
+        call "read('b.csv', client_column='user', columns={'x': ['a', 'b'], 'y': 'label'})";
+        or the path of a file or folder that fl.data.read reads, with the features x and y. A folder
+        with the four files of MNIST, or with others in their format, has a test split.
       test: A data set to evaluate on, such as the test split of a file; by default a part of the
         data set is held out.
-      held_out: Fraction of each client's examples that is evaluated on and never trained on,
-        between 0 and 1; 0.2 by default.
-      partition: How examples are dealt to clients anew, such as "dirichlet(alpha=0.3)", which is
-        the default for digits, or "shards(shards_per_client=2)". Others keep the clients that they
-        have.
-      num_clients: Number of clients of the partition, or of data that are drawn; 50 by default for
+      held_out: Fraction of each client's examples to evaluate on, between 0 and 1; 0.2 by default.
+      partition: How examples are dealt to clients anew, such as "dirichlet(alpha=0.3)", the default
+        for digits, or "shards(shards_per_client=2)". Other data sets keep their clients by default.
+      num_clients: Number of clients of the partition, or of generated data; 50 by default for
         partitions.
-      data_seed: Determines the split, and data that are drawn.
+      data_seed: Determines the split, and generated data.
       model: A model, such as logistic, "mlp(hidden=(64,))" or "resnet18(width=32)". By default one
         for the shape of the data: emnist_cnn, cifar_cnn or resnet18 for images in the shapes of
         EMNIST, CIFAR-10 and CIFAR-100, shakespeare_lstm or stackoverflow_transformer for sequences,
@@ -51,24 +48,24 @@ class Settings:
       num_epochs: How often a client runs through its examples in a round; 5 by default.
       num_steps: Local steps of a client in a round, instead of epochs.
       batch_size: Examples in a local batch; 10 by default.
-      client_optimizer: What steps on clients, started anew in each round, such as
-        "sgd(0.1, momentum=0.9)", the plain one of which is the default, or
-        "chain(clip_by_global_norm(1.0), adam(0.001))". A schedule, such as
-        "sgd(cosine_decay_schedule(0.1, 100))", goes by the number of the round.
+      client_optimizer: Optimizer of local steps, started anew in each round: sgd by default, or
+        such as "sgd(0.1, momentum=0.9)" or "chain(clip_by_global_norm(1.0), adam(0.001))". A
+        schedule, such as "sgd(cosine_decay_schedule(0.1, 100))", goes by the number of the round.
       client_lr: Learning rate of clients; 0.1 by default with sgd.
-      server_optimizer: What steps along the clients' mean, such as sgd (the default, FedAvg),
-        "sgd(1.0, momentum=0.9)" (FedAvgM), "fed_adam(0.01)" or "adam(0.01, eps=1e-3)".
+      server_optimizer: Optimizer of the server, such as sgd (the default, FedAvg), "sgd(1.0,
+        momentum=0.9)" (FedAvgM), "fed_adam(0.01)" or "adam(0.01, eps=1e-3)".
       server_lr: Learning rate of the server; 1 by default with sgd.
-      updates: What happens to clients' updates on their way, such as
-        "clip_by_norm(1.0), quantize_uniform(256)".
-      reducer: How updates become one, such as coordinate_median; their weighted mean by default.
-      sampler: Who takes part in a round, such as uniform, poisson, importance, round_robin or
-        everyone.
+      updates: Transforms of the updates between clients and server, such as "clip_by_norm(1.0),
+        quantize_uniform(256)".
+      reducer: What makes one aggregate of the updates, such as coordinate_median; by default their
+        weighted mean.
+      sampler: Which clients take part in a round, such as uniform, poisson, importance, round_robin
+        or everyone.
       cohort_size: Clients in a round, with poisson the expected number; 20 by default.
-      privacy: What is told of clients is recorded, as epsilon, by the noise of the updates and the
-        sampler: "budget(delta=1e-5)". With "budget(delta=1e-5, epsilon=3)" all rounds together keep
-        to it: gaussian_noise() in the updates, without a noise_multiplier, has the least that does.
-      metrics: What is evaluated beside the model's own metrics, such as "top_k(5), perplexity".
+      privacy: Record epsilon, by the noise of the updates and the sampler: "budget(delta=1e-5)".
+        With epsilon=3 in it, all rounds together spend no more: gaussian_noise() in the updates,
+        without a noise_multiplier, then has the least noise.
+      metrics: Metrics beside the model's own, such as "top_k(5), perplexity".
       fine_tune_epochs: Let each client train the model for so many epochs on its own examples after
         the last round, and evaluate it on its held-out ones; not done by default.
       rounds: Number of rounds.
