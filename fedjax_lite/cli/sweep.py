@@ -48,9 +48,9 @@ class Sweep(Hosts, Settings):
 
     Settings are those of train. Seeds, and numbers of the algorithm, of optimizers and of updates,
     vary within one compiled program; what changes the data, the model or the shape of the program
-    takes one for each value. Evaluations are of the server's
-    model, not of models that clients have for themselves. Ctrl-C ends a sweep when the program in
-    progress has ended; it goes on from there by the same command with its folder as --out.
+    takes one for each value. Evaluations are of the server's model, not of personal ones. Ctrl-C
+    ends a sweep when the program in progress has ended; it goes on from there by the same command
+    with its folder as --out.
 
     Attributes:
       config: File of settings, .yaml or .json, as for train; also the config.json of a run. Those
