@@ -77,8 +77,8 @@ MCMAHAN_2NN = Table(
     cells=_cells(_2NN, _RATES, quick=[("IID", 0.1), ("non-IID", 0.1)]),
     measure=Measure(target=0.97),
     needs=_NEEDS,
-    differs="learning rates are the best of three of one batch, and of two of batches of ten, theirs"
-    " those of a finer grid",
+    differs="learning rates are the best of three for one batch, and of two for batches of ten;"
+    " theirs are those of a finer grid",
 )
 MCMAHAN_CNN = Table(
     title="CNN of 1,663,370 parameters on MNIST, 100 clients of 600 images, E 5",
