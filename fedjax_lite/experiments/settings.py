@@ -69,6 +69,9 @@ class Settings:
         sampler: "budget(delta=1e-5)". With "budget(delta=1e-5, epsilon=3)" all rounds together keep
         to it: gaussian_noise() in the updates, without a noise_multiplier, has the least that does.
       metrics: What is evaluated beside the model's own metrics, such as "top_k(5), perplexity".
+      metric: Which of the metrics runs are judged by: what the best model is, a target, the picture
+        of clients. By default accuracy, or else the first other one by name, or else the loss.
+        Larger is better, but for names that end in loss, perplexity, cross_entropy or error.
       fine_tune_epochs: Let each client train the model for so many epochs on its own examples after
         the last round, and evaluate it on its held-out ones; not done by default.
       rounds: Number of rounds.
@@ -99,6 +102,7 @@ class Settings:
     cohort_size: int | None = None
     privacy: str | None = None
     metrics: str | None = None
+    metric: str | None = None
     fine_tune_epochs: int | None = None
     rounds: int = 100
     seed: int = 0
