@@ -73,7 +73,7 @@ def test_a_regression_is_evaluated_by_client(trained, capsys):
     assert told["absolute_error_highest"] == pytest.approx(max(values))
     assert told["absolute_error_mean"] == pytest.approx(np.mean(values))
     main(["eval", str(trained), "--best", "--metric=loss"])
-    assert "their loss highest tenth" in capsys.readouterr().out
+    assert "mean of the highest tenth" in capsys.readouterr().out
     told = refusal(capsys, "eval", trained, "--metric=accuracy")
     assert "metric is 'accuracy'; choose one of 'absolute_error', 'loss', 'mean_s" in told
 

@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 import fedjax_lite as fl
 from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.errors import UsageError, usage_errors
-from fedjax_lite.cli.running import state_in_file, told_of_personal
+from fedjax_lite.cli.running import state_in_file, told_of_personal, written_out
 from fedjax_lite.cli.runs import settings_of_training
 from fedjax_lite.experiments.baselines import BASELINES
 from fedjax_lite.experiments.build import Experiment, build
@@ -23,6 +23,9 @@ from fedjax_lite.experiments.settings import settings_from
 from fedjax_lite.runs.checkpoint import read_checkpoint
 from fedjax_lite.runs.main_metric import better
 from fedjax_lite.runs.records import jsonable
+
+# Which clients are the worst, where larger values of a metric are better, or smaller ones.
+_WORST = {"max": ("lowest", np.nanmin), "min": ("highest", np.nanmax)}
 
 
 @told_briefly
@@ -81,7 +84,7 @@ def evaluate(options: Eval) -> None:
     if options.json:
         print(json.dumps(jsonable(report)))
     else:
-        _print_report(report)
+        _print_report(report, built.metric)
 
 
 def _build(recorded: dict[str, Any]) -> Experiment:
@@ -135,21 +138,22 @@ def _measure(
     }
 
 
-# Which clients are the worst, where larger values of a metric are better, or smaller ones.
-_WORST = {"max": ("lowest", np.nanmin), "min": ("highest", np.nanmax)}
-
-
-def _print_report(report: dict[str, Any]) -> None:
+def _print_report(report: dict[str, Any], metric: str) -> None:
     best = ", the best" if report["best"] else ""
     table = rich.table.Table(title=f"after round {report['round']}{best}", show_header=False)
     for name in sorted(set(report) - {"run", "round", "best", "clients", "examples"}):
         if not isinstance(report[name], list):
-            table.add_row(name, f"{report[name]:#.4g}")
+            table.add_row(name, written_out(report[name]))
     if "clients" in report:
         table.add_row("examples", f"{report['examples']:,}")
         table.add_section()
-        clients = dict(report["clients"])
-        table.add_row("clients with examples", f"{clients.pop('number'):,}")
-        for name, value in clients.items():
-            table.add_row(f"their {name.replace('_', ' ')}", f"{value:#.4g}")
+        table.add_row("clients with examples", f"{report['clients']['number']:,}")
+        worst, _ = _WORST[better(metric)]
+        for name, label in (
+            ("mean", f"their {metric}, mean"),
+            ("std", "standard deviation"),
+            (f"{worst}_tenth", f"mean of the {worst} tenth"),
+            (worst, worst),
+        ):
+            table.add_row(label, written_out(report["clients"][f"{metric}_{name}"]))
     rich.console.Console(markup=False).print(table)

@@ -97,7 +97,7 @@ def run_recorded(
         nonlocal text
         recorder.on_eval(row)
         names = in_order(numbers_in([row]), built.metric)
-        text = "  ".join(f"{name} {row[name]:#.4g}" for name in names)
+        text = "  ".join(f"{name} {written_out(row[name])}" for name in names)
         if "epsilon" in row:
             text += f"  epsilon {row['epsilon']:.2f}"
         show(row["round"], text, True)
@@ -154,6 +154,11 @@ def run_recorded(
         "client_updates_per_s": result.client_updates_per_s,
         "examples_per_s": result.examples_per_s,
     }
+
+
+def written_out(value: float) -> str:
+    """A number with four decimals; of what is very small or large, four digits."""
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:#.4g}"
 
 
 def told_of_personal(found: fl.ClientEvaluation | None) -> dict[str, Any]:
@@ -214,14 +219,14 @@ def print_report(report: dict[str, Any], heading: str = "on held-out examples") 
     for column in ("", f"after round {rounds[0]}", f"after round {rounds[-1]}"):
         table.add_column(column, justify="right" if column else "left")
     for name in report["metrics"]:
-        table.add_row(name, *(f"{report[name][place]:#.4g}" for place in (0, -1)))
+        table.add_row(name, *(written_out(report[name][place]) for place in (0, -1)))
     console = rich.console.Console(markup=False)
     console.print(table)
     metric = report["metric"]
     if f"personal_{metric}" in report:
         console.print(
-            f"{metric} {report[f'personal_{metric}']:.4f} with the models that clients have for"
-            " themselves",
+            f"{metric} {written_out(report[f'personal_{metric}'])} with the models that clients"
+            " have for themselves",
             soft_wrap=True,
         )
     if "privacy" in report:

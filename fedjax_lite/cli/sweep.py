@@ -21,6 +21,7 @@ from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.errors import UsageError, finishing, usage_errors
 from fedjax_lite.cli.hosts import Hosts, join, lost, new_console, of_first
 from fedjax_lite.cli.records import kept_folder, new_folder
+from fedjax_lite.cli.running import written_out
 from fedjax_lite.cli.runs import read_run
 from fedjax_lite.cli.train import as_option
 from fedjax_lite.cli.vary import is_traced, varied_by
@@ -271,5 +272,5 @@ def _print_report(report: dict[str, Any], console: rich.console.Console) -> None
 
 
 def _spread(values: Sequence[float]) -> str:
-    deviation = f" ± {np.std(values):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{deviation}"
+    deviation = f" ± {written_out(float(np.std(values)))}" if len(values) > 1 else ""
+    return f"{written_out(float(np.mean(values)))}{deviation}"
