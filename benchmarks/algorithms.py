@@ -7,8 +7,9 @@ Each runs from three seeds, as one program. `rounds_to_target` is the median ove
 evaluation, made every fifth round, that reaches the target; none if half of them do not. `accuracy`
 is that of the last evaluation over all held-out examples, `worst_decile` the mean accuracy of the
 tenth of the clients for whom it is lowest, both means over seeds, of the models that clients use:
-their own, where an algorithm gives them some. `cost` is the time of a round, interleaved, beside
-that of FedAvg; `bytes_per_round` is what is sent both ways.
+their own, where an algorithm gives them some, and for Per-FedAvg the server's after a step of one
+batch. `cost` is the time of a round, interleaved, beside that of FedAvg; `bytes_per_round` is what
+is sent both ways.
 
 The learning rates and the strengths below are the best ones of a few for each case, powers of about
 three apart.
@@ -178,15 +179,18 @@ def measure(case: Case, name: str, num_rounds: int, dataset: Any, held_out: Any)
     """The row of an algorithm, but for its cost."""
     model = case.model()
     build = functools.partial(_build, case, name, model, dataset.num_clients)
-    cohort = fl.cohort_of(held_out.resident(), np.arange(held_out.num_clients))
+    everyone = np.arange(dataset.num_clients)
+    train, test = (fl.cohort_of(part.resident(), everyone) for part in (dataset, held_out))
 
     def evaluate(state: fl.ServerState) -> dict[str, jax.Array]:
-        found = fl.evaluate_clients(
-            model,
-            state,
-            cohort,
-            client_model=build().client_model,
-        )
+        if name == "per_fed_avg":
+            own_step = {"num_steps": 1, "batch_size": case.options["batch_size"]}
+            _, found = fl.evaluate_fine_tuned(
+                model, state, train, test, optax.sgd(case.rate), key=jax.random.key(0), **own_step
+            )
+        else:
+            client_model = build().client_model
+            found = fl.evaluate_clients(model, state, test, client_model=client_model)
         spread = fl.summarize_clients(found.clients["accuracy"], found.num_examples)
         return {
             "accuracy": found.pooled["accuracy"],

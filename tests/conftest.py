@@ -4,7 +4,6 @@ import importlib.util
 import os
 import signal
 import tempfile
-from pathlib import Path
 
 # Tests compile much and compute little: LLVM need not try hard, nor split each program into modules
 # that cores compile side by side, and XLA:CPU's older emitters do, by which tests take 40 % less
@@ -21,6 +20,8 @@ os.environ["FEDJAX_LITE_COMPILATION_CACHE"] = "off"
 
 import jax
 import pytest
+
+from fedjax_lite.xla.memory import forget_programs, has_many_programs
 
 # Eight virtual devices where the backend is the CPU; elsewhere, what the machine has. What does not
 # ask for a mesh runs on one of them, for which programs compile in three quarters of the time.
@@ -51,18 +52,11 @@ def in_the_foreground():
         signal.signal(number, handler)
 
 
-# Linux allows a process 65,530 mappings, of which a compiled program takes ten or more; XLA ends a
-# process that has none left. The tests of one file take up to half of them.
-_MOST_MAPPINGS = 20_000
-
-
 @pytest.fixture(autouse=True, scope="module")
 def with_room_for_programs():
     """Forgets what has been compiled for other files, if that is much."""
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPPINGS:
-        jax.clear_caches()
-        gc.collect()
+    if has_many_programs():
+        forget_programs()
 
 
 def pytest_collection_modifyitems(items):

@@ -139,7 +139,7 @@ NAMES = {
         *("algorithm", "num_epochs", "num_steps", "batch_size", "client_optimizer", "client_lr"),
         *("server_optimizer", "server_lr", "updates", "reducer", "sampler", "cohort_size"),
         *("privacy", "metrics", "metric"),
-        *("fine_tune_epochs", "rounds", "seed", "eval_every", "lanes"),
+        *("fine_tune_epochs", "fine_tune_steps", "rounds", "seed", "eval_every", "lanes"),
     ],
     "fed_avg": [
         *("model", "client_optimizer", "server_optimizer", "weighting"),

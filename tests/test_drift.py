@@ -85,6 +85,22 @@ def test_scaffold_agrees_with_pytorch(option, weighting):
         np.testing.assert_allclose(flat(state.store), torch.stack(list(own.values())), rtol=1e-9)
 
 
+def test_scaffold_sums_up_gradients_where_params_do_not_tell():
+    population = regression_dataset().resident()
+    unbounded = optax.chain(optax.clip(np.inf), optax.sgd(LR))  # Plain SGD, though no one can see.
+    with jax.enable_x64(True):
+        states = []
+        for optimizer in (optax.sgd(LR), unbounded):
+            algorithm = fl.scaffold(regression_model(), optimizer, **OPTIONS)
+            state = algorithm.init(jax.random.key(0), num_clients=len(SIZES))
+            for r in range(2):
+                state, _ = algorithm.round(jax.random.key(r), state, everyone(population))
+            states.append(state)
+    kept = [flat(state.store) for state in states]
+    assert np.abs(kept[0]).max() > 0.1
+    np.testing.assert_allclose(*kept, rtol=1e-9)
+
+
 NOVA = {
     "plain": (optax.sgd(LR), {}, lambda steps: LR * steps),
     "momentum": (

@@ -93,6 +93,11 @@ def test_settings_that_are_closed_stay_as_they_are(settings):
         ({"rounds": 0}, "rounds is 0"),
         ({"algorithm": "apfl(alpha=2.0)"}, "alpha is 2.0; .* between 0 and 1"),
         ({"algorithm": "apfl", "fine_tune_epochs": 1}, "fine_tune_epochs is 1"),
+        ({"algorithm": "apfl", "fine_tune_steps": 2}, "fine_tune_steps is 2"),
+        (
+            {"fine_tune_epochs": 1, "fine_tune_steps": 2},
+            "fine_tune_epochs is 1 beside fine_tune_steps 2",
+        ),
         ({"updates": "quantize_uniform(1)"}, "num_levels is 1; choose an integer"),
         ({"updates": "clip_by_norm(0.0)"}, "max_norm is 0.0; choose a number above 0"),
         ({"model": "emnist_cnn(hidden=3)"}, "emnist_cnn has no argument hidden"),
@@ -496,10 +501,11 @@ def test_clients_have_models_for_themselves(path):
     settings = {"model": "logistic", "client_lr": 1.0}
     plain = build(Settings(dataset=path, cohort_size=3))
     assert plain.personal is None
-    tuned = build(Settings(dataset=path, cohort_size=3, fine_tune_epochs=20, **settings))
-    state = tuned.algorithm.init(jax.random.key(0))
-    # Each client has one class, which is soon learned.
-    assert tuned.personal(state, jax.random.key(1)).pooled["accuracy"] == 1
+    for tuning in ({"fine_tune_epochs": 20}, {"fine_tune_steps": 20}):
+        tuned = build(Settings(dataset=path, cohort_size=3, **tuning, **settings))
+        state = tuned.algorithm.init(jax.random.key(0))
+        # Each client has one class, which is soon learned.
+        assert tuned.personal(state, jax.random.key(1)).pooled["accuracy"] == 1
     assert tuned.evaluate(state)["accuracy"] < 1
     own = build(Settings(dataset=path, cohort_size=3, algorithm="apfl", num_epochs=20, **settings))
     state = trained(own, 10)

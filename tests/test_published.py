@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from fedjax_lite.experiments.published.play import play
 from fedjax_lite.experiments.published.report import over
 from fedjax_lite.experiments.published.table import rounds_to, runs_of
 from fedjax_lite.experiments.settings import Settings, calls_of
+from fedjax_lite.xla.memory import has_many_programs
 
 DASH = "\N{EN DASH}"
 SMALL = {
@@ -255,6 +257,24 @@ def test_models_of_clients_are_evaluated_on_splits_that_share_a_program():
     last = trained(**own)[-1]
     assert found["personal_accuracy"][-1] == pytest.approx(last["accuracy"])
     assert found["loss"][-1] == pytest.approx(last["loss"], rel=1e-5)
+
+
+def test_programs_are_forgotten_where_no_more_would_fit(monkeypatch):
+    programs = {}
+    for batch_size, many, kept in ((2, False, 1), (3, False, 2), (4, True, 1)):
+        monkeypatch.setattr(
+            "fedjax_lite.experiments.published.play.has_many_programs", lambda many=many: many
+        )
+        runs = [Settings(**SMALL, batch_size=batch_size)]
+        play(runs, is_personal=False, is_over=lambda curves: [True], programs=programs)
+        assert len(programs) == kept
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mappings are counted on Linux")
+def test_mappings_are_counted(monkeypatch):
+    for most, many in ((100, True), (np.inf, False)):
+        monkeypatch.setattr("fedjax_lite.xla.memory._MOST_MAPPINGS", most)
+        assert has_many_programs() == many
 
 
 @pytest.fixture(scope="module")

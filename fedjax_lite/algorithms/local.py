@@ -5,8 +5,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.extend.core as jex_core
 import jax.numpy as jnp
 import optax
+from jax.extend.core import primitives
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Batch, Client, ClientResult, PyTree, ServerState
@@ -97,6 +99,25 @@ def named(
             return optimizer.update(*args, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def rate_of_sgd(optimizer: optax.GradientTransformation, params: PyTree) -> float | None:
+    """The rate of an optimizer that is plain SGD, if that is a number of Python; else `None`.
+
+    >>> rate_of_sgd(optax.sgd(0.5), jnp.ones(3)), rate_of_sgd(optax.adam(0.5), jnp.ones(3))
+    (0.5, None)
+    """
+    state = optimizer.init(params)
+    if jax.tree.leaves(state):
+        return None
+    jaxpr = jax.make_jaxpr(lambda gradient: optimizer.update(gradient, state, params)[0])(params)
+    rates = set()
+    for eqn, *ends in zip(jaxpr.eqns, jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars, strict=False):
+        factor, *rest = eqn.invars
+        is_product = eqn.primitive is primitives.mul_p and isinstance(factor, jex_core.Literal)
+        rates.add(-float(factor.val) if is_product and [*rest, *eqn.outvars] == ends else 0.0)
+    one_each = len(jaxpr.eqns) == len(jaxpr.jaxpr.outvars)
+    return rates.pop() or None if one_each and len(rates) == 1 else None
 
 
 def start(shared: ServerState, optimizer: optax.GradientTransformation) -> LocalState:

@@ -34,7 +34,16 @@ class ScaffoldState(NamedTuple):
 
 
 class _ClientState(NamedTuple):
+    """What a client carries from step to step.
+
+    Attributes:
+      trained: Its model.
+      correction: $c - c_i$.
+      total: The sum of its gradients; `None` if its params tell.
+    """
+
     trained: local.LocalState
+    correction: PyTree
     total: PyTree
 
 
@@ -57,7 +66,8 @@ def scaffold(
     - `option=1`: $c_i^+ = g_i(w)$, the mean gradient of the examples that it processed at the
       server's params $w$, which takes a second gradient in each step,
     - `option=2`: $c_i^+$, the mean over its steps of $g_i(y)$. With plain SGD at the rate $\eta$,
-      this is the paper's $c_i - c + \frac{w - y}{K \eta}$ after $K$ steps.
+      this is the paper's $c_i - c + \frac{w - y}{K \eta}$ after $K$ steps, from which it is
+      computed if $\eta$ is a number of Python; gradients are summed up otherwise.
 
     The server steps along the mean delta, as in FedAvg, and adds
     $\frac{1}{N} \sum_i (c_i^+ - c_i)$ to $c$, over the clients of the round, with $N$ the size of
@@ -100,10 +110,17 @@ def scaffold(
     client_weight = server.resolve_weighting(weighting)
     optimizer = local.resolve_optimizer(client_optimizer)
 
+    def rate(shared: ServerState) -> float | None:
+        """The rate of a client whose estimate follows from how far it came."""
+        wide = all(x.dtype.itemsize >= 4 for x in jax.tree.leaves(shared.params))
+        return local.rate_of_sgd(optimizer(shared), shared.params) if option == 2 and wide else None
+
     def client_init(shared: ServerState, client: Client) -> _ClientState:
-        trained = local.start(shared, optimizer(shared))
-        # Sums of many terms: in float32 at least.
-        return _ClientState(trained, widen(optax.tree.zeros_like(client.entry)))
+        correction = optax.tree.sub(shared.opt_state.control, client.entry)
+        total = None
+        if rate(shared) is None:  # A sum of many terms: in float32 at least.
+            total = widen(optax.tree.zeros_like(client.entry))
+        return _ClientState(local.start(shared, optimizer(shared)), correction, total)
 
     def client_step(
         shared: ServerState,
@@ -112,28 +129,31 @@ def scaffold(
         batch: Batch,
         key: jax.Array,
     ) -> _ClientState:
-        (trained, total), control = client_state, client.entry
+        trained, correction, total = client_state
         gradient, aux = local.gradient(model, trained.params, trained, batch, key)
         if option == 1:
             at_server, _ = local.gradient(model, shared.params, trained, batch, key)
             total = optax.tree.add_scale(total, batch["mask"].sum(), at_server)
-        else:
+        elif total is not None:
             total = optax.tree.add(total, gradient)
-        corrected = jax.tree.map(
-            lambda g, own, mean: g - own + mean, gradient, control, shared.opt_state.control
-        )
-        return _ClientState(local.descend(optimizer(shared), trained, corrected, aux, batch), total)
+        corrected = optax.tree.add(gradient, correction)
+        trained = local.descend(optimizer(shared), trained, corrected, aux, batch)
+        return _ClientState(trained, correction, total)
 
     def client_final(
         shared: ServerState, client: Client, client_state: _ClientState
     ) -> ClientResult:
-        (trained, total), control = client_state, client.entry
+        trained, correction, total = client_state
+        result = local.result(shared, trained, client_weight(client, trained.num_examples))
         count = trained.num_examples if option == 1 else trained.num_steps
-        after = optax.tree.scale(1 / jnp.maximum(count, 1).astype(float), total)
-        after = optax.tree.cast_like(after, control)
-        return local.result(shared, trained, client_weight(client, trained.num_examples))._replace(
-            entry=after, statistics=optax.tree.sub(widen(after), widen(control))
-        )
+        share = 1 / jnp.maximum(count, 1).astype(float)
+        if (eta := rate(shared)) is None:
+            after = optax.tree.scale(share, total)
+        else:
+            after = optax.tree.sub(optax.tree.scale(share / eta, result.update), correction)
+        after = optax.tree.cast_like(after, client.entry)
+        change = optax.tree.sub(widen(after), widen(client.entry))
+        return result._replace(entry=after, statistics=change)
 
     return server.federated_algorithm(
         model,

@@ -90,8 +90,9 @@ def sweep(options: Sweep) -> None:
     varied = dict(map(varied_by, options.vary))
     if not varied or len(varied) < len(options.vary):
         raise UsageError("--vary is given twice for a setting, or not at all; name each once")
-    if options.fine_tune_epochs is not None or "fine_tune_epochs" in varied:
-        raise UsageError("--fine-tune-epochs does nothing in a sweep; leave it out")
+    for name in ("fine_tune_epochs", "fine_tune_steps"):
+        if getattr(options, name) is not None or name in varied:
+            raise UsageError(as_option(f"{name} does nothing in a sweep; leave it out"))
     base = settings_from(vars(options))
     with usage_errors(as_option):
         runs = [

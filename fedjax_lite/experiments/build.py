@@ -410,13 +410,14 @@ def _personal(
     loaded: Loaded,
 ) -> Partial | None:
     """What evaluates the params that clients have for themselves."""
-    client_model, num_epochs = algorithm.client_model, settings.fine_tune_epochs
-    if client_model is None and num_epochs is None:
+    client_model = algorithm.client_model
+    if client_model is None and not settings.fine_tunes:
         return None
-    if client_model is not None and num_epochs is not None:
+    if client_model is not None and settings.fine_tunes:
+        ((name, number),) = settings.fine_tunes.items()
         raise ValueError(
-            f"fine_tune_epochs is {num_epochs}, and clients of the algorithm have models for"
-            " themselves, which are evaluated; leave it out."
+            f"{name} is {number}, and clients of the algorithm have models for themselves, which"
+            " are evaluated; leave it out."
         )
     train, held_out, population = loaded.train, loaded.held_out, loaded.population
     files = None if train is None or held_out is None else (train, held_out)
@@ -454,7 +455,8 @@ def _personal(
             held_out_cohort,
             optimizer,
             key=key,
-            num_epochs=num_epochs or 1,
+            num_epochs=settings.fine_tune_epochs or 1,
+            num_steps=settings.fine_tune_steps,
             batch_size=batch_size,
             metrics=asked.metrics,
         )

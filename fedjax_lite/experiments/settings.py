@@ -74,6 +74,7 @@ class Settings:
         Larger is better, but for names that end in loss, perplexity, cross_entropy or error.
       fine_tune_epochs: Let each client train the model for so many epochs on its own examples after
         the last round, and evaluate it on its held-out ones; not done by default.
+      fine_tune_steps: The same, for so many steps.
       rounds: Number of rounds.
       seed: Determines everything random but the data.
       eval_every: Rounds between two evaluations.
@@ -104,10 +105,17 @@ class Settings:
     metrics: str | None = None
     metric: str | None = None
     fine_tune_epochs: int | None = None
+    fine_tune_steps: int | None = None
     rounds: int = 100
     seed: int = 0
     eval_every: int = 10
     lanes: int | None = None
+
+    @property
+    def fine_tunes(self) -> dict[str, int]:
+        """What says for how long clients train the model further, if they do."""
+        given = {name: getattr(self, name) for name in ("fine_tune_epochs", "fine_tune_steps")}
+        return {name: number for name, number in given.items() if number is not None}
 
 
 def settings_from(values: Mapping[str, Any]) -> Settings:
@@ -144,6 +152,7 @@ _AT_LEAST = {
     "batch_size": 1,
     "cohort_size": 1,
     "fine_tune_epochs": 1,
+    "fine_tune_steps": 1,
     "rounds": 1,
     "eval_every": 1,
     "lanes": 1,
@@ -187,11 +196,12 @@ def check(settings: Settings) -> None:
             raise ValueError(f"{name} is {value}; choose a positive number.")
     if settings.held_out is not None and not 0 < settings.held_out < 1:
         raise ValueError(f"held_out is {settings.held_out}; choose a fraction between 0 and 1.")
-    if settings.num_epochs is not None and settings.num_steps is not None:
-        raise ValueError(
-            f"num_epochs is {settings.num_epochs} beside num_steps {settings.num_steps}; choose one"
-            " of the two."
-        )
+    for epochs, steps in (("num_epochs", "num_steps"), ("fine_tune_epochs", "fine_tune_steps")):
+        given = getattr(settings, epochs), getattr(settings, steps)
+        if None not in given:
+            raise ValueError(
+                f"{epochs} is {given[0]} beside {steps} {given[1]}; choose one of the two."
+            )
     if settings.test is not None and settings.held_out is not None:
         raise ValueError(f"held_out is {settings.held_out} beside test; choose one.")
 
@@ -235,7 +245,7 @@ def calls_of(settings: Settings) -> Calls:
 
 def _trains(settings: Settings, algorithm: Any) -> bool:
     """Whether there is a use for a client optimizer."""
-    if settings.fine_tune_epochs is not None or not isinstance(algorithm, Call):
+    if settings.fine_tunes or not isinstance(algorithm, Call):
         return True
     return algorithm.takes("client_optimizer")
 

@@ -1,13 +1,19 @@
 """What needs how much memory, told where there is too little."""
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from fedjax_lite.base import PyTree
 from fedjax_lite.xla.rewrite import inner_jaxprs
+
+# Linux allows a process 65,530 mappings, of which a compiled program takes ten or more; XLA ends a
+# process that has none left. Two thirds of them stay for what is compiled before the next look.
+_MOST_MAPPINGS = 20_000
 
 
 @contextlib.contextmanager
@@ -33,6 +39,18 @@ def memory_errors(needs: Callable[[], Mapping[str, PyTree]]) -> Iterator[None]:
             ' host by memory_kind="pinned_host" or in a file by fl.store_in_file, or the data on'
             " disk by dataset.streamed()."
         ) from error
+
+
+def has_many_programs() -> bool:
+    """Whether so many programs are compiled that some must be forgotten before more are."""
+    maps = Path("/proc/self/maps")  # There is none but on Linux.
+    return maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPPINGS
+
+
+def forget_programs() -> None:
+    """Frees the compiled programs that nothing else refers to; they are compiled anew when used."""
+    jax.clear_caches()
+    gc.collect()
 
 
 def computed_bytes(function: Callable[..., PyTree], *args: PyTree) -> int:

@@ -310,12 +310,20 @@ def _sum_of_outer_products(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any
     wide = jnp.promote_types(dtype, jnp.float32)
     # Without the barrier, XLA would take the rows from what both operands are computed from.
     lhs, rhs = jax.lax.optimization_barrier((lhs, rhs))
-    rows = zip(lhs.astype(wide), rhs.astype(wide), strict=True)
-    # Transposed, as the gradient of a kernel is by autodiff: it transposes the result once more.
-    terms = [jnp.outer(y, x) for x, y in rows]
+    lhs, rhs = lhs.astype(wide), rhs.astype(wide)
+    shape = (1, rhs.shape[1], lhs.shape[1])
+
+    def outer(i: int) -> jax.Array:
+        x, y = (jax.lax.slice_in_dim(rows, i, i + 1) for rows in (lhs, rhs))
+        # Transposed, as the gradient of a kernel is by autodiff: it transposes the sum once more.
+        # By `jax.numpy`, it would be twice as many operations to compile.
+        broadcast = jax.lax.broadcast_in_dim
+        return jax.lax.mul(broadcast(y, shape, (0, 1)), broadcast(x, shape, (0, 2)))
+
+    terms = [outer(i) for i in range(lhs.shape[0])]
     # Several sums side by side: in a single one, each addition would wait for the one before.
-    sums = [functools.reduce(jnp.add, terms[i::4]) for i in range(min(4, len(terms)))]
-    return functools.reduce(jnp.add, sums).T.astype(dtype)
+    sums = [functools.reduce(jax.lax.add, terms[i::4]) for i in range(min(4, len(terms)))]
+    return functools.reduce(jax.lax.add, sums)[0].T.astype(dtype)
 
 
 _CONVOLUTIONS = {

@@ -35,7 +35,7 @@ _ALGORITHMS: dict[str, dict[str, Any]] = {
     },
     "MOON": {"algorithm": "moon(mu=1.0)"},
     "IFCA": {"algorithm": "ifca(num_clusters=2)"},
-    "Per-FedAvg": {"algorithm": "per_fed_avg(alpha=0.1)"},
+    "Per-FedAvg": {"algorithm": "per_fed_avg(alpha=0.1)", "fine_tune_steps": 1},
     "APFL": {"algorithm": "apfl"},
     "Ditto": {"algorithm": "ditto(mu=0.1)"},
     "pFedMe": {"algorithm": "p_fed_me(mu=1.0, learning_rate=0.1)"},

@@ -8,7 +8,10 @@ from fedjax_lite.experiments.published.table import Cell, Measure, Table
 _METHODS: dict[str, tuple[dict[str, Any], float | None]] = {
     "FedAvg": ({"algorithm": "fed_avg"}, 0.8585),
     "local": ({"algorithm": "fed_avg(personal='*')"}, None),
-    "Per-FedAvg": ({"algorithm": "per_fed_avg(alpha=0.005, weighting='examples')"}, 0.9510),
+    "Per-FedAvg": (
+        {"algorithm": "per_fed_avg(alpha=0.005, weighting='examples')", "fine_tune_steps": 1},
+        0.9510,
+    ),
     "pFedMe": (
         {"algorithm": "p_fed_me(mu=15.0, learning_rate=0.005)", "client_lr": 0.01},
         0.9725,

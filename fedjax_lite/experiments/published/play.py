@@ -19,6 +19,7 @@ from fedjax_lite.experiments.settings import Settings, to_settings
 from fedjax_lite.experiments.varying import algorithms_of, group_by_numbers, with_numbers
 from fedjax_lite.runs.step import play_round
 from fedjax_lite.samplers import Sampler
+from fedjax_lite.xla.memory import forget_programs, has_many_programs
 
 _ROWS = 256  # Rows of examples come in multiples of it.
 Curve = dict[str, list[Any]]
@@ -66,7 +67,8 @@ def play(
         those that they have for themselves, or else the server's on the examples of each.
       is_over: `is_over(curves)`: of each run, whether it ends before its last round.
       show: `show(round, curve)`, called with each evaluation of the first run that still goes on.
-      programs: Those of calls before, for runs on other data; those of this call are added.
+      programs: Those of calls before, for runs on other data; those of this call are added, and
+        all are forgotten where no more would fit.
 
     Raises:
       ValueError: A setting is out of range, or no examples are held out for each client.
@@ -76,6 +78,9 @@ def play(
     evaluation = _personal(built) if is_personal else built.evaluate
     data = _padded(_Data(built.population, evaluation.args))
     programs = {} if programs is None else programs
+    if has_many_programs():
+        programs.clear()
+        forget_programs()
     key = (_but_for_data(built, numbers), is_personal)
     metrics = (_metrics_of_clients if is_personal else _metrics)(evaluation.func)
     program = programs.get(key) or _program(algorithm, built.sampler, metrics)
