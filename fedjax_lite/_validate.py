@@ -119,6 +119,13 @@ def number(name: str, value: Any, *, positive: bool = False, maximum: float = np
     return value
 
 
+def finite(name: str, value: Any) -> Any:
+    """`value`, a finite scalar of any sign; a traced one is not looked at."""
+    if isinstance(value, jax.core.Tracer) or (np.ndim(value) == 0 and np.isfinite(value)):
+        return value
+    raise ValueError(f"{name} is {value!r}; choose a finite number.")
+
+
 def array(name: str, value: Any, remedy: str) -> None:
     """Refuses what is no array."""
     if not isinstance(value, (jax.Array, np.ndarray)):

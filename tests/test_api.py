@@ -138,7 +138,7 @@ NAMES = {
         *("dataset", "test", "held_out", "partition", "num_clients", "data_seed", "model"),
         *("algorithm", "num_epochs", "num_steps", "batch_size", "client_optimizer", "client_lr"),
         *("server_optimizer", "server_lr", "updates", "reducer", "sampler", "cohort_size"),
-        *("privacy", "metrics"),
+        *("privacy", "metrics", "metric"),
         *("fine_tune_epochs", "fine_tune_steps", "rounds", "seed", "eval_every", "lanes"),
     ],
     "fed_avg": [
@@ -264,7 +264,7 @@ NAMES = {
     ],
     "Experiment": [
         *("settings", "calls", "model", "algorithm", "population", "sampler", "privacy"),
-        *("evaluate", "held_out", "personal", "server_has_all"),
+        *("metric", "evaluate", "evaluate_clients", "held_out", "personal", "server_has_all"),
     ],
     "FederatedAlgorithm": ["init", "round", "client_model", "guarantees", "message_bits"],
     "FederatedDataset": ["examples", "offsets", "client_ids"],

@@ -159,7 +159,8 @@ def test_tells_which_runs_are_left_out_and_why(tmp_path, capsys, figures):
         f"fedjax-lite: {folders[1]} is left out of clients: clients.json cannot be read",
         f"fedjax-lite: {folders[2]} is left out of clients: clients.json is missing, which train"
         " writes at its end",
-        f"fedjax-lite: {folders[3]} is left out of loss and accuracy: it holds no evaluation",
+        f"fedjax-lite: {folders[3]} is left out of loss and accuracy: it holds no evaluation of"
+        " them",
     ]
     assert [len(axes.lines) for axes in figures["all.png"].axes] == [3, 3, 2]
     seeds = [write(tmp_path / f"seed{i}", seed=i, clients=[0.1]) for i in range(2)]
@@ -180,6 +181,6 @@ def test_what_is_no_run_is_told_in_one_line(tmp_path, capsys):
     assert "cannot be written" in refusal(capsys, a, "--out", tmp_path / "file" / "x")
     assert "cannot be written" in refusal(capsys, a, "--out", tmp_path / "x.docx")
     (a / "metrics.jsonl").write_text("")
-    assert "no loss and no accuracy" in refusal(capsys, a)
+    assert "holds no metrics so far" in refusal(capsys, a)
     (a / "config.json").write_text("[]")
     assert "is no JSON object" in refusal(capsys, a)

@@ -457,6 +457,18 @@ def test_sequences_that_do_not_fit_are_refused(texts, tmp_path):
         build(Settings(dataset=str(tmp_path / "s.npz"), cohort_size=1))
 
 
+def test_a_model_with_frozen_params_is_evaluated():
+    def net(input_shape, num_classes):
+        return fl.frozen(fl.models.mlp(input_shape, (4,), num_classes), "Dense_0/*")
+
+    found = fl.experiment(
+        dataset="synthetic(num_clients=3)", model=net, cohort_size=2, metrics="top_k(2)"
+    )
+    state = found.algorithm.init(jax.random.key(0))
+    assert found.server_has_all
+    assert sorted(found.evaluate(state)) == ["accuracy", "loss", "top_k"]
+
+
 def trained(built, num_rounds):
     return fl.train(
         built.algorithm, built.population, built.sampler, num_rounds, key=jax.random.key(0)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -300,6 +300,84 @@ def federated_algorithm(
         jax.eval_shape(send, random.fast(jax.random.key(0)), key_or_params)
         return sizes[0], sizes[1]
 
+    def train(
+        key: jax.Array,
+        state: ServerState,
+        received: ServerState,
+        cohort: Cohort,
+        versions: Versions | None,
+    ) -> CohortResult:
+        """What clients make of what they received, and keep."""
+        return run_clients(
+            client_update,
+            received,
+            cohort,
+            key,
+            batching=adapt_batch_size(cohort, batching, batch_size),
+            store=state.store if pipeline is None else (state.store, state.pipeline_store),
+            versions=versions,
+            frozen=state.frozen,
+            last_aggregate=state.last_aggregate,
+            on_nonfinite=options["on_nonfinite"],
+            reducer=reducer,
+            execution=execution,
+        )
+
+    def aggregate(
+        key: jax.Array,
+        server: ServerState,
+        cohort: Cohort,
+        versions: Versions | None,
+        result: CohortResult,
+    ) -> _Aggregated:
+        """What the reducer and the pipeline make of what clients sent."""
+        is_empty = result.weight == 0
+        # Whether anyone took part is private, too.
+        skip = jnp.bool_(False) if known.is_private else is_empty
+        weight = jnp.where(is_empty, 1, result.weight)
+        update, statistics = result.update, result.statistics
+        if reducer.finish is not None:
+            update = reducer.finish(update, weight)
+        metrics = result.reported
+        if reducer.keeps_last:
+            last = _like_params(update, server.params)
+            server = dataclasses.replace(server, last_aggregate=last)
+        if pipeline is not None:
+            statistics, of_pipeline = statistics
+            _check_clear(known, result.model_state, statistics)
+            bounds = pipeline.guarantees(Guarantees(), server.pipeline_state)
+            drift = functools.partial(_drift, server, versions, reducer, result, weight)
+            sent = Received(
+                aggregate=update,
+                statistics=of_pipeline,
+                sensitivity=reducer.sensitivity(bounds),
+                weights=result.clients["weight"],
+                cohort=cohort,
+                # Who takes part decides on it, and no noise is on that.
+                drift=None if known.is_private else drift,
+                released=bounds.released,
+            )
+            sent, pipeline_state, told = pipeline.server(key, server.pipeline_state, sent)
+            _validate.instance("what the server half of the pipeline returned", sent, Received)
+            update, metrics = sent.aggregate, metrics | told
+            skip |= ~is_empty & ~jnp.any(sent.weights != 0)
+            server = dataclasses.replace(server, pipeline_state=pipeline_state)
+        model_state = _mean_state(result.model_state, weight, is_empty, server.model_state)
+        update = _like_params(update, server.params)
+        return _Aggregated(update, model_state, statistics, metrics, skip, server)
+
+    def keep(state: ServerState, server: ServerState, result: CohortResult) -> ServerState:
+        """The state after the round, with what is kept beside what the server changes."""
+        store, pipeline_store = (result.store, ()) if pipeline is None else result.store
+        return dataclasses.replace(
+            server,
+            store=store,
+            pipeline_store=pipeline_store,
+            round=state.round + 1,
+            versions=write_version(state, server, num_versions),
+            frozen=state.frozen,
+        )
+
     @jax.jit
     def round(key: jax.Array, state: ServerState, cohort: Cohort) -> tuple[ServerState, RoundInfo]:
         warn_if_unconfigured()
@@ -311,80 +389,40 @@ def federated_algorithm(
         without_examples = dataclasses.replace(cohort, examples={})
         received, down_bits = send_down(key_server, server, without_examples)
         versions = read_versions(state, cohort, num_versions)
-        stores = state.store if pipeline is None else (state.store, state.pipeline_store)
-        result = run_clients(
-            client_update,
-            received,
-            cohort,
-            key,
-            batching=adapt_batch_size(cohort, batching, batch_size),
-            store=stores,
-            versions=versions,
-            frozen=state.frozen,
-            last_aggregate=state.last_aggregate,
-            on_nonfinite=options["on_nonfinite"],
-            reducer=reducer,
-            execution=execution,
-        )
-        is_empty = result.weight == 0
-        # Whether anyone took part is private, too.
-        skip = jnp.bool_(False) if known.is_private else is_empty
-        weight = jnp.where(is_empty, 1, result.weight)
-        aggregate, statistics = result.update, result.statistics
-        if reducer.finish is not None:
-            aggregate = reducer.finish(aggregate, weight)
-        metrics = result.reported
-        after = server
-        if reducer.keeps_last:
-            last = _like_params(aggregate, server.params)
-            after = dataclasses.replace(server, last_aggregate=last)
-        if pipeline is not None:
-            statistics, of_pipeline = statistics
-            if known.is_private and jax.tree.leaves((result.model_state, statistics)):
-                raise ValueError(
-                    "pipeline adds noise to updates, and clients send model state or statistics"
-                    " beside them, in the clear; choose a model without, such as one with GroupNorm"
-                    " in place of BatchNorm, or an algorithm that sends updates alone."
-                )
-            bounds = pipeline.guarantees(Guarantees(), server.pipeline_state)
-            sent = Received(
-                aggregate,
-                of_pipeline,
-                reducer.sensitivity(bounds),
-                result.clients["weight"],
-                without_examples,
-                # Who takes part decides on it, and no noise is on that.
-                None
-                if known.is_private
-                else functools.partial(_drift, server, versions, reducer, result, weight),
-                bounds.released,
-            )
-            sent, pipeline_state, told = pipeline.server(key_server, server.pipeline_state, sent)
-            _validate.instance("what the server half of the pipeline returned", sent, Received)
-            aggregate, metrics = sent.aggregate, metrics | told
-            skip |= ~is_empty & ~jnp.any(sent.weights != 0)
-            after = dataclasses.replace(after, pipeline_state=pipeline_state)
-        model_state = _mean_state(result.model_state, weight, is_empty, server.model_state)
-        aggregate = _like_params(aggregate, server.params)
-        after = _step(optimizer, after, aggregate, model_state, statistics, cohort)
-        after = jax.tree.map(lambda new, old: jnp.where(skip, old, new), after, server)
-        store, pipeline_store = (result.store, ()) if pipeline is None else result.store
-        after = dataclasses.replace(
-            after,
-            store=store,
-            pipeline_store=pipeline_store,
-            round=server.round + 1,
-            versions=write_version(state, after, num_versions),
-            frozen=state.frozen,
-        )
+        result = train(key, state, received, cohort, versions)
+        found = aggregate(key_server, server, without_examples, versions, result)
+        after = _step(optimizer, server, found, cohort)
+        after = keep(state, after, result)
         nonfinite = result.clients["nonfinite"]
         left_out = nonfinite if drop else jnp.zeros_like(nonfinite)
-        info = round_info(cohort, result, aggregate, server, down_bits, skip, left_out, metrics)
+        info = round_info(
+            *(cohort, result, found.update, server, down_bits, found.skip, left_out, found.metrics)
+        )
         return after, info
 
     guarantees = None if pipeline is None else lambda: known
     playing = Paced(round, check, around_files)
     return FederatedAlgorithm(init, playing, own.client_model, guarantees, message_bits)
+
+
+class _Aggregated(NamedTuple):
+    """What the server has of a round's clients, before it takes its step.
+
+    Attributes:
+      update: What the server optimizer is given, in the dtypes of the params.
+      model_state: The model state after the round.
+      statistics: What clients send beside.
+      metrics: What the reducer and the server half of the pipeline report.
+      skip: Whether no client contributed.
+      server: The state before the round, with what the reducer and the pipeline keep of this one.
+    """
+
+    update: PyTree
+    model_state: PyTree
+    statistics: PyTree
+    metrics: dict[str, jax.Array]
+    skip: jax.Array
+    server: ServerState
 
 
 def _check_late(own: ClientUpdate, pipeline: UpdateTransform | None, *, sends_more: bool) -> None:
@@ -416,6 +454,16 @@ def _check_late(own: ClientUpdate, pipeline: UpdateTransform | None, *, sends_mo
     ):
         if holds:
             raise ValueError(f"max_staleness is above 0, and {reason}")
+
+
+def _check_clear(known: Guarantees, model_state: PyTree, statistics: PyTree) -> None:
+    """Refuses what clients send in the clear beside updates that noise is added to."""
+    if known.is_private and jax.tree.leaves((model_state, statistics)):
+        raise ValueError(
+            "pipeline adds noise to updates, and clients send model state or statistics beside"
+            " them, in the clear; choose a model without, such as one with GroupNorm in place of"
+            " BatchNorm, or an algorithm that sends updates alone."
+        )
 
 
 def _mean_state(
@@ -471,25 +519,24 @@ def _like_params(aggregate: PyTree, params: PyTree) -> PyTree:
 def _step(
     optimizer: optax.GradientTransformationExtraArgs,
     server: ServerState,
-    aggregate: PyTree,
-    model_state: PyTree,
-    statistics: PyTree,
+    found: _Aggregated,
     cohort: Cohort,
 ) -> ServerState:
-    """The server's step along the aggregate."""
+    """The server's step along the aggregate; none where the round is skipped."""
     updates, opt_state = optimizer.update(
-        aggregate,
+        found.update,
         server.opt_state,
         server.params,
-        statistics=statistics,
+        statistics=found.statistics,
         num_clients=cohort.num_clients,
     )
-    return dataclasses.replace(
-        server,
+    after = dataclasses.replace(
+        found.server,
         params=optax.apply_updates(server.params, updates),
-        model_state=model_state,
+        model_state=found.model_state,
         opt_state=opt_state,
     )
+    return jax.tree.map(lambda new, old: jnp.where(found.skip, old, new), after, server)
 
 
 def _check_state(state: ServerState, made: Mapping[str, Callable[[PyTree], PyTree]]) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from fedjax_lite.cli.errors import UsageError, usage_errors
 from fedjax_lite.cli.runs import read_run
+from fedjax_lite.runs.main_metric import numbers_in
 from fedjax_lite.runs.plot.lines import MAX_CURVES, draw
 from fedjax_lite.runs.plot.of_runs import panels, title
 from fedjax_lite.runs.reading import Run, group_seeds, name_groups
@@ -17,18 +18,20 @@ from fedjax_lite.runs.reading import Run, group_seeds, name_groups
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """Draw loss, accuracy and the spread over clients of runs.
+    """Draw the metrics of runs, and how the one that they are judged by is spread over clients.
 
     Runs that differ in their seeds alone are drawn as one line, their mean, in a band of one
     standard deviation to either side.
 
     Attributes:
       runs: Folders of runs.
-      out: Folder for loss.png, accuracy.png and clients.png, which are replaced; or one file,
-        such as comparison.png or .pdf, for all of them side by side. By default, of one run, a
-        file of its name in the current folder.
-      against: What is on the other axis of loss and accuracy: round, or another number of the
-        rounds, such as wall_clock, the simulated seconds, seconds or bytes_up.
+      out: Folder for loss.png, accuracy.png and so on, and clients.png, which are replaced; or one
+        file, such as comparison.png or .pdf, for all of them side by side. By default, of one run,
+        a file of its name in the current folder.
+      metric: The only metric to draw, beside the loss, and of clients. By default all are, and of
+        clients the one that the runs are judged by, which is accuracy if they have it.
+      against: What is on the other axis of metrics: round, or another number of the rounds, such as
+        wall_clock, the simulated seconds, seconds or bytes_up.
       labels: Names of the lines, in the order of the runs; by default, the settings in which they
         differ.
     """
@@ -37,6 +40,7 @@ class Plot:
         Positional[tuple[Path, ...]], arg(metavar="DIR [DIR ...]", help_behavior_hint="")
     ]
     out: Path | None = None
+    metric: str | None = None
     against: str = "round"
     labels: tuple[str, ...] = ()
 
@@ -63,13 +67,13 @@ def plot(options: Plot) -> None:
     if len(groups) > MAX_CURVES:
         raise UsageError(f"these are {len(groups)} lines; choose runs for at most {MAX_CURVES}")
     with usage_errors():
-        shown = panels(groups, labels, options.against)
+        shown = panels(groups, labels, options.against, options.metric)
     try:
         files = draw(out, shown, title(groups))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"--out {out} cannot be written: {reason}") from None
-    for line in left_out(runs):
+    for line in left_out(runs, dict.fromkeys(panel.metric for panel in shown)):
         print(f"fedjax-lite: {line}", file=sys.stderr)
     print("\n".join(map(str, files)))
 
@@ -82,12 +86,14 @@ def _default_file(run: Path) -> Path:
     return file
 
 
-def left_out(runs: Sequence[Run]) -> list[str]:
-    """Which pictures lack a run that another one is in, and why."""
+def left_out(runs: Sequence[Run], metrics: Iterable[str]) -> list[str]:
+    """Which pictures, of which metrics, lack a run that another one is in, and why."""
     told = []
     for run in runs:
-        if not run.evaluations and any(other.evaluations for other in runs):
-            told.append(f"{run.folder} is left out of loss and accuracy: it holds no evaluation")
+        held = numbers_in(run.evaluations.values())
+        missing = " and ".join(metric for metric in metrics if metric not in held)
+        if missing and any(other.evaluations for other in runs):
+            told.append(f"{run.folder} is left out of {missing}: it holds no evaluation of them")
         if not run.clients and any(other.clients for other in runs):
             damaged = (run.folder / "clients.json").exists()
             why = "cannot be read" if damaged else "is missing, which train writes at its end"

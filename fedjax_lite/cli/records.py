@@ -89,8 +89,17 @@ def _check_same(out: Path, about: dict[str, Any], what: str) -> None:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
     with usage_errors():
         kept = read_object(out / "config.json")
-    if kept != json.loads(json.dumps(about)):
+    if _set(kept) != _set(json.loads(json.dumps(about))):
         raise UsageError(f"--out {out} holds {what} of other settings; choose another folder")
+
+
+def _set(about: dict[str, Any]) -> dict[str, Any]:
+    """What is set: a setting that is null may be younger than the folder."""
+    return {
+        name: _set(value) if isinstance(value, dict) else value
+        for name, value in about.items()
+        if value is not None
+    }
 
 
 def cannot_write(out: Path, error: OSError) -> UsageError:

@@ -18,6 +18,7 @@ from fedjax_lite.cli.hosts import lost
 from fedjax_lite.cli.records import cannot_write, new_folder
 from fedjax_lite.cli.runs import read_run
 from fedjax_lite.experiments.build import Experiment
+from fedjax_lite.runs.main_metric import better, by_metric, in_order, numbers_in
 from fedjax_lite.runs.plot.lines import draw
 from fedjax_lite.runs.plot.of_runs import panels, title
 from fedjax_lite.runs.progress import progress
@@ -95,7 +96,8 @@ def run_recorded(
     def on_eval(row: dict[str, Any]) -> None:
         nonlocal text
         recorder.on_eval(row)
-        text = f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}"
+        names = in_order(numbers_in([row]), built.metric)
+        text = "  ".join(f"{name} {written_out(row[name])}" for name in names)
         if "epsilon" in row:
             text += f"  epsilon {row['epsilon']:.2f}"
         show(row["round"], text, True)
@@ -117,8 +119,8 @@ def run_recorded(
                     on_resume=recorder.on_resume,
                     stop=stop,
                     ema_decay=ema_decay,
-                    best="accuracy",
-                    best_mode="max",
+                    best=built.metric,
+                    best_mode=better(built.metric),
                     checkpoints=fl.Checkpoints(out / "checkpoints", every=checkpoint_every),
                     privacy=built.privacy,
                 )
@@ -138,19 +140,32 @@ def run_recorded(
         raise UsageError(f"{out}: {error.strerror}; make room, and {goes_on}") from None
     evaluations = result.history.evaluations
     return {
+        **by_metric(evaluations),
+        "metrics": in_order(numbers_in(evaluations), built.metric),
+        "metric": built.metric,
         "out": str(out),
         **json.loads((out / "config.json").read_text()),
         "rounds": [row["round"] for row in evaluations],
-        "loss": [row["loss"] for row in evaluations],
-        "accuracy": [row["accuracy"] for row in evaluations],
         **_told_of_privacy(result),
-        **({} if personal is None else {"personal_accuracy": float(personal.pooled["accuracy"])}),
+        **told_of_personal(personal),
         "stopped": result.stopped,
         "compile_s": result.compile_s,
         "run_s": result.run_s,
         "client_updates_per_s": result.client_updates_per_s,
         "examples_per_s": result.examples_per_s,
     }
+
+
+def written_out(value: float) -> str:
+    """A number with four decimals; of what is very small or large, four digits."""
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:#.4g}"
+
+
+def told_of_personal(found: fl.ClientEvaluation | None) -> dict[str, Any]:
+    """The metrics of the models that clients have for themselves, on the examples of all."""
+    if found is None:
+        return {}
+    return {f"personal_{name}": np.asarray(x).tolist() for name, x in found.pooled.items()}
 
 
 def _told_of_privacy(result: fl.TrainResult) -> dict[str, Any]:
@@ -181,13 +196,11 @@ def _clients(
     """How the model, and that of its own, does on the held-out examples of each client."""
     if built.held_out is None:
         return None
-    everyone = fl.cohort_of(built.held_out.resident(), np.arange(built.held_out.num_clients))
-    state = result.averaged or result.state
     found = personal if personal and not built.server_has_all else None
-    found = found or fl.evaluate_clients(built.model, state, everyone)
+    found = found or built.evaluate_clients(result.averaged or result.state, built.held_out)
     report = {name: np.asarray(values).tolist() for name, values in found.clients.items()}
-    if personal is not None:
-        report["personal_accuracy"] = np.asarray(personal.clients["accuracy"]).tolist()
+    for name, values in ({} if personal is None else personal.clients).items():
+        report[f"personal_{name}"] = np.asarray(values).tolist()
     return {**report, "num_examples": built.held_out.num_examples.tolist()}
 
 
@@ -205,15 +218,15 @@ def print_report(report: dict[str, Any], heading: str = "on held-out examples") 
     rounds = report["rounds"]
     for column in ("", f"after round {rounds[0]}", f"after round {rounds[-1]}"):
         table.add_column(column, justify="right" if column else "left")
-    for name, digits in (("loss", 4), ("accuracy", 3)):
-        first, last = report[name][0], report[name][-1]
-        table.add_row(name, f"{first:.{digits}f}", f"{last:.{digits}f}")
+    for name in report["metrics"]:
+        table.add_row(name, *(written_out(report[name][place]) for place in (0, -1)))
     console = rich.console.Console(markup=False)
     console.print(table)
-    if "personal_accuracy" in report:
+    metric = report["metric"]
+    if f"personal_{metric}" in report:
         console.print(
-            f"accuracy {report['personal_accuracy']:.4f} with the models that clients have for"
-            " themselves",
+            f"{metric} {written_out(report[f'personal_{metric}'])} with the models that clients"
+            " have for themselves",
             soft_wrap=True,
         )
     if "privacy" in report:

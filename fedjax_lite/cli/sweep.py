@@ -21,6 +21,7 @@ from fedjax_lite.cli.brief import told_briefly
 from fedjax_lite.cli.errors import UsageError, finishing, usage_errors
 from fedjax_lite.cli.hosts import Hosts, join, lost, new_console, of_first
 from fedjax_lite.cli.records import kept_folder, new_folder
+from fedjax_lite.cli.running import written_out
 from fedjax_lite.cli.runs import read_run
 from fedjax_lite.cli.train import as_option
 from fedjax_lite.cli.vary import is_traced, varied_by
@@ -32,6 +33,7 @@ from fedjax_lite.experiments.varying import (
     group_by_program,
     varied_settings,
 )
+from fedjax_lite.runs.main_metric import by_metric, in_order, main_metric, numbers_in
 from fedjax_lite.runs.plot.lines import MAX_CURVES, draw
 from fedjax_lite.runs.plot.of_runs import panels, title
 from fedjax_lite.runs.reading import group_seeds, name_groups, number
@@ -168,19 +170,22 @@ def _report(
     groups = group_seeds(recorded)
     if len(groups) <= MAX_CURVES:
         draw(out, panels(groups, name_groups(groups)), title(groups))
+    metrics = numbers_in([row for run in recorded for row in run.evaluations.values()])
+    metric = main_metric(metrics, options.metric)
     report = {
         "out": str(out),
         **machine(),
         "vary": varied,
+        "metrics": in_order(metrics, metric),
+        "metric": metric,
         "programs": num_programs,
         "run_s": run_s,
         "runs": [
             {
+                **by_metric(found.evaluations.values()),
                 **run.values,
                 "folder": folder.name,
                 "rounds": list(found.evaluations),
-                "loss": [row["loss"] for row in found.evaluations.values()],
-                "accuracy": [row["accuracy"] for row in found.evaluations.values()],
             }
             for run, folder, found in zip(runs, folders, recorded, strict=True)
         ],
@@ -253,13 +258,13 @@ def _count(number: int, thing: str) -> str:
 def _print_report(report: dict[str, Any], console: rich.console.Console) -> None:
     names = [name for name in report["vary"] if name != "seed"]
     table = rich.table.Table(title="after the last round, on held-out examples")
-    for column in (*names, "runs", "loss", "accuracy"):
+    for column in (*names, "runs", *report["metrics"]):
         table.add_column(column, justify="right")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in report["runs"]:
         groups.setdefault(tuple(run[name] for name in names), []).append(run)
     for values, runs in groups.items():
-        last = ([number(run[metric][-1]) for run in runs] for metric in ("loss", "accuracy"))
+        last = ([number(run.get(name, [None])[-1]) for run in runs] for name in report["metrics"])
         spread = map(_spread, last)
         table.add_row(*map(str, values), str(len(runs)), *spread)
     console.print(table)
@@ -268,5 +273,5 @@ def _print_report(report: dict[str, Any], console: rich.console.Console) -> None
 
 
 def _spread(values: Sequence[float]) -> str:
-    deviation = f" ± {np.std(values):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{deviation}"
+    deviation = f" ± {written_out(float(np.std(values)))}" if len(values) > 1 else ""
+    return f"{written_out(float(np.mean(values)))}{deviation}"

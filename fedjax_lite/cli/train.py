@@ -22,6 +22,7 @@ from fedjax_lite.cli.runs import RULES, read_settings
 from fedjax_lite.engine.execution import Execution, choose_lanes
 from fedjax_lite.experiments.build import Experiment, build
 from fedjax_lite.experiments.settings import Settings, settings_from
+from fedjax_lite.runs.main_metric import better
 from fedjax_lite.runs.records import jsonable, machine
 from fedjax_lite.runs.step import draw
 from fedjax_lite.runs.stopping import StopRule
@@ -51,7 +52,7 @@ class Train(Hosts, Settings):
       resume: Folder of a run to go on with, by the settings that it has; more rounds, other
         rules that end it and other lanes may be set beside it.
       checkpoint_every: Rounds between checkpoints; there is always one at the end.
-      target: Accuracy at which to stop.
+      target: Value of the metric that runs are judged by (--metric) at which to stop.
       patience: Evaluations without a lower loss after which to stop.
       max_seconds: Seconds after which to stop.
       ema_decay: Decay by round, below 1, of a moving average of the params, which is then what
@@ -88,7 +89,7 @@ def train(options: Train) -> None:
     join(options)
     with usage_errors(as_option):
         built = all_or_none(lambda: build(settings_from(vars(options))))
-        _check(options)
+        _check(options, built.metric)
     settings = {
         **dataclasses.asdict(built.settings),
         **{name: getattr(options, name) for name in RULES},
@@ -102,7 +103,7 @@ def train(options: Train) -> None:
             of_first(lambda: _folder(options, settings)),
             settings,
             resumed_by="train --resume",
-            stop=_stop_rules(options),
+            stop=_stop_rules(options, built.metric),
             ema_decay=options.ema_decay,
             store_in_file=options.store_in_file,
             checkpoint_every=options.checkpoint_every,
@@ -123,10 +124,11 @@ def as_option(message: str) -> str:
     return message
 
 
-def _check(options: Train) -> None:
+def _check(options: Train, metric: str) -> None:
     """Refuses what is out of range before anything is written."""
+    accuracy = ("target", lambda x: 0 < x <= 1, "an accuracy above 0, and up to 1")
     for name, inside, range_ in (
-        ("target", lambda x: 0 < x <= 1, "an accuracy above 0, and up to 1"),
+        accuracy if metric == "accuracy" else ("target", math.isfinite, f"a finite {metric}"),
         ("patience", lambda x: x >= 1, "at least 1 evaluation"),
         ("max_seconds", lambda x: x > 0, "a positive number"),
         ("ema_decay", lambda x: 0 <= x < 1, "a number that is at least 0, and below 1"),
@@ -137,10 +139,10 @@ def _check(options: Train) -> None:
             raise ValueError(f"{name} is {value}; choose {range_}.")
 
 
-def _stop_rules(options: Train) -> list[StopRule]:
+def _stop_rules(options: Train, metric: str) -> list[StopRule]:
     rules = []
     if options.target is not None:
-        rules.append(fl.stopping.target("accuracy", options.target))
+        rules.append(fl.stopping.target(metric, options.target, mode=better(metric)))
     if options.patience is not None:
         rules.append(fl.stopping.patience("loss", options.patience))
     if options.max_seconds is not None:

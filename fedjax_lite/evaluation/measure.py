@@ -11,7 +11,7 @@ from fedjax_lite.base import Batch, PyTree
 from fedjax_lite.evaluation.metrics import Metric, mean
 from fedjax_lite.models.model import Model, applying
 
-_VALUES = mean(lambda values, batch: values)
+MEAN = mean(lambda values, batch: values)
 
 
 class Measure(NamedTuple):
@@ -30,10 +30,10 @@ class Measure(NamedTuple):
         for name, values in metrics.items():
             where = f"metric {name!r} of model.metrics"
             _validate.per_example(where, values.shape, batch["mask"].shape[0])
-        return {name: _VALUES.from_batch(values, batch) for name, values in metrics.items()}
+        return {name: MEAN.from_batch(values, batch) for name, values in metrics.items()}
 
     def results(self, sums: dict[str, PyTree]) -> dict[str, jax.Array]:
-        metrics = dict.fromkeys(sums, _VALUES) if self.metrics is None else dict(self.metrics)
+        metrics = dict.fromkeys(sums, MEAN) if self.metrics is None else dict(self.metrics)
         return {name: metrics[name].result(total) for name, total in sums.items()}
 
     def zeros(self, params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, PyTree]:

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,14 +22,17 @@ from fedjax_lite.evaluation import (
     evaluate_clients,
     evaluate_fine_tuned,
 )
+from fedjax_lite.evaluation.metrics import Metric
 from fedjax_lite.experiments import expressions
 from fedjax_lite.experiments.expressions import Call, written
 from fedjax_lite.experiments.loading import Loaded, load
+from fedjax_lite.experiments.measuring import Measured, measured, shapes
 from fedjax_lite.experiments.settings import Calls, Settings, calls_of, to_settings
 from fedjax_lite.experiments.tables import ROLES, SCHEDULES
 from fedjax_lite.models.model import Model
 from fedjax_lite.privacy.accounting import Budget, calibrate, ledger_of
 from fedjax_lite.runs import TrainResult, train
+from fedjax_lite.runs.main_metric import main_metric
 from fedjax_lite.samplers import Sampler
 from fedjax_lite.updates import chain
 from fedjax_lite.xla import replicate
@@ -49,8 +52,11 @@ class Experiment(NamedTuple):
       population: The clients.
       sampler: Who takes part.
       privacy: What is accounted for; `None` if nothing is.
-      evaluate: `evaluate(state) -> {metric: scalar}`, on all held-out examples; of models of which
+      metric: The metric that runs are judged by.
+      evaluate: `evaluate(state) -> {metric: value}`, on all held-out examples; of models of which
         the server has only a part, or several, each client's on its own. A `Partial` with the data.
+      evaluate_clients: `evaluate_clients(state, dataset) -> evaluation`, by the same metrics, of
+        the server's model on the examples of each client.
       held_out: The held-out examples of each client; `None` where clients are generated.
       personal: `personal(state, key) -> evaluation`, of the params that each client has for itself
         on its held-out examples: those that the algorithm gives it, or the server's, fine-tuned.
@@ -65,7 +71,9 @@ class Experiment(NamedTuple):
     population: Population
     sampler: Sampler
     privacy: Budget | None
+    metric: str
     evaluate: Partial
+    evaluate_clients: Callable[[ServerState, FederatedDataset], ClientEvaluation]
     held_out: FederatedDataset | None
     personal: Partial | None
     server_has_all: bool
@@ -146,15 +154,19 @@ def build(settings: Settings, datasets: tuple[FederatedDataset, ...] | None = No
     algorithm = algorithm_of(calls, settings, model, sampler.max_staleness)
     if privacy is not None:
         ledger_of(privacy, algorithm, sampler, settings.rounds)  # Refuses it at once.
-    metrics = _metrics(calls, loaded)
+    asked = measured(model, _metrics(calls, loaded), loaded.examples)
+    metric = main_metric(asked.numbers, settings.metric)
     on_device = replicate({name: jnp.asarray(x) for name, x in loaded.examples.items()})
 
-    def measured(state: ServerState, examples: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        found = evaluate(model, state, examples)
-        return {**found, **(evaluate(model, state, examples, metrics=metrics) if metrics else {})}
+    @jax.jit
+    def evaluate_on(state: ServerState, examples: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return evaluate(asked.model, state, examples, metrics=asked.metrics)
 
-    evaluate_on = jax.jit(measured)
-    personal = _personal(settings, calls, model, algorithm, loaded)
+    def on_clients(state: ServerState, dataset: FederatedDataset) -> ClientEvaluation:
+        everyone = cohort_of(dataset.resident(), np.arange(dataset.num_clients))
+        return evaluate_clients(asked.model, state, everyone, metrics=asked.metrics)
+
+    personal = _personal(settings, calls, asked, algorithm, loaded)
     evaluate_personal = None if personal is None else personal.func
     server_has_all = _server_has_all(model, algorithm)
 
@@ -175,7 +187,9 @@ def build(settings: Settings, datasets: tuple[FederatedDataset, ...] | None = No
         population=loaded.population,
         sampler=sampler,
         privacy=privacy,
+        metric=metric,
         evaluate=Partial(evaluated, on_device, *(personal.args if personal else ())),
+        evaluate_clients=on_clients,
         held_out=loaded.held_out,
         personal=personal,
         server_has_all=server_has_all,
@@ -300,18 +314,8 @@ def _model(value: Any, loaded: Loaded) -> Model:
             f"model is {told}, of {model.num_classes} classes or ids, and the data have"
             f" {loaded.num_classes}; choose at least as many."
         )
-    batch = {
-        name: jax.ShapeDtypeStruct((2, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
-        for name, x in examples.items()
-    }
-    batch["mask"] = jax.ShapeDtypeStruct((2,), bool)
-
-    def try_on(key: jax.Array, batch: dict[str, jax.Array]) -> Any:
-        params, model_state = model.init(key)
-        return model.metrics(params, model_state, batch)
-
     try:
-        jax.eval_shape(try_on, jax.random.key(0), batch)
+        shapes(model.metrics, model, examples)
     except Exception as error:
         x = examples["x"]
         raise ValueError(
@@ -385,7 +389,7 @@ def _asks_for(name: str, call: Call) -> bool:
     return call.takes(name) or any(_asks_for(name, value) for value in inside)
 
 
-def _metrics(calls: Calls, loaded: Loaded) -> dict[str, Any]:
+def _metrics(calls: Calls, loaded: Loaded) -> dict[str, Metric]:
     """Metrics by the name that they are recorded under."""
     if not isinstance(calls.metrics, list):
         return dict(calls.metrics or {})
@@ -401,7 +405,7 @@ def _metrics(calls: Calls, loaded: Loaded) -> dict[str, Any]:
 def _personal(
     settings: Settings,
     calls: Calls,
-    model: Model,
+    asked: Measured,
     algorithm: FederatedAlgorithm,
     loaded: Loaded,
 ) -> Partial | None:
@@ -439,10 +443,13 @@ def _personal(
     ) -> ClientEvaluation:
         if client_model is not None:
             return evaluate_clients(
-                model, state, held_out_cohort, client_model=client_model, key=key
+                *(asked.model, state, held_out_cohort),
+                metrics=asked.metrics,
+                client_model=client_model,
+                key=key,
             )
         _, after = evaluate_fine_tuned(
-            model,
+            asked.model,
             state,
             cohort,
             held_out_cohort,
@@ -451,6 +458,7 @@ def _personal(
             num_epochs=settings.fine_tune_epochs or 1,
             num_steps=settings.fine_tune_steps,
             batch_size=batch_size,
+            metrics=asked.metrics,
         )
         return after
 

@@ -66,6 +66,9 @@ class Settings:
         With epsilon=3 in it, all rounds together spend no more: gaussian_noise() in the updates,
         without a noise_multiplier, then has the least noise.
       metrics: Metrics beside the model's own, such as "top_k(5), perplexity".
+      metric: Metric that runs are judged by: the best model, a target, the picture of clients. By
+        default accuracy, or else the first other one by name, or else the loss. Larger is better,
+        except for names that end in loss, perplexity, cross_entropy or error.
       fine_tune_epochs: Let each client train the model for so many epochs on its own examples after
         the last round, and evaluate it on its held-out ones; not done by default.
       fine_tune_steps: The same, for so many steps.
@@ -97,6 +100,7 @@ class Settings:
     cohort_size: int | None = None
     privacy: str | None = None
     metrics: str | None = None
+    metric: str | None = None
     fine_tune_epochs: int | None = None
     fine_tune_steps: int | None = None
     rounds: int = 100

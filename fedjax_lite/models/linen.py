@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from fedjax_lite.base import Batch, PyTree
 from fedjax_lite.models import modules
-from fedjax_lite.models.model import Model
+from fedjax_lite.models.model import Model, with_loss
 
 
 def linen_model(
@@ -32,8 +32,8 @@ def linen_model(
       example: An input of one batch, for its shape and dtype only: `[batch, ...]`. Of a module with
         several inputs a tuple of them, or a dict by argument, as for `inputs`.
       loss: `loss(predictions, batch) -> losses [batch]`.
-      metrics: `metrics(predictions, batch) -> {name: values [batch]}`; the loss alone
-        if left out.
+      metrics: `metrics(predictions, batch) -> {name: values [batch]}`, beside the loss, which is
+        among them in any case.
       inputs: Name of the input feature; of several a tuple, such as `("words", "tags")`, or a dict
         of features by argument, such as `{"tokens": "words", "segments": "tags"}`.
 
@@ -98,10 +98,7 @@ def linen_model(
         return module.apply(variables(params, model_state), *args, **kwargs, **options)
 
     def metrics_fn(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        predictions = predict(params, model_state, batch)
-        if metrics is None:
-            return {"loss": loss(predictions, batch)}
-        return metrics(predictions, batch)
+        return with_loss(loss, metrics)(predict(params, model_state, batch), batch)
 
     def batch_statistics(drawn: PyTree, batch: Batch) -> PyTree:
         params, model_state = drawn

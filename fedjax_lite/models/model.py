@@ -56,8 +56,8 @@ def function_model(
     Args:
       loss: `loss(params, batch) -> losses [batch]`, one loss per example.
       init: `init(key) -> params`. Without it, `algorithm.init` takes params only.
-      metrics: `metrics(params, batch) -> {name: values [batch]}`; the loss alone if
-        left out.
+      metrics: `metrics(params, batch) -> {name: values [batch]}`, beside the loss, which is among
+        them in any case.
       predict: `predict(params, batch) -> predictions`, for `fl.metrics`.
 
     Returns:
@@ -89,7 +89,7 @@ def function_model(
 
     def metrics_fn(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
         del model_state
-        return {"loss": loss(params, batch)} if metrics is None else metrics(params, batch)
+        return with_loss(loss, metrics)(params, batch)
 
     return Model(
         init=init_fn,
@@ -99,6 +99,18 @@ def function_model(
         if predict is None
         else lambda params, model_state, batch: predict(params, batch),
     )
+
+
+def with_loss(
+    loss: Callable[..., jax.Array], metrics: Callable[..., dict[str, jax.Array]] | None
+) -> Callable[..., dict[str, jax.Array]]:
+    """Metrics with the loss among them, if it is not."""
+
+    def told(*args: Any) -> dict[str, jax.Array]:
+        found = {} if metrics is None else metrics(*args)
+        return found if "loss" in found else {"loss": loss(*args), **found}
+
+    return told
 
 
 @contextlib.contextmanager

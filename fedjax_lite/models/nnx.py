@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from fedjax_lite import _validate
 from fedjax_lite.base import Batch, PyTree
 from fedjax_lite.models import modules
-from fedjax_lite.models.model import Model
+from fedjax_lite.models.model import Model, with_loss
 from fedjax_lite.xla import random
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def nnx_model(
         and `mask`, the `[batch]` of the real examples, its `__call__` is given what it takes; one
         with BatchNorm must take `mask`, and hand it to its `BatchNorm` layers.
       loss: `loss(predictions, batch) -> losses [batch]`.
-      metrics: `metrics(predictions, batch) -> {name: values [batch]}`; the loss alone
-        if left out.
+      metrics: `metrics(predictions, batch) -> {name: values [batch]}`, beside the loss, which is
+        among them in any case.
       inputs: Name of the input feature; of several a tuple, or a dict of features by argument.
 
     Returns:
@@ -136,9 +136,6 @@ def nnx_model(
         return apply(params, model_state, batch, jax.random.key(0), train=False)[0]
 
     def metrics_fn(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        predictions = predict(params, model_state, batch)
-        if metrics is None:
-            return {"loss": loss(predictions, batch)}
-        return metrics(predictions, batch)
+        return with_loss(loss, metrics)(predict(params, model_state, batch), batch)
 
     return Model(init_fn, loss_fn, metrics_fn, predict)

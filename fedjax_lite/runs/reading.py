@@ -60,7 +60,11 @@ def read_run(folder: Path) -> Run:
         clients = read_object(folder / "clients.json")
     return Run(
         folder=folder,
-        settings={name: settings[name] for name in settings if name not in _NOT_SETTINGS},
+        settings={
+            name: value
+            for name, value in settings.items()
+            if name not in _NOT_SETTINGS and value is not None  # Null is as good as left out.
+        },
         seed=settings.get("seed"),
         rounds={row["round"]: row for row in rows if row.get("kind") == "round"},
         # The rows of the quickstart have no kind: they are evaluations.

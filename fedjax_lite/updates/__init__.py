@@ -5,16 +5,14 @@ for the server; `chain` composes them.
 """
 
 from fedjax_lite.updates.adaptive import adaptive_clip, adaptive_zero
-from fedjax_lite.updates.attacks import (
-    gaussian_update,
+from fedjax_lite.updates.clipping import cap_weight, clip_by_norm, clip_per_array, zero_by_norm
+from fedjax_lite.updates.colluding_attacks import (
     inner_product_manipulation,
     little_is_enough,
     mimic,
     min_max,
-    scaled_update,
     sign_flip,
 )
-from fedjax_lite.updates.clipping import cap_weight, clip_by_norm, clip_per_array, zero_by_norm
 from fedjax_lite.updates.common_rotation import common_rotation
 from fedjax_lite.updates.discrete_noise import discrete_gaussian_noise
 from fedjax_lite.updates.feedback import ef21, error_feedback
@@ -23,6 +21,7 @@ from fedjax_lite.updates.geometric_median import centered_clipping, geometric_me
 from fedjax_lite.updates.hostile import hostile_clients
 from fedjax_lite.updates.krum import bulyan, krum, multi_krum
 from fedjax_lite.updates.local_privacy import local_gaussian_noise, local_laplace_noise
+from fedjax_lite.updates.lone_attacks import gaussian_update, scaled_update
 from fedjax_lite.updates.low_rank import low_rank, power_sgd
 from fedjax_lite.updates.matrix_factorization import toeplitz_noise, tree_noise
 from fedjax_lite.updates.mixing import (

@@ -38,7 +38,8 @@ def walsh_hadamard(x: jax.Array) -> jax.Array:
             sum(part if sign > 0 else -part for sign, part in zip(row, parts, strict=True))
             for row in _hadamard(radix)
         ]
-        # Or XLA:CPU would do the sums of a stage once more for each place where they are used.
+        # Or XLA:GPU would do the sums of a stage once more for each place where they are used: 2^18
+        # entries take 7 kernels, without it 10 and a fifth more traffic. XLA:CPU takes no notice.
         x, stride = jax.lax.optimization_barrier(jnp.stack(signed, -2)), radix * stride
     return x.reshape(shape)
 

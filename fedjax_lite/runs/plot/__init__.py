@@ -128,10 +128,10 @@ def clients(
         values = np.asarray(evaluation.clients[metric])
         values = values[np.isfinite(values)]
         _require_some("evaluations", values.tolist())
-        spread = np.percentile(values, drawing.PERCENT)[None]
-        lines.append((place, drawing.Curve(name, drawing.PERCENT, spread)))
+        lines.append((place, drawing.over_clients(name, metric, [values])))
     _require_some("evaluations", lines)
-    panel = drawing.Panel("clients", f"{metric} on a client's examples", lines)
+    ylabel = f"{metric} on a client's examples"
+    panel = drawing.Panel(metric, ylabel, lines, drawing.CLIENTS)
     return drawing.on_axes(panel, axes)
 
 
@@ -194,7 +194,7 @@ def timeline(
 
 def runs(
     folders: str | PathLike[str] | Sequence[str | PathLike[str]],
-    metric: str = "accuracy",
+    metric: str | None = None,
     *,
     labels: Sequence[str] | None = None,
     axes: "Axes | None" = None,
@@ -207,8 +207,8 @@ def runs(
     Args:
       folders: Folders of runs (of `fl.Recorder` or `fedjax-lite train`), or one that holds such
         folders, as that of a sweep does.
-      metric: "accuracy" or "loss", by round; or "clients", the accuracy on the examples of each
-        client.
+      metric: Name of a metric of the evaluations; or "clients", for how it is spread over clients.
+        By default the one that the runs are judged by: accuracy, if they have it.
       labels: Names of the lines; by default, the settings in which they differ.
       axes: Where to draw; new ones by default.
 
@@ -220,13 +220,14 @@ def runs(
       ImportError: matplotlib is missing.
     """
     drawing = _drawing()
-    from fedjax_lite.runs.plot.of_runs import panels, title
+    from fedjax_lite.runs.plot.of_runs import judged_by, panels, title
 
     groups = reading.group_seeds(reading.read_folders(folders))
     names = reading.name_groups(groups) if labels is None else list(labels)
     if len(names) != len(groups):
         raise ValueError(f"labels has {len(names)} names for {len(groups)} lines; give each one.")
     by_name = {panel.name: panel for panel in panels(groups, names)}
+    metric = judged_by(groups) if metric is None else metric
     _validate.choice("metric", metric, list(by_name))
     drawn = drawing.on_axes(by_name[metric], axes)
     drawn.set_title(title(groups))

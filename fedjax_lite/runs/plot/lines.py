@@ -10,11 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fedjax_lite.runs.main_metric import better
 from fedjax_lite.runs.plot.style import COLORS, new_axes, save, tidy
 
 _STYLES = ("-", "--", ":", "-.")
 _PER_STYLE = 4
-PERCENT = np.arange(101)  # Where the spread over clients is read off.
+CLIENTS = "clients"
+_PERCENT = np.arange(101)  # Where the spread over clients is read off.
 MAX_CURVES = _PER_STYLE * len(_STYLES)
 SPREAD = "mean \N{PLUS-MINUS SIGN} standard deviation"
 
@@ -37,16 +39,32 @@ class Panel(NamedTuple):
     """One picture.
 
     Attributes:
-      name: loss, accuracy or clients.
+      metric: Of what it is.
       ylabel: What the values are.
       curves: The lines, each with the number of its colour.
-      xlabel: What `x` is, unless it is of clients.
+      xlabel: What `x` is: rounds, or another number of theirs, or clients.
     """
 
-    name: str
+    metric: str
     ylabel: str
     curves: Sequence[tuple[int, Curve]]
     xlabel: str = "round"
+
+    @property
+    def name(self) -> str:
+        return self.metric if self.xlabel != CLIENTS else CLIENTS
+
+
+def over_clients(label: str, metric: str, values: Sequence[np.ndarray]) -> Curve:
+    """The line of clients from the worst to the best.
+
+    Args:
+      label: What the legend says.
+      metric: What the values are of.
+      values: Of each seed, those of its clients.
+    """
+    percent = _PERCENT if better(metric) == "max" else _PERCENT[::-1]
+    return Curve(label, _PERCENT, np.array([np.percentile(of_seed, percent) for of_seed in values]))
 
 
 def draw(out: Path, panels: Sequence[Panel], title: str) -> list[Path]:
@@ -61,7 +79,9 @@ def draw(out: Path, panels: Sequence[Panel], title: str) -> list[Path]:
       The files.
     """
     is_file = out.suffix and not out.is_dir()
-    pictures = {out: panels} if is_file else {out / f"{p.name}.png": [p] for p in panels}
+    names = (panel.name.replace("/", "_") for panel in panels)
+    apart = {out / f"{name}.png": [panel] for name, panel in zip(names, panels, strict=True)}
+    pictures = {out: panels} if is_file else apart
     for path, shown in pictures.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         figure, grid = plt.subplots(1, len(shown), layout="constrained", squeeze=False)
@@ -117,7 +137,7 @@ def draw_panel(axes: Axes, panel: Panel) -> dict[str, Line2D]:
             end, text = (curve.x[last], np.nan_to_num(mean[last])), f"NaN from {curve.x[broken[0]]}"
             axes.plot(*end, "X", color=color, markersize=9, clip_on=False)
             _write(axes, text, end, (0, 9), color)
-        elif len(panel.curves) == 1 and panel.name != "clients":
+        elif len(panel.curves) == 1 and panel.name != CLIENTS:
             _write(axes, f"{mean[-1]:#.3g}", (curve.x[-1], mean[-1]), (6, 0), color)
     _set_axes(axes, panel)
     return lines
@@ -139,7 +159,7 @@ def _write(
 
 def _set_axes(axes: Axes, panel: Panel) -> None:
     axes.set(ylabel=panel.ylabel)
-    if panel.name == "clients":
+    if panel.name == CLIENTS:
         axes.set(xlabel="clients, from the worst to the best", xlim=(0, 100))
         axes.xaxis.set_major_formatter(PercentFormatter())
     else:
@@ -148,16 +168,16 @@ def _set_axes(axes: Axes, panel: Panel) -> None:
         axes.set(xlabel=label, xlim=(-0.02 * last, 1.02 * last) if last else (-1, 1))
         whole = panel.xlabel == "round"
         axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=whole))
-    if panel.name != "loss":
-        axes.set_ylim(0, 1.02)
-        return
     values = np.concatenate([curve.values.ravel() for _, curve in panel.curves])
     values = values[np.isfinite(values)]
+    if better(panel.metric) == "max" and ((values >= 0) & (values <= 1)).all():  # A share.
+        axes.set_ylim(0, 1.02)
+        return
     if not values.size or values.min() < 0:
         return
     first = max(curve.values[:, 0].max() for _, curve in panel.curves)
     # A run that diverges would press all the others flat.
-    if values.min() > 0 and values.max() > 100 * first:
+    if better(panel.metric) == "min" and values.min() > 0 and values.max() > 100 * first:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
