@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from problems import everyone, regression_dataset, regression_model
+from problems import SIZES, everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
 
@@ -134,13 +134,21 @@ each_kind = pytest.mark.parametrize(
 eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
+MODEL = regression_model()
+
+
 @functools.cache
 def one_device():
     return fl.clients_mesh(1)
 
 
-def build(name, model=None, **options):
-    return ALGORITHMS[name](model or regression_model(), **{"mesh": one_device(), **options})
+@functools.cache
+def resident(num_devices=1):
+    return regression_dataset().resident(fl.clients_mesh(num_devices))
+
+
+def build(name, model=MODEL, **options):
+    return ALGORITHMS[name](model, **{"mesh": one_device(), **options})
 
 
 @functools.cache
@@ -149,12 +157,9 @@ def built(name, **options):
     return build(name, **options)
 
 
-def one_round(name, cohort=None, mesh=None, algorithm=None, **options):
-    options |= {} if mesh is None else {"mesh": mesh}
-    mesh = mesh or one_device()
+def one_round(name, cohort=None, algorithm=None, **options):
     algorithm = algorithm or built(name, **options)
-    if cohort is None:
-        cohort = everyone(regression_dataset().resident(mesh))
+    cohort = everyone(resident()) if cohort is None else cohort
     state = algorithm.init(jax.random.key(0), num_clients=10)
     return algorithm.round(jax.random.key(1), state, cohort)
 
@@ -173,16 +178,13 @@ def assert_same_round(actual, desired, tolerance=1e-5):
 @functools.cache
 def cohorts_of_six():
     """Keys and cohorts of a hundred rounds."""
-    population = regression_dataset().resident(one_device())
     keys = [jax.random.split(jax.random.fold_in(jax.random.key(2), r)) for r in range(100)]
-    return [(key, fl.cohort(own, population, 6, capacity=10)) for own, key in keys]
+    return [(key, fl.cohort(own, resident(), 6, capacity=10)) for own, key in keys]
 
 
 @each_algorithm
 def test_converges(name):
-    model, algorithm = regression_model(), built(name)
-    dataset = regression_dataset()
-    population = dataset.resident(one_device())
+    algorithm = built(name)
     state = algorithm.init(jax.random.key(0), num_clients=10)
     # The server's model, if it has a whole one, and one only.
     has_one = getattr(state.params["b"], "shape", None) == ()
@@ -190,7 +192,7 @@ def test_converges(name):
 
     def loss():
         options = {"client_model": client_model, "mesh": one_device()}
-        return fl.evaluate_clients(model, state, everyone(population), **options).pooled["loss"]
+        return fl.evaluate_clients(MODEL, state, everyone(resident()), **options).pooled["loss"]
 
     before = loss()
     for key, cohort in cohorts_of_six():
@@ -204,31 +206,37 @@ def test_converges(name):
 def on_four_devices(name):
     """The algorithm, and how often the loss of its model has been traced."""
     traces = collections.Counter()
-    model = regression_model()
 
     def loss(*args):
         traces["loss"] += 1
-        return model.loss(*args)
+        return MODEL.loss(*args)
 
     # Each device has two waves of two lanes, and slots of no client.
-    return build(name, model._replace(loss=loss), mesh=fl.clients_mesh(4), lanes=2), traces
+    return build(name, MODEL._replace(loss=loss), mesh=fl.clients_mesh(4), lanes=2), traces
+
+
+@functools.cache
+def cohorts_of_other_sizes():
+    """On four devices. The table of rows keeps its length; who owns them, and how many take part,
+    varies."""
+    rng = np.random.default_rng(0)
+    cohorts = []
+    for _ in range(12):
+        sizes = rng.multinomial(49, rng.dirichlet(np.ones(10)))
+        population = regression_dataset(sizes).resident(fl.clients_mesh(4))
+        order = rng.permutation(10)[: rng.integers(1, 11)]
+        cohorts.append(everyone(population, order, capacity=10))
+    return cohorts
 
 
 @each_kind
 @eight_devices
 def test_devices_change_nothing_and_compile_once_whatever_the_cohort(name):
-    mesh = fl.clients_mesh(4)
     algorithm, traces = on_four_devices(name)
-    assert_same_round(one_round(name, mesh=mesh, algorithm=algorithm), reference(name))
+    assert_same_round(one_round(name, everyone(resident(4)), algorithm), reference(name))
     before = traces["loss"], algorithm.round._cache_size()
     state = algorithm.init(jax.random.key(0), num_clients=10)
-    rng = np.random.default_rng(0)
-    for r in range(12):
-        # The table of rows keeps its length; who owns them, and how many take part, varies.
-        sizes = rng.multinomial(49, rng.dirichlet(np.ones(10)))
-        population = regression_dataset(sizes).resident(mesh)
-        order = rng.permutation(10)[: rng.integers(1, 11)]
-        cohort = everyone(population, order, capacity=10)
+    for r, cohort in enumerate(cohorts_of_other_sizes()):
         state, _ = algorithm.round(jax.random.key(r), state, cohort)
     assert (traces["loss"], algorithm.round._cache_size()) == before
 
@@ -272,11 +280,10 @@ def test_clients_keep_and_send_what_the_documentation_says(name):
     np.testing.assert_allclose(bits[3] / 32, expected, atol=3)
 
 
-@each_kind
-def test_lanes_change_nothing(name):
-    assert_same_round(one_round(name, lanes=3), reference(name))
-    if name in FEW:  # More of them than clients.
-        assert_same_round(one_round(name, lanes=64), reference(name))
+@pytest.mark.parametrize("name", FEW, scope="module")
+@pytest.mark.parametrize("lanes", [3, 64])  # Fewer than clients, and more.
+def test_lanes_change_nothing(name, lanes):
+    assert_same_round(one_round(name, lanes=lanes), reference(name))
 
 
 def test_lanes_change_nothing_for_large_params():
@@ -288,20 +295,19 @@ def test_lanes_change_nothing_for_large_params():
     assert_same_round(*(one_round("fed_avg", algorithm=algorithm) for algorithm in algorithms))
 
 
-@pytest.mark.parametrize("name", FEW, scope="module")
+@each_kind
 @eight_devices
 def test_devices_without_a_client_change_nothing(name):
-    few = lambda mesh: everyone(regression_dataset().resident(mesh), [3, 0, 9, 1], capacity=10)
-    mesh = fl.clients_mesh(8)
-    assert_same_round(one_round(name, few(mesh), mesh, lanes=3), one_round(name, few(one_device())))
+    few = lambda population: everyone(population, [3, 0, 1], capacity=10)
+    spread = one_round(name, few(resident(4)), on_four_devices(name)[0])
+    assert_same_round(spread, one_round(name, few(resident())))
 
 
 @each_algorithm
 def test_order_of_clients_changes_nothing(name):
-    population = regression_dataset().resident(one_device())
     order = np.random.default_rng(0).permutation(10)
     state, info = reference(name)
-    shuffled_state, shuffled_info = one_round(name, everyone(population, order))
+    shuffled_state, shuffled_info = one_round(name, everyone(resident(), order))
     assert_same_round(shuffled_state, state)
     assert_same_round(
         shuffled_info.clients, jax.tree.map(lambda x: np.asarray(x)[order], info.clients)
@@ -310,35 +316,34 @@ def test_order_of_clients_changes_nothing(name):
 
 @each_kind
 def test_padding_weighs_nothing_even_if_it_is_nan(name):
-    lanes = 3
-    dataset = regression_dataset()
-    population = dataset.resident(one_device())
+    algorithm, num_devices = built(name, lanes=3), 1
+    if jax.device_count() >= 8:
+        (algorithm, _), num_devices = on_four_devices(name), 4
     # Client 3 takes no part and is nothing but NaN; its neighbours' short batches reach into it.
     order = [i for i in range(10) if i != 3]
-    rows = slice(dataset.offsets[3], dataset.offsets[4])
-    poisoned = {key: value.copy() for key, value in dataset.examples.items()}
-    for value in poisoned.values():
-        value[rows] = np.nan
-    poisoned = fl.FederatedDataset(
-        examples=poisoned, offsets=dataset.offsets, client_ids=dataset.client_ids
-    ).resident(one_device())
-    expected = one_round(name, everyone(population, order, capacity=10), lanes=lanes)
-    actual = one_round(name, everyone(poisoned, order, capacity=10), lanes=lanes)
+    own = np.repeat(np.arange(10), SIZES)[:, None] == 3
+    poison = lambda x: np.where(own if x.ndim > 1 else own[:, 0], np.nan, x)
+    poisoned = regression_dataset().map(lambda examples: jax.tree.map(poison, examples))
+    poisoned = poisoned.resident(fl.clients_mesh(num_devices))
+    population = resident(num_devices)
+    expected = one_round(name, everyone(population, order, capacity=10), algorithm)
+    actual = one_round(name, everyone(poisoned, order, capacity=10), algorithm)
     chex.assert_trees_all_equal(jax.device_get(actual), jax.device_get(expected))
-    assert_same_round(expected, one_round(name, everyone(population, order, capacity=10)))
+    assert_same_round(expected, one_round(name, everyone(resident(), order, capacity=10)))
     if name in FEW:  # Empty slots change nothing either.
-        padded = one_round(name, everyone(population, order, capacity=16), lanes=lanes)[0]
+        padded = one_round(name, everyone(population, order, capacity=16), algorithm)[0]
         assert_same_round(padded, expected[0])
 
 
 @each_kind
 def test_scans_over_rounds_side_by_side_equal_loops(name):
-    algorithm, mesh = built(name), one_device()
+    """And lanes change nothing, of which loops have one."""
+    algorithm, in_lanes, population = built(name), built(name, lanes=3), resident()
     if name in FEW and jax.device_count() >= 4:
-        (algorithm, _), mesh = on_four_devices(name), fl.clients_mesh(4)
-    population = regression_dataset().resident(mesh)
+        (algorithm, _), population = on_four_devices(name), resident(4)
+        in_lanes = algorithm
 
-    def step(state, key):
+    def step(algorithm, state, key):
         key_cohort, key_round = jax.random.split(key)
         cohort = everyone(population)
         if name in FEW:
@@ -350,14 +355,17 @@ def test_scans_over_rounds_side_by_side_equal_loops(name):
         key_init, key_rounds = jax.random.split(key)
         return algorithm.init(key_init, num_clients=10), jax.random.split(key_rounds, 3)
 
+    def scan(key):
+        return jax.lax.scan(functools.partial(step, in_lanes), *begin(key))
+
     keys = jax.random.split(jax.random.key(9), 3)
-    scanned = jax.jit(jax.vmap(lambda key: jax.lax.scan(step, *begin(key))))(keys)
+    scanned = jax.jit(jax.vmap(scan))(keys)
     looped = []
     for key in keys:
         state, own_keys = begin(key)
         infos = []
         for key_step in own_keys:
-            state, info = step(state, key_step)
+            state, info = step(algorithm, state, key_step)
             infos.append(jax.device_get(info))
         looped.append((jax.device_get(state), jax.tree.map(lambda *xs: np.stack(xs), *infos)))
     assert_same_round(scanned, jax.tree.map(lambda *xs: np.stack(xs), *looped))
@@ -372,10 +380,9 @@ def test_same_seed_same_bits(name):
 
 @each_algorithm
 def test_a_cohort_without_examples_is_skipped(name):
-    population = regression_dataset().resident(one_device())
     algorithm = built(name)
     state = algorithm.init(jax.random.key(0), num_clients=10)
-    nobody = everyone(population, [1], capacity=10)
+    nobody = everyone(resident(), [1], capacity=10)
     after, info = algorithm.round(jax.random.key(1), state, nobody)
     assert info.skipped
     assert info.num_clients == info.num_empty == 1
@@ -420,11 +427,12 @@ def test_memory_does_not_grow_with_the_cohort(name):
         lambda key: jax.random.normal(key, (3, 1000)),
     )
 
+    algorithm, key = build(name, model), jax.random.key(0)
+    state = jax.eval_shape(lambda: algorithm.init(key, num_clients=num_clients))
+
     def temporary_bytes(capacity):
-        algorithm = build(name, model)
-        state = algorithm.init(jax.random.key(0), num_clients=num_clients)
-        cohort = fl.cohort(jax.random.key(0), population, capacity)
-        compiled = algorithm.round.lower(jax.random.key(0), state, cohort).compile()
+        cohort = everyone(population, np.arange(capacity))
+        compiled = algorithm.round.lower(key, state, cohort).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     # What grows is the list of clients: a few words for each, no copy of the 12 kB of params.

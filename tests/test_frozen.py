@@ -1,6 +1,7 @@
 """Models of which a part is trained: frozen params, and adapters beside them."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -29,6 +30,7 @@ def loss(predictions, batch):
     return (predictions[:, 0] - batch["y"]) ** 2 / 2
 
 
+@functools.cache
 def linen():
     module = nn.Sequential([nn.Dense(4), jnp.tanh, nn.Dense(1)])
     model = fl.linen_model(module, jnp.zeros((1, 3)), loss)
@@ -40,13 +42,20 @@ def of_nnx():
 
 
 def function():
-    model, first, second = linen()
+    _, first, second = linen()
 
     def of_params(params, batch):
         hidden = jnp.tanh(batch["x"] @ params[first]["kernel"] + params[first]["bias"])
         return loss(hidden @ params[second]["kernel"] + params[second]["bias"], batch)
 
-    return fl.function_model(of_params, lambda key: model.init(key)[0]), first, second
+    return fl.function_model(of_params), first, second
+
+
+@functools.cache
+def two_layers():
+    """Params."""
+    params, _ = linen()[0].init(KEY)
+    return jax.device_get(params)
 
 
 def by_hand(params, first):
@@ -73,6 +82,21 @@ def close(actual, expected, rtol=2e-6):
     )
 
 
+LAST_LAYER = {
+    "batch_size": 2,
+    "num_epochs": 2,
+    "client_optimizer": optax.sgd(0.05, momentum=0.5),
+    "pipeline": fl.chain(fl.clip_by_norm(0.1), fl.error_feedback(fl.quantize_uniform(16))),
+}
+
+
+@functools.cache
+def trained_last_layer(name):
+    first, second = two_layers()
+    algorithm = getattr(fl, name)(by_hand(two_layers(), first), **LAST_LAYER)
+    return rounds(algorithm, algorithm.init(two_layers()[second], num_clients=len(SIZES)))
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [
@@ -83,20 +107,11 @@ def close(actual, expected, rtol=2e-6):
 )
 def test_training_the_last_layer_is_training_a_model_of_it(make, name):
     model, first, second = make()
-    params, _ = model.init(KEY)
-    options = {
-        "batch_size": 2,
-        "num_epochs": 2,
-        "client_optimizer": optax.sgd(0.05, momentum=0.5),
-        "pipeline": fl.chain(fl.clip_by_norm(0.1), fl.error_feedback(fl.quantize_uniform(16))),
-    }
+    params = dict(zip((first, second), two_layers().values(), strict=True))
     frozen = fl.frozen(model, f"{first}/*")
-    state, info = rounds(
-        *started(getattr(fl, name)(frozen, **options), params, len(SIZES)),
-    )
-    expected, of_second = rounds(
-        *started(getattr(fl, name)(by_hand(params, first), **options), params[second], len(SIZES)),
-    )
+    algorithm = getattr(fl, name)(frozen, **LAST_LAYER)
+    state, info = rounds(algorithm, algorithm.init(params, num_clients=len(SIZES)))
+    expected, of_second = trained_last_layer(name)
     close(state.params[second], expected.params)
     close(jax.tree.leaves(state.store), jax.tree.leaves(expected.store))
     close(jax.tree.leaves(state.pipeline_store), jax.tree.leaves(expected.pipeline_store))
@@ -146,9 +161,8 @@ def test_a_frozen_model_alone_says_where_its_params_are():
 
 
 def with_adapters(rank, alpha=None):
-    model, first, second = linen()
-    base, _ = model.init(KEY)
-    return fl.lora(model, rank, alpha=alpha, base=base), base, (first, second)
+    (model, *names), base = linen(), two_layers()
+    return fl.lora(model, rank, alpha=alpha, base=base), base, names
 
 
 def test_lora_is_the_layer_with_the_formed_product_added():
@@ -215,6 +229,7 @@ def layers(model, state):
     }
 
 
+@functools.cache
 def adapters_away_from_zero():
     """A model whose factor is 1.5, and params of it."""
     model = fl.lora(linen()[0], 2, alpha=3.0)
@@ -222,6 +237,15 @@ def adapters_away_from_zero():
     return model, {**start, "adapters": jax.tree.map(lambda x: x + 0.3, start["adapters"])}
 
 
+layouts = pytest.mark.parametrize(
+    "layout",
+    [
+        {"lanes": 3},
+        pytest.param(
+            {"num_devices": 2}, marks=pytest.mark.skipif(jax.device_count() < 2, reason="devices")
+        ),
+    ],
+)
 EX_OPTIONS = {"client_optimizer": optax.sgd(0.1), "batch_size": 2, "num_epochs": 2}
 
 
@@ -276,23 +300,21 @@ def test_nothing_is_left_out_of_one_client_nor_if_factors_are_alike_nor_if_all_a
     unchanged(state)
 
 
-@pytest.mark.parametrize("options", [{"lanes": 3}, {"devices": 2}])
-def test_a_client_that_is_no_number_lanes_and_devices_change_nothing_of_the_base(options):
-    num_devices = options.pop("devices", None)
-    if num_devices is not None:
-        if jax.device_count() < num_devices:
-            pytest.skip("needs more devices")
-        options["mesh"] = fl.clients_mesh(num_devices)
+@functools.cache
+def base_with_a_client_that_is_no_number(ids, num_devices=1, lanes=None):
     model, start = adapters_away_from_zero()
-    bases = []
-    for chosen, ids in (({}, [0, 4, 7]), (options, [7, 0, 3, 4])):
-        dataset = regression_dataset()
-        dataset.examples["x"][dataset.offsets[3]] = np.nan
-        population = dataset.resident(mesh=chosen.get("mesh"))
-        algorithm = fl.fed_ex_lora(model, **EX_OPTIONS, **chosen)
-        state, _ = algorithm.round(KEY, algorithm.init(start), everyone(population, ids, 4))
-        bases.append(jax.device_get(state.frozen["base"]))
-    close(bases[1], bases[0], 1e-5)
+    dataset, mesh = regression_dataset(), fl.clients_mesh(num_devices)
+    dataset.examples["x"][dataset.offsets[3]] = np.nan
+    algorithm = fl.fed_ex_lora(model, **EX_OPTIONS, mesh=mesh, lanes=lanes)
+    cohort = everyone(dataset.resident(mesh), ids, 4)
+    state, _ = algorithm.round(KEY, algorithm.init(start), cohort)
+    return jax.device_get(state.frozen["base"])
+
+
+@layouts
+def test_a_client_that_is_no_number_lanes_and_devices_change_nothing_of_the_base(layout):
+    base = base_with_a_client_that_is_no_number((7, 0, 3, 4), **layout)
+    close(base, base_with_a_client_that_is_no_number((0, 4, 7)), 1e-5)
 
 
 def test_fed_ex_lora_refuses_what_it_cannot_average():
@@ -311,8 +333,7 @@ def test_fed_ex_lora_refuses_what_it_cannot_average():
 
 
 def test_lora_starts_from_the_model_as_it_is_and_takes_names():
-    model, _, second = linen()
-    base, _ = model.init(KEY)
+    (model, _, second), base = linen(), two_layers()
     examples = regression_dataset().examples
     plain = fl.fed_avg(model, optax.sgd(0.1)).init(base)
     adapted = fl.lora(model, 1, names=second, base=base)
@@ -376,24 +397,22 @@ def sentences(num_clients=4, length=6):
     )
 
 
-@pytest.mark.parametrize("options", [{"lanes": 3}, {"devices": 2}])
-def test_lanes_and_devices_change_nothing(options):
-    num_devices = options.pop("devices", None)
-    if num_devices is not None:
-        if jax.device_count() < num_devices:
-            pytest.skip("needs more devices")
-        options["mesh"] = fl.clients_mesh(num_devices)
+@functools.cache
+def trained_transformer(num_devices=1, lanes=None):
+    mesh = fl.clients_mesh(num_devices)
+    cohort = everyone(sentences().resident(mesh))
     model = fl.lora(transformer(), 2)
-    states = []
-    for chosen in ({}, options):
-        cohort = everyone(sentences().resident(mesh=chosen.get("mesh")))
-        algorithm = fl.fed_avg(model, optax.sgd(0.5), batch_size=2, **chosen)
-        state = algorithm.init(KEY)
-        for _ in range(2):
-            state, _ = algorithm.round(KEY, state, cohort)
-        assert algorithm.round._cache_size() <= 1
-        states.append(state)
-    close(states[1].params, states[0].params, 1e-4)
+    algorithm = fl.fed_avg(model, optax.sgd(0.5), batch_size=2, mesh=mesh, lanes=lanes)
+    state = algorithm.init(KEY)
+    for _ in range(2):
+        state, _ = algorithm.round(KEY, state, cohort)
+    assert algorithm.round._cache_size() == 1
+    return state
+
+
+@layouts
+def test_lanes_and_devices_change_nothing(layout):
+    close(trained_transformer(**layout).params, trained_transformer().params, 1e-4)
 
 
 @pytest.mark.parametrize("factory", [fl.fed_avg, fl.fed_ex_lora])
@@ -453,7 +472,7 @@ def test_every_evaluation_reads_frozen_params():
     frozen = fl.frozen(model, f"{first}/*")
     dataset = regression_dataset()
     cohort = everyone(dataset.resident())
-    params, _ = model.init(KEY)
+    params = two_layers()
     state = fl.fed_avg(frozen, optax.sgd(0.1)).init(params)
     plain = fl.fed_avg(model, optax.sgd(0.1)).init(params)
     close(

@@ -6,7 +6,6 @@ import inspect
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -61,54 +60,62 @@ def slots_mixed(cohort):
     return dataclasses.replace(cohort, **{name: getattr(cohort, name)[order] for name in rows})
 
 
-def run(algorithm, cohorts):
+def run(round, state, cohorts):
     """States after each round, and what was reported."""
-    state = algorithm.init(START, num_clients=len(SIZES))
     for key, one in zip(KEYS, cohorts, strict=True):
-        state, info = algorithm.round(key, state, one)
+        state, info = round(key, state, one)
         yield state, info
+
+
+def swept(name, numbers):
+    """A round for each of several numbers at once."""
+
+    def one(number, key, state, cohort):
+        return build(name, number).round(key, state, cohort)
+
+    side_by_side = jax.jit(jax.vmap(one, (0, None, 0, None)))
+    # States as they were given first, or the second round would compile for where they lie.
+    return lambda *args: jax.device_get(side_by_side(numbers, *args))
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_battery(name):
-    algorithm = build(name)
+    num_devices = min(8, jax.device_count())
+    algorithm = build(name, num_devices=num_devices, lanes=3)
     first = algorithm.init(START, num_clients=len(SIZES))
-    (one, info), (two, _) = run(algorithm, [cohort(ids) for ids in COHORTS])
+    mixed = [slots_mixed(cohort(ids, num_devices)) for ids in COHORTS]
+    (one, info), (two, _) = run(algorithm.round, first, mixed)
     moved = optax.tree.norm(optax.tree.sub(two.params, START))
     assert np.isfinite(moved)
     assert moved > 1e-6
     assert info.num_nonfinite == 1
     # What is kept has one form, and is made of what checkpoints hold.
     chex.assert_trees_all_equal_shapes_and_dtypes(first, two)
-    assert all(isinstance(x.dtype, np.dtype) for x in jax.tree.leaves(two))
+    assert all(isinstance(x.dtype, np.dtype) for x in jax.tree.leaves(first))
     # Clients without examples, and those that are left out, might as well not be there.
     without = [i for i in COHORTS[0] if i != BROKEN and SIZES[i] > 0]
-    alone, _ = algorithm.round(KEYS[0], first, cohort(without))
+    alone, _ = algorithm.round(KEYS[0], first, cohort(without, num_devices))
     assert_close(alone.params, one.params)
     # One program, however many clients there are.
     assert algorithm.round._cache_size() == 1
-    # Nor does it matter which device and lane has a client.
-    num_devices = min(8, jax.device_count())
-    spread = build(name, num_devices=num_devices, lanes=3)
-    mixed = [slots_mixed(cohort(ids, num_devices)) for ids in COHORTS]
-    for (state, _), expected in zip(run(spread, mixed), (one, two), strict=True):
-        assert_close(state, expected)
-    # Its numbers may be swept.
-    if "_" not in inspect.signature(PIPELINES[name]).parameters:
-        numbers = jnp.array([0.7, 1.0])
-        sweep = jax.jit(
-            jax.vmap(lambda x: build(name, x).round(KEYS[0], first, cohort(COHORTS[0])))
-        )
-        states, _ = sweep(numbers)
-        assert_close(jax.tree.map(lambda x: x[1], states.params), one.params)
-        assert not np.allclose(states.params["w"][0], states.params["w"][1], atol=1e-9)
+    # It does not matter which device and lane has a client, and numbers may be swept.
+    in_turn = build(name)
+    start = in_turn.init(START, num_clients=len(SIZES))
+    round, in_order = in_turn.round, [cohort(ids) for ids in COHORTS]
+    sweeps = "_" not in inspect.signature(PIPELINES[name]).parameters
+    if sweeps:
+        round = swept(name, np.array([0.7, 1.0]))
+        start = jax.tree.map(lambda x: np.stack([x, x]), jax.device_get(start))
+    for (state, _), expected in zip(run(round, start, in_order), (one, two), strict=True):
+        assert_close(jax.tree.map(lambda x: x[1], state) if sweeps else state, expected)
+        if sweeps:
+            assert not np.allclose(*state.params["w"], atol=1e-9)
     # What is sent is known before.
     sizes = [info.clients[f"bits_{way}"].max() for way in ("down", "up")]
     if name not in VARY:
         assert list(algorithm.message_bits(START)) == sizes
     # It can be lowered for accelerators.
-    round = traced(algorithm.round, KEYS[0], first, cohort(COHORTS[0]))
-    round.lower(lowering_platforms=("cuda", "tpu"))
+    traced(algorithm.round, KEYS[0], first, mixed[0]).lower(lowering_platforms=("cuda", "tpu"))
 
 
 def assert_close(actual, desired):

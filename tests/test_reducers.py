@@ -12,17 +12,13 @@ from problems import SIZES, everyone, regression_dataset, regression_model
 import fedjax_lite as fl
 
 KEY = jax.random.key(1)
-devices = pytest.mark.parametrize(
-    "num_devices",
-    [
-        1,
-        *(
-            pytest.param(n, marks=pytest.mark.skipif(jax.device_count() < n, reason="devices"))
-            for n in (2, 8)
-        ),
-    ],
-    scope="module",
-)
+
+
+def needs(num_devices):
+    return pytest.mark.skipif(jax.device_count() < num_devices, reason="devices")
+
+
+devices = pytest.mark.parametrize("num_devices", [1, pytest.param(8, marks=needs(8))])
 
 
 @functools.cache
@@ -62,14 +58,21 @@ def flat(params):
 
 
 def start():
-    return {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.array(0.25)}
+    return {"w": np.array([0.5, -1.0, 2.0]), "b": np.array(0.25)}
 
 
 MEDIAN = fl.coordinate_median()
 
 
-@pytest.mark.parametrize("lanes", [1, 3, 64], scope="module")
-@devices
+@pytest.mark.parametrize(
+    ("num_devices", "lanes"),
+    [
+        *((1, lanes) for lanes in (1, 3, 64)),
+        pytest.param(2, 1, marks=needs(2)),
+        pytest.param(8, 3, marks=needs(8)),
+    ],
+    scope="module",
+)
 @pytest.mark.parametrize("present", [range(10), [0, 3, 4, 6], [7], [2, 1]])
 def test_medians_are_those_of_numpy(num_devices, lanes, present):
     """Of ragged clients, one without examples, beside empty slots and one that is left out."""
@@ -319,8 +322,10 @@ def test_a_round_without_clients_is_a_step_if_who_takes_part_is_private(is_priva
 
 
 def test_constant_factors_of_weights_cancel_but_for_a_denominator_of_ones_own():
-    population = regression_dataset().resident()
+    cohort = everyone(regression_dataset().resident())
 
+    @functools.partial(jax.jit, static_argnums=1)
+    @functools.partial(jax.vmap, in_axes=(0, None))
     def moved(factor, reducer):
         algorithm = fl.fed_avg(
             regression_model(),
@@ -329,13 +334,14 @@ def test_constant_factors_of_weights_cancel_but_for_a_denominator_of_ones_own():
             weighting=lambda n: factor * n,
             reducer=reducer,
         )
-        state = algorithm.init(start())
-        after, _ = algorithm.round(KEY, state, everyone(population))
-        return flat(after.params) - flat(state.params)
+        after, _ = algorithm.round(KEY, algorithm.init(start()), cohort)
+        return after.params["w"] - start()["w"]
 
-    np.testing.assert_allclose(moved(0.1, None), moved(1.0, None), rtol=1e-9)
-    fixed = fl.weighted_mean(10.0)
-    np.testing.assert_allclose(moved(0.1, fixed), 0.1 * moved(1.0, fixed), rtol=1e-9)
+    factors = np.array([0.1, 1.0])
+    small, large = moved(factors, None)
+    np.testing.assert_allclose(small, large, rtol=1e-9)
+    small, large = moved(factors, fl.weighted_mean(10.0))
+    np.testing.assert_allclose(small, 0.1 * large, rtol=1e-9)
 
 
 def masked(before, state):
@@ -449,10 +455,11 @@ def test_clients_share_what_is_announced_and_the_server_knows_who_arrived(num_de
     )
     state = algorithm.init(start())
     cohort = fl.cohort_of(dataset.resident(mesh), [3, 1, 7, 2])
+    alone = fl.cohort_of(dataset.resident(fl.clients_mesh(1)), [3, 1, 7, 2])
     found = set()
     for key in jax.random.split(KEY, 6):
         after, info = algorithm.round(key, state, cohort)
-        plain, _ = averaging(num_devices).round(key, state, cohort)
+        plain, _ = averaging().round(key, averaging().init(start()), alone)
         np.testing.assert_allclose(flat(after.params), flat(plain.params), rtol=1e-9)
         np.testing.assert_array_equal(info.clients["slot"], [0, 0, 2, 3])  # One has no examples.
         assert info.metrics["arrived"] == 3

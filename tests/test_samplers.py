@@ -68,12 +68,16 @@ def chi_square(observed, probabilities):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_selection_is_a_function_of_key_and_round(name):
-    sampler, key, rounds = SAMPLERS[name](), jax.random.key(3), jnp.arange(6)
+    sampler, key, rounds = SAMPLERS[name](), jax.random.key(3), np.arange(6)
     in_any_order = {r: sampler.select(key, r) for r in (5, 0, 3, 1, 4, 2)}
     expected = jax.tree.map(lambda *parts: np.stack(parts), *(in_any_order[r] for r in range(6)))
-    scanned = jax.lax.scan(lambda carry, r: (carry, sampler.select(key, r)), 0, rounds)[1]
-    mapped = jax.vmap(sampler.select, (None, 0))(key, rounds)
-    for other in (scanned, mapped):
+
+    @jax.jit
+    def scanned_and_mapped(key, rounds):
+        select = lambda r: sampler.select(key, r)
+        return jax.lax.map(select, rounds), jax.vmap(select)(rounds)
+
+    for other in scanned_and_mapped(key, rounds):
         jax.tree.map(np.testing.assert_array_equal, other, expected)
     assert sampler.select._cache_size() == 1
 

@@ -1,5 +1,7 @@
 """The update pipeline: transforms alone, in a chain, and in rounds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from problems import SIZES, everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
 
-UPDATE = {"a": jnp.array([3.0, -4.0]), "b": jnp.float32(12.0)}  # Of norm 13.
+UPDATE = {"a": np.float32([3.0, -4.0]), "b": np.float32(12.0)}  # Of norm 13.
 KEY = jax.random.key(0)
 
 
@@ -30,22 +32,25 @@ def test_clip_by_norm(bound, factor):
 
 def test_bounds_can_be_swept_and_differentiated():
     norm = lambda bound: optax.tree.norm(of_one_client(fl.clip_by_norm(bound), UPDATE)[0])
-    bounds = jnp.array([1.0, 5.0, 20.0])
-    np.testing.assert_allclose(jax.vmap(norm)(bounds), [1.0, 5.0, 13.0], rtol=1e-6)
-    np.testing.assert_allclose(jax.vmap(jax.grad(norm))(bounds), [1.0, 1.0, 0.0], atol=1e-6)
-    zero = jax.grad(lambda x: of_one_client(fl.clip_by_norm(1.0), x)[0].sum())(jnp.zeros(3))
-    np.testing.assert_array_equal(zero, np.ones(3))
+    total = lambda x: of_one_client(fl.clip_by_norm(1.0), x)[0].sum()
+    swept = jax.jit(lambda bounds: jax.vmap(jax.value_and_grad(norm))(bounds))
+    norms, slopes = swept(np.float32([1.0, 5.0, 20.0]))
+    np.testing.assert_allclose(norms, [1.0, 5.0, 13.0], rtol=1e-6)
+    np.testing.assert_allclose(slopes, [1.0, 1.0, 0.0], atol=1e-6)
+    np.testing.assert_array_equal(jax.jit(jax.grad(total))(np.zeros(3, np.float32)), np.ones(3))
 
 
 @pytest.mark.parametrize(("num_levels", "bits"), [(2, 1), (3, 2), (16, 4), (256, 8)])
 def test_quantized_updates_are_levels_and_right_on_average(num_levels, bits):
-    update = {"a": jax.random.normal(KEY, (5, 7)), "b": jnp.full(3, 0.3)}
+    rng = np.random.default_rng(0)
+    update = {"a": rng.normal(size=(5, 7)).astype(np.float32), "b": np.full(3, 0.3, np.float32)}
     quantize = fl.quantize_uniform(num_levels)
     keys = jax.random.split(jax.random.key(1), 4000)
-    many, info = jax.vmap(lambda key: of_one_client(quantize, update, key))(keys)
+    draw = jax.jit(jax.vmap(lambda key: of_one_client(quantize, update, key)))
+    many, info = jax.device_get(draw(keys))
     x = np.asarray(update["a"], np.float64)
     step = (x.max() - x.min()) / (num_levels - 1)
-    levels = (np.asarray(many["a"]) - x.min()) / step
+    levels = (many["a"] - x.min()) / step
     np.testing.assert_allclose(levels, np.round(levels), atol=1e-3)
     assert (np.abs(many["a"] - x) < step * 1.0001).all()
     # The standard deviation of one is at most half a step.
@@ -88,7 +93,7 @@ def test_deltas_are_clipped_in_rounds_before_they_are_weighted(weighting):
     options = {"batch_size": 4, "weighting": weighting, "shuffle": False}
     optimizer = optax.sgd(0.1)
     algorithm = fl.fed_avg(regression_model(), optimizer, pipeline=fl.clip_by_norm(0.2), **options)
-    state = algorithm.init({"w": jnp.zeros(3), "b": jnp.float32(0)})
+    state = algorithm.init({"w": np.zeros(3, np.float32), "b": np.float32(0)})
     after, info = algorithm.round(KEY, state, everyone(population))
     plain = fl.fed_avg(regression_model(), optimizer, **options)
     total, weights = np.zeros(4), []
@@ -207,21 +212,26 @@ EXTREMES = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def sent_in_several_ways(update, num_levels):
+    clip, quantize = fl.clip_by_norm(2.0), fl.quantize_uniform(num_levels)
+    # One after the other, and of a tree with a further array; vmapped, as in lanes.
+    tree = {"a": update[None], "b": jnp.zeros((1, 0))}
+    lanes = jax.vmap(lambda x: of_one_client(fl.chain(clip, quantize), x)[0])(tree)
+    return of_one_client(clip, update), of_one_client(quantize, update), lanes
+
+
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extremes_have_a_documented_outcome(name):
     update, clipped, quantized = EXTREMES[name]
-    update = jnp.asarray(update, jnp.float32)
+    update = np.float32(update)
     close = lambda x, y: np.testing.assert_allclose(x, update if y is None else y, rtol=1e-6)
-    result, info = of_one_client(fl.clip_by_norm(2.0), update)
+    num_levels = 2 if name == "least" else 3  # Half of the least is no normal number.
+    (result, info), (levels, told), lanes = sent_in_several_ways(update, num_levels)
     close(result, clipped)
     assert info["clipped"] == (clipped is not None)
-    result, info = of_one_client(fl.quantize_uniform(3), update)
-    close(result, quantized)
-    assert info["bits_up"] == (2 * update.size + 64 if update.size else 0)
-    # One after the other, and of a tree with a further array; vmapped, as in lanes.
-    both = fl.chain(fl.clip_by_norm(2.0), fl.quantize_uniform(3))
-    tree = {"a": update[None], "b": jnp.zeros((1, 0))}
-    lanes = jax.vmap(lambda x: of_one_client(both, x)[0])(tree)
+    close(levels, quantized)
+    assert told["bits_up"] == ((num_levels - 1) * update.size + 64 if update.size else 0)
     close(lanes["a"][0], quantized or clipped)
     assert lanes["b"].shape == (1, 0)
 
@@ -229,23 +239,22 @@ def test_extremes_have_a_documented_outcome(name):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_extremes_of_half_precision(dtype):
     most = jnp.finfo(dtype).max
-    update = jnp.array([most, -most], dtype)
-    result, _ = of_one_client(fl.clip_by_norm(2.0), update)
+    update = np.array([most, -most], dtype)
+    (result, _), (levels, _), _ = jax.device_get(sent_in_several_ways(update, 4))
     np.testing.assert_allclose(result.astype(float), [2**0.5, -(2**0.5)], rtol=1e-2)
-    np.testing.assert_array_equal(of_one_client(fl.quantize_uniform(4), update)[0], update)
+    np.testing.assert_array_equal(levels, update)
 
 
 @pytest.mark.parametrize("factory", [fl.fed_avg, fl.fed_sgd])
 @pytest.mark.parametrize("weight", [-1.0, np.nan])
 def test_clients_of_a_weight_that_is_none_are_left_out_and_counted(factory, weight):
     weighting = lambda num_examples: jnp.where(num_examples == 7, weight, num_examples)
-    build = lambda **options: factory(regression_model(), optax.sgd(0.1), batch_size=8, **options)
-    states = []
+    options = {"batch_size": 8, "weighting": weighting}
+    algorithm = factory(regression_model(), optax.sgd(0.1), **options)
+    population, states = regression_dataset().resident(), []
+    start = algorithm.init({"w": np.ones(3, np.float32), "b": np.float32(0)})
     for order in (np.arange(10), np.arange(1, 10)):  # The client of 7 examples is the first one.
-        cohort = everyone(regression_dataset().resident(), order, capacity=10)
-        algorithm = build(weighting=weighting)
-        state = algorithm.init({"w": jnp.ones(3), "b": jnp.float32(0)})
-        state, info = algorithm.round(KEY, state, cohort)
+        state, info = algorithm.round(KEY, start, everyone(population, order, capacity=10))
         assert info.num_nonfinite == (order.size == 10)
         states.append(state.params)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), *states)
