@@ -438,9 +438,9 @@ def test_killed_again_and_again_ends_with_the_same_bits(tmp_path):
         np.testing.assert_array_equal(killed[name], straight[name])
     recorded = [last_rows(tmp_path / name) for name in ("killed", "straight")]
     assert recorded[0] == recorded[1]
-    assert len(recorded[1]) == 400 + 41
+    assert len(recorded[1]) == 150 + 16
     with (tmp_path / "killed" / "metrics.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 441
+        assert len(list(csv.DictReader(file))) == 166
 
 
 def last_rows(folder):
