@@ -375,15 +375,15 @@ def answers(name: str, setting: str, small: bool, most_s: float) -> Iterator[Row
 
         timer = threading.Timer(most_s, kill)
         timer.start()
-        try:
-            for line in process.stdout or ():
-                yield json.loads(line)
-        finally:
-            kill()
-            timer.cancel()
-        rc = process.wait()
-        ended: Row = {"rc": rc, "seconds": time.perf_counter() - began}
-        if rc:
+        with process:
+            try:
+                for line in process.stdout or ():
+                    yield json.loads(line)
+            finally:
+                kill()
+                timer.cancel()
+        ended: Row = {"rc": process.returncode, "seconds": time.perf_counter() - began}
+        if process.returncode:
             errors.seek(0)
             ended |= {"stderr": re.sub(r"\n+", "\n", errors.read())[-3000:]}
         yield ended

@@ -22,7 +22,7 @@ from problems import regression_dataset, regression_model
 import fedjax_lite as fl
 
 assert ocp  # Imported before the forks, not after each.
-NUM_ROUNDS, NUM_KILLS = 400, 8
+NUM_ROUNDS, NUM_KILLS = 150, 8
 
 
 def train(folder, on_row=lambda row: None):
@@ -103,7 +103,7 @@ def main(folder):
         else:
             reported = int.from_bytes(os.read(read, 2))
             seconds = time.monotonic() - began
-            for _ in range(moments.randint(0, 29)):
+            for _ in range(moments.randint(0, 14)):
                 reported = int.from_bytes(os.read(read, 2))
             time.sleep(moments.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)

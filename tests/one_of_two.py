@@ -1,6 +1,7 @@
-"""One of two processes that run together: `one_of_two.py PROCESS ADDRESS FOLDER RESULT`."""
+"""Two processes that run together: `one_of_two.py ADDRESS FOLDER RESULT RESULT`."""
 
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from problems import SIZES, regression_dataset, regression_model
+from processes import in_two
 
 import fedjax_lite as fl
 from fedjax_lite.engine import store
@@ -54,10 +56,21 @@ def train(population):
     return numbers(result)
 
 
-def train_resident(mesh, folder=None, *, num_rounds=8, seed=2, on_round=None):
-    """A run with all that processes have to agree on, on four devices."""
+@functools.cache
+def resident(mesh):
+    """What is trained by all the runs of a process, compiled once."""
     sizes, model = SIZES[:8], regression_model()
     examples = regression_dataset(sizes).examples
+    return {
+        "algorithm": fl.scaffold(model, optax.sgd(0.05), optax.adam(0.1), batch_size=3, mesh=mesh),
+        "population": regression_dataset(sizes).resident(mesh),
+        "sampler": fl.samplers.poisson(len(sizes), 0.6),
+        "evaluate": lambda state: fl.evaluate(model, state, examples, mesh=mesh),
+    }
+
+
+def train_resident(mesh, folder=None, *, num_rounds=8, seed=2, on_round=None):
+    """A run with all that processes have to agree on, on four devices."""
     with fl.Recorder(folder, {}) if folder else pytest.MonkeyPatch.context() as recorder:
 
         def told(row, info):
@@ -67,12 +80,9 @@ def train_resident(mesh, folder=None, *, num_rounds=8, seed=2, on_round=None):
                 on_round(row)
 
         return fl.train(
-            fl.scaffold(model, optax.sgd(0.05), optax.adam(0.1), batch_size=3, mesh=mesh),
-            regression_dataset(sizes).resident(mesh),
-            fl.samplers.poisson(len(sizes), 0.6),
-            num_rounds,
+            **resident(mesh),
+            num_rounds=num_rounds,
             key=jax.random.key(seed),
-            evaluate=lambda state: fl.evaluate(model, state, examples, mesh=mesh),
             eval_every=3,
             ema_decay=0.5,
             best="loss",
@@ -97,7 +107,6 @@ def sweep():
 
 
 def main(process, address, folder, result):
-    process, folder = int(process), Path(folder)
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(address, num_processes=2, process_id=process)
     assert shared([process]) == [0]
@@ -134,4 +143,5 @@ def main(process, address, folder, result):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    address, folder, *results = sys.argv[1:]
+    in_two(lambda process: main(process, address, Path(folder), results[process]))

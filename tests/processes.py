@@ -1,6 +1,7 @@
 """Commands in processes of their own."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -36,6 +37,23 @@ def held_by_another_process(lock):
             yield
         finally:
             process.kill()
+
+
+def in_two(work):
+    """Runs `work(process)` in two forks of this process; prints their ids, and their exit codes.
+
+    What both import is imported once. Nothing must have been computed, which a fork of JAX does not
+    survive.
+    """
+    ids = []
+    for process in range(2):
+        pid = os.fork()
+        if pid == 0:
+            work(process)
+            sys.exit()
+        ids.append(pid)
+    print(*ids, flush=True)
+    print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ids))
 
 
 def contents(folder):

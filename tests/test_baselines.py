@@ -107,7 +107,7 @@ def test_drawn_data_are_marked_as_such(tmp_path, capsys):
     assert told["rounds"] == [0, 2]
     assert told["client_updates_per_s"] > 0
     assert (tmp_path / "a" / "accuracy.png").exists()
-    main(["baseline", *asked, "--out", str(tmp_path / "b")])
+    main(["baseline", *asked, "--resume", str(tmp_path / "a")])  # Nothing is left to do.
     told = capsys.readouterr().out
     assert "synthetic data: speed only" in told
     assert "published accuracy 0.1149" in told

@@ -1,6 +1,8 @@
+import contextlib
 import json
+import multiprocessing
+import pickle
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,20 +10,29 @@ import numpy as np
 import pytest
 from test_algorithms import ALGORITHMS
 
-from benchmarks import secure
-
-ROOT = Path(__file__).parents[1]
-
-
-def ask(*options):
-    command = [sys.executable, "-m", "benchmarks.accelerator", "--small", *options]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in ended.stdout.splitlines()]
+import fedjax_lite as fl
+from benchmarks import accelerator, asynchrony, compression, data, robustness, secure
 
 
-def test_an_accelerator_is_asked_in_order_and_answers_are_kept(tmp_path):
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """`printed(benchmark, *options)`: its rows. In this process: another one imports JAX."""
+    monkeypatch.setattr(fl, "configure_cpu", lambda: None)  # Here, JAX has computed something.
+    monkeypatch.chdir(Path(__file__).parents[1])  # Some run parts in processes of their own.
+
+    def run(benchmark, *options):
+        monkeypatch.setattr(sys, "argv", [benchmark.__name__, *map(str, options)])
+        benchmark.main()
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def test_an_accelerator_is_asked_in_order_and_answers_are_kept(tmp_path, printed):
     file = tmp_path / "answers.jsonl"
-    rows = ask("--question", "store", "--minutes", "5", "--out", str(file))
+    rows = printed(
+        *(accelerator, "--small", "--question", "store", "--minutes", "5", "--out", file)
+    )
     assert [row.get("memory_kind") for row in rows] == [None, "device", "pinned_host", None]
     assert all(row["question"] == "store" for row in rows)
     assert all(row["round_s"] > 0 for row in rows[1:3])
@@ -29,15 +40,28 @@ def test_an_accelerator_is_asked_in_order_and_answers_are_kept(tmp_path):
     assert [json.loads(line) for line in file.read_text().splitlines()] == rows
 
 
-def test_what_there_is_no_time_for_is_named_and_what_is_cut_off_ends():
-    rows = ask("--question", "store", "training", "--minutes", "0.01")
+def test_what_there_is_no_time_for_is_named_and_what_is_cut_off_ends(printed):
+    rows = printed(
+        *(accelerator, "--small", "--question", "store", "training", "--minutes", "0.01")
+    )
     assert rows[-2]["question"] == "store"
     assert rows[-2]["rc"] == -9
     assert rows[-1:] == [{"question": "training", "setting": "default", "ended": "the time was up"}]
 
 
-def test_what_is_compiled_ahead_of_time_has_a_row_for_each_of_its_targets():
-    rows = ask("--compile-only", "--json", "--lanes", "1", "8", "--minutes", "0")
+def test_what_is_compiled_ahead_of_time_has_a_row_for_each_of_its_targets(printed, monkeypatch):
+    class OneProcess:
+        """In place of several, which would import JAX; what they are given can be sent to them."""
+
+        def Pool(self, *_):  # noqa: N802
+            return contextlib.nullcontext(self)
+
+        def imap(self, function, asked):
+            function, asked = pickle.loads(pickle.dumps((function, asked)))
+            return map(function, asked)
+
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: OneProcess())
+    rows = printed(accelerator, *("--compile-only", "--json", "--lanes", 1, 8, "--minutes", 0))
     assert {row["compiled"] for row in rows} == {"the time was up"}
     asked = {(row["case"], row["target"], row["lanes"]) for row in rows}
     assert len(asked) == len(rows)
@@ -51,12 +75,10 @@ def test_what_is_compiled_ahead_of_time_has_a_row_for_each_of_its_targets():
     assert {(*row, lanes) for row in expected for lanes in (1, 8)} <= asked
 
 
-def test_compressors_have_a_row_each_and_a_picture(tmp_path):
+def test_compressors_have_a_row_each_and_a_picture(tmp_path, printed):
     picture = tmp_path / "frontier.svg"
-    options = ["--compressor", "none", "drive_ef", "--rounds", "1", "--small", "--json"]
-    command = [sys.executable, "-m", "benchmarks.compression", *options, "--plot", str(picture)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    _, plain, few = (json.loads(line) for line in ended.stdout.splitlines())
+    options = ("--compressor", "none", "drive_ef", "--rounds", 1, "--small", "--json")
+    _, plain, few = printed(compression, *options, "--plot", picture)
     assert [plain["compressor"], few["compressor"]] == ["none", "drive_ef"]
     num_params = 64 * 64 + 64 + 64 * 10 + 10
     assert plain["kB_up"] == plain["kB_down"] == few["kB_down"] == 4 * num_params / 1000
@@ -67,8 +89,6 @@ def test_compressors_have_a_row_each_and_a_picture(tmp_path):
 
 
 def test_asynchrony_is_measured(tmp_path):
-    from benchmarks import asynchrony
-
     step = asynchrony.measure_step(3, 2)
     assert step["cost"] > 0
     assert step["ring_versions"] == 2
@@ -110,8 +130,6 @@ def test_privacy_is_measured_and_drawn(tmp_path):
 
 
 def test_defences_are_measured_under_every_attack():
-    from benchmarks import robustness
-
     (row,) = robustness.measure("iid", "mean", [0.0], num_rounds=8)
     accuracy = {name: row[name] for name in robustness.ATTACKS}
     assert row["worst"] == min(x for name, x in accuracy.items() if name != "none")
@@ -125,3 +143,13 @@ def test_secure_aggregation_is_measured():
     assert [row["setting"] for row in rows] == ["fed_avg", "ideal"]
     assert [row["bits"] for row in rows] == [32.0, 32.0]
     assert all(row["round_s"] > 0 for row in rows)
+
+
+def test_data_on_disk_are_measured(printed):
+    (report,) = printed(data, *("--clients", 300, "--cohort", 20, "--rounds", 2, "--json"))
+    assert report["population"] == 300
+    assert report["bytes"] > 300 * (784 + 4)  # one example each is the least
+    assert 0 <= report["wait_fraction"] < 1
+    for field in ("open_s", "cohort_ms", "cohort_cold_ms", "round_ms", "convert_mb_s"):
+        assert report[field] > 0
+    assert report["peak_private_mb"] is None or 10 < report["peak_private_mb"] < 10_000

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -5,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from processes import interrupted
 
 from fedjax_lite.cli import main
 
@@ -25,12 +25,18 @@ def is_png(path):
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
+@pytest.fixture
+def computed_before(monkeypatch):
+    """A process of tests has computed something: it is too late to set up the CPU."""
+    monkeypatch.setattr("fedjax_lite.cli.quickstart.configure_cpu", lambda: None)
+
+
+@pytest.mark.usefixtures("computed_before")
 @pytest.mark.parametrize(("dataset", "accuracy"), [("halfspace", 0.99), ("digits", 0.9)])
-def test_quickstart_trains_and_records(tmp_path, dataset, accuracy):
+def test_quickstart_trains_and_records(tmp_path, capsys, dataset, accuracy):
     out = tmp_path / "new" / "folder"
-    result = command("quickstart", "--dataset", dataset, "--out", out, "--seed", 3, "--json")
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
+    main(["quickstart", "--dataset", dataset, "--out", str(out), "--seed", "3", "--json"])
+    report = json.loads(capsys.readouterr().out)
     assert set(report) >= {
         *("dataset", "rounds", "seed", "loss", "accuracy", "compile_s", "run_s", "device"),
         *("versions", "out"),
@@ -50,12 +56,13 @@ def test_quickstart_trains_and_records(tmp_path, dataset, accuracy):
     assert {"jax", "optax"} < set(config["versions"])
 
 
-def test_quickstart_without_a_terminal_prints_plain_lines(tmp_path):
-    result = command("quickstart", "--rounds", 12, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert [line.split()[1] for line in lines[:3]] == ["1/12", "10/12", "12/12"]
-    assert "\x1b" not in result.stdout
+@pytest.mark.usefixtures("computed_before")
+def test_quickstart_without_a_terminal_prints_plain_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["quickstart", "--rounds", "12"])
+    printed = capsys.readouterr().out
+    assert [line.split()[1] for line in printed.splitlines()[:3]] == ["1/12", "10/12", "12/12"]
+    assert "\x1b" not in printed
     (out,) = (tmp_path / "runs").iterdir()
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 12
 
@@ -97,34 +104,39 @@ def test_a_missing_command_is_told_in_one_line(capsys):
     assert "quickstart" in refusal(capsys)
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatch, capsys):
-    # It is too late for that.
-    monkeypatch.setattr("fedjax_lite.cli.quickstart.configure_cpu", lambda: None)
+@pytest.mark.usefixtures("computed_before")
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     told = refusal(capsys, "quickstart", "--out", tmp_path / "file" / "below")
     assert "cannot be written" in told
 
 
-@pytest.mark.parametrize(
-    ("module", "dataset"),
-    [("tyro", "halfspace"), ("matplotlib", "halfspace"), ("sklearn", "digits")],
-)
-def test_a_missing_extra_is_told_in_one_line(tmp_path, module, dataset):
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    (blocked / f"{module}.py").write_text("raise ImportError")
-    env = {**os.environ, "PYTHONPATH": str(blocked)}
-    result = command("quickstart", "--dataset", dataset, "--out", tmp_path / "out", env=env)
-    assert result.returncode == 2
-    message = f"{module} is not installed; run: pip install 'fedjax-lite[run]'"
-    assert result.stderr == f"fedjax-lite: {message}\n"
+_WITHOUT_EXTRAS = """
+import sys
+extras = ("tyro", "matplotlib", "sklearn")
+of_tests = ("torch", "hypothesis", "pytest")
+sys.modules |= dict.fromkeys(extras + of_tests)  # To import them raises ImportError.
+from fedjax_lite.cli import main
+for module in of_tests:
+    del sys.modules[module]
+for module in extras:
+    try:
+        main(["quickstart", "--dataset=digits", "--out", sys.argv[1]])
+    except SystemExit as stop:
+        print(module, stop.code)
+    del sys.modules[module]
+"""
 
 
-def test_the_core_needs_no_extra(tmp_path):
-    for module in ("tyro", "matplotlib", "sklearn", "torch", "hypothesis", "pytest"):
-        (tmp_path / f"{module}.py").write_text("raise ImportError")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", "import fedjax_lite"], env=env, check=True)
+def test_the_core_needs_no_extra_and_a_missing_one_is_told_in_one_line(tmp_path):
+    program = [sys.executable, "-c", _WITHOUT_EXTRAS, tmp_path / "out"]
+    result = subprocess.run(program, capture_output=True, text=True, check=True)
+    modules = ("tyro", "matplotlib", "sklearn")
+    assert result.stdout.splitlines() == [f"{module} 2" for module in modules]
+    assert result.stderr.splitlines() == [
+        f"fedjax-lite: {module} is not installed; run: pip install 'fedjax-lite[run]'"
+        for module in modules
+    ]
 
 
 def test_help_reads_well(capsys):
@@ -136,16 +148,20 @@ def test_help_reads_well(capsys):
         assert option in told
 
 
+@pytest.mark.usefixtures("computed_before", "in_the_foreground")
 @pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGHUP", 129)])
-def test_a_signal_keeps_what_was_recorded(tmp_path, name, exit_code):
-    metrics = tmp_path / "metrics.jsonl"
-    code, stderr = interrupted(
-        *("quickstart", "--rounds=1000000", f"--out={tmp_path}"),
-        once=lambda: metrics.exists() and metrics.stat().st_size > 1000,
-        by=signal.Signals[name],
-    )
-    assert code == exit_code
-    assert stderr.startswith("fedjax-lite: interrupted after")
-    assert stderr.count("\n") == 1
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert f"after {len(rows)} of 1000000 rounds" in stderr
+def test_a_signal_keeps_what_was_recorded(tmp_path, capsys, monkeypatch, name, exit_code):
+    @contextlib.contextmanager
+    def progress(num_rounds, *, stderr):
+        yield lambda done, *_: done == 3 and os.kill(os.getpid(), getattr(signal, name))
+
+    monkeypatch.setattr("fedjax_lite.cli.quickstart.progress", progress)
+    with pytest.raises(SystemExit) as stop:
+        main(["quickstart", "--rounds=1000000", f"--out={tmp_path}"])
+    assert stop.value.code == exit_code
+    told = capsys.readouterr().err
+    assert told.startswith("fedjax-lite: interrupted after")
+    assert told.count("\n") == 1
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["round"] for row in rows] == list(range(len(rows)))
+    assert f"after {len(rows)} of 1000000 rounds" in told

@@ -16,8 +16,9 @@ from fedjax_lite.cli import cache
 _PROGRAM = """
 import collections, json, pathlib, sys
 import jax
-from fedjax_lite.cli import main
+from fedjax_lite.cli import main, quickstart
 
+quickstart.draw = quickstart.plots.halfspace = lambda *_: None  # Pictures are not compiled.
 counts = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.split("/")[-1]]))
 

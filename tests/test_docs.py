@@ -64,7 +64,7 @@ def test_the_first_programs_learn(alone, capsys):
     assert max(printed_losses(capsys)) < 0.5
     assert names["infos"].loss.shape == (8, 100)
     assert float(names["infos"].loss[:, -1].max()) < 0.5
-    assert names["losses"].shape == (16,)
+    assert names["losses"].shape == (8,)
     assert names["slopes"][0] < 0  # a higher rate would have learned more
 
 

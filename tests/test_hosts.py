@@ -1,5 +1,6 @@
 """Several processes that make one run: what they agree on, and how they end."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -29,9 +30,20 @@ _PROGRAM = """
 import os, sys
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import orbax.checkpoint
+import fedjax_lite.cli.train
 from fedjax_lite.cli import hosts, main
+from processes import in_two
 hosts.HEARTBEAT_S = 4
-main(sys.argv[1:])
+
+def command(process):
+    for descriptor, name in ((1, "out"), (2, "err")):
+        file = os.open(f"{sys.argv[1]}/{process}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, descriptor)
+    os.environ["SLURM_PROCID"] = str(process)
+    main([arg.replace("PROCESS", str(process)) for arg in sys.argv[2:]])
+
+in_two(command)
 """
 
 
@@ -41,55 +53,50 @@ def free_address():
         return f"localhost:{free.getsockname()[1]}"
 
 
-def start(*args, env=None, **options):
-    return subprocess.Popen(
+def start(*args, env=None):
+    """A program that forks into two: it, and their ids."""
+    program = subprocess.Popen(
         [sys.executable, *map(str, args)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **(env or {})},
+        stdout=subprocess.PIPE,
         text=True,
-        **options,
+        start_new_session=True,
     )
+    return program, list(map(int, program.stdout.readline().split()))
 
 
-def start_two(*args, by_slurm=False):
-    """Two processes of the command line."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+def start_two(folder, *args, by_slurm=False):
+    """Two processes of the command line, which write to files in a folder."""
     if by_slurm:
         slurm = {"SLURM_JOB_ID": os.getpid(), "SLURM_STEP_NODELIST": "localhost"}
         slurm |= {"SLURM_NTASKS": 2, "SLURM_LOCALID": 0}
         env = {name: str(value) for name, value in slurm.items()}
-        return [
-            start(
-                *("-c", _PROGRAM, *args, "--distributed"),
-                env={**env, "SLURM_PROCID": str(i)},
-                **pipes,
-            )
-            for i in range(2)
-        ]
-    hosts = ("--coordinator", free_address(), "--num-hosts=2")
-    return [start("-c", _PROGRAM, *args, *hosts, f"--host={i}", **pipes) for i in range(2)]
+        return start("-c", _PROGRAM, folder, *args, "--distributed", env=env)
+    hosts = ("--coordinator", free_address(), "--num-hosts=2", "--host=PROCESS")
+    return start("-c", _PROGRAM, folder, *args, *hosts)
 
 
-def ended(processes, timeout=600):
-    """Exit codes, and what they wrote to stdout and stderr."""
+def ended(program, timeout=600):
+    """Exit codes of the two."""
     try:
-        told = [process.communicate(timeout=timeout) for process in processes]
+        told, _ = program.communicate(timeout=timeout)
     finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], *zip(*told, strict=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
+    return list(map(int, told.splitlines()[-1].split()))  # After what Gloo tells.
+
+
+def told(folder, name):
+    return [(folder / f"{process}.{name}").read_text() for process in range(2)]
 
 
 @eight_devices
 def test_two_processes_make_the_run_of_one(tmp_path, monkeypatch):
     dataset, mesh = regression_dataset(), fl.clients_mesh(4)
     dataset.save(tmp_path / "data")
-    address = free_address()
     results = [tmp_path / f"{i}.npz" for i in range(2)]
-    processes = [
-        start(one_of_two.__file__, i, address, tmp_path, result) for i, result in enumerate(results)
-    ]
-    codes, _, _ = ended(processes)
-    assert codes == [0, 0]
+    program, _ = start(one_of_two.__file__, free_address(), tmp_path, *results)
+    assert ended(program) == [0, 0]
     both = first, second = [dict(np.load(result)) for result in results]
 
     # Between them they read each row once, and about half of them each.
@@ -135,30 +142,32 @@ def test_a_process_that_is_killed_ends_the_other_one_and_the_run_goes_on(tmp_pat
         *("train", "--dataset=synthetic", "--num-clients=6", "--model=logistic"),
         *("--cohort-size=3", "--num-steps=2", "--eval-every=100000", "--checkpoint-every=5"),
     )
-    processes = start_two(*settings, "--rounds=100000", "--out", out)
+    program, ids = start_two(tmp_path, *settings, "--rounds=100000", "--out", out)
     deadline = time.monotonic() + 400
     while not (out / "checkpoints" / "5").exists():
         assert time.monotonic() < deadline
-        assert [process.poll() for process in processes] == [None, None]
+        assert program.poll() is None
         time.sleep(0.05)
-    processes[1].kill()
+    os.kill(ids[1], signal.SIGKILL)
     began = time.monotonic()
-    codes, _, told = ended(processes)
+    codes = ended(program)
     assert time.monotonic() - began < 60
     assert codes[0] not in (0, -signal.SIGKILL)
     assert codes[1] == -signal.SIGKILL
-    assert "unhealthy" in told[0] or "process 0 of 2 has lost another one" in told[0]
+    first, _ = told(tmp_path, "err")
+    assert "unhealthy" in first or "process 0 of 2 has lost another one" in first
 
     rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     more = str(max(row["round"] for row in rows) + 10)
     again = ("train", "--resume", out, "--rounds", more, "--json")
-    codes, printed, told = ended(start_two(*again, by_slurm=True))
-    assert codes == [0, 0], told
+    program, _ = start_two(tmp_path, *again, by_slurm=True)
+    assert ended(program) == [0, 0], told(tmp_path, "err")
+    printed = told(tmp_path, "out")
     report = json.loads(printed[0])
     assert report["rounds"] == [0, int(more)]
     assert report["device"].startswith("2 x ")
     assert printed[1] == ""
-    assert "round " not in told[1]
+    assert "round " not in told(tmp_path, "err")[1]
     assert (out / "accuracy.png").exists()
 
 

@@ -1,4 +1,5 @@
 import functools
+import gc
 import subprocess
 import sys
 from unittest import mock
@@ -113,8 +114,10 @@ def test_seeds_under_vmap_and_rounds_under_scan():
 
         return jax.lax.scan(step, model.init(key), jax.random.split(key, 2))
 
+    gc.freeze()  # Leaks are looked for among all objects but those that are there by now.
     with jax.checking_leaks():  # Of whole rounds, it would take most of a minute.
         jax.make_jaxpr(jax.vmap(gradients))(jax.random.split(jax.random.key(0), 2))
+    gc.unfreeze()
     states = jax.jit(jax.vmap(run))(jnp.arange(2))
     state = algorithm.init(jax.random.key(1))
     for key in jax.random.split(jax.random.key(1), 2):

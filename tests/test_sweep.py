@@ -17,7 +17,8 @@ build_once = functools.cache(build)
 
 
 @functools.cache
-def setting(num_rounds):
+def problem():
+    """What all train, compiled once."""
     dataset, model = regression_dataset(), regression_model()
     everyone = fl.cohort_of(dataset.resident(), np.arange(10))
 
@@ -28,10 +29,13 @@ def setting(num_rounds):
     return {
         "population": dataset.resident(),
         "sampler": fl.samplers.poisson(10, 0.4),
-        "num_rounds": num_rounds,
         "evaluate": evaluate,
         "eval_every": 3,
     }
+
+
+def setting(num_rounds):
+    return {**problem(), "num_rounds": num_rounds}
 
 
 @pytest.mark.parametrize(("num_rounds", "lanes"), [(0, None), (2, 1), (6, 3), (7, None)])

@@ -74,7 +74,7 @@ def test_gradients_are_finite_where_nothing_changes():
         return state.params["b"]
 
     # All deltas are zero at rate zero, where a norm has no gradient.
-    assert jnp.isfinite(jax.grad(final_bias)(0.0))
+    assert jnp.isfinite(jax.jit(jax.grad(final_bias))(0.0))
 
 
 def test_a_generated_population_needs_a_number_of_steps():
@@ -110,21 +110,22 @@ def test_clients_are_measured_before_and_after_training(lanes):
     cohort = everyone(dataset.resident(fl.clients_mesh(1)))
     algorithm = build(measure_clients=True, lanes=lanes)
     start = algorithm.init(jax.random.key(0))
-    model = regression_model()
     _, info = algorithm.round(jax.random.key(0), start, cohort)
+
+    def loss_of(state, client):
+        params, features = jax.device_get(state.params), dataset[client]
+        errors = features["x"] @ params["w"] + params["b"] - features["y"]
+        return np.square(errors, dtype=np.float64).mean() / 2
+
     sizes = np.asarray(cohort.num_examples)
     before = np.zeros(10)
     for i in np.flatnonzero(sizes):
-        before[i] = fl.evaluate(model, start, dataset[i])["loss"]
+        before[i] = loss_of(start, i)
         # The round of a client alone, without a server: its params are the new state.
         alone, _ = algorithm.round(
             jax.random.key(0), start, everyone(dataset.resident(fl.clients_mesh(1)), [i])
         )
-        np.testing.assert_allclose(
-            info.clients["loss_after"][i],
-            fl.evaluate(model, alone, dataset[i])["loss"],
-            rtol=1e-5,
-        )
+        np.testing.assert_allclose(info.clients["loss_after"][i], loss_of(alone, i), rtol=1e-5)
     np.testing.assert_allclose(info.clients["loss_before"], before, rtol=1e-5)
     assert info.clients["loss_after"][1] == 0  # the client without examples
     np.testing.assert_allclose(

@@ -1,5 +1,6 @@
 """Sequences that are drawn from a formula, for language models without a text."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -70,6 +71,7 @@ def noisy_successors(
     num_symbols = vocabulary_size - NUM_SPECIAL - 1
     circle = NUM_SPECIAL + np.random.default_rng(seed).permutation(num_symbols).astype(np.int32)
 
+    @functools.partial(jax.jit, static_argnames="size", inline=True)
     def draw(key: jax.Array, size: int) -> dict[str, jax.Array]:
         key_jumps, key_places, key_ends = jax.random.split(key, 3)
         shape, time = (size, sequence_length), jnp.arange(sequence_length)
