@@ -243,7 +243,8 @@ def costs(case: Case, names: list[str], dataset: Any) -> dict[str, float]:
         cohort = fl.cohort(jax.random.key(1), population, case.cohort_size)
         return rounds(algorithm, state, cohort)
 
-    timings = interleaved({name: round_of(name) for name in ("fed_avg", *names)}, repeats=9)
+    # A round of the digits takes two milliseconds, of which the fastest of a few tell little.
+    timings = interleaved({name: round_of(name) for name in ("fed_avg", *names)}, repeats=41)
     return {name: round(timings[name].fastest / timings["fed_avg"].fastest, 2) for name in names}
 
 
