@@ -21,7 +21,7 @@ os.environ["FEDJAX_LITE_COMPILATION_CACHE"] = "off"
 import jax
 import pytest
 
-from fedjax_lite.xla.memory import forget_programs, has_many_programs
+from fedjax_lite.xla.memory import make_room_for_programs
 
 # Eight virtual devices where the backend is the CPU; elsewhere, what the machine has. What does not
 # ask for a mesh runs on one of them, for which programs compile in three quarters of the time.
@@ -43,6 +43,12 @@ def without_a_last_value(monkeypatch):
 
 
 @pytest.fixture
+def computed_before(monkeypatch):
+    """A process of tests has computed something: it is too late to set up the CPU."""
+    monkeypatch.setattr("fedjax_lite.configure_cpu", lambda: None)
+
+
+@pytest.fixture
 def in_the_foreground():
     """Signals that what runs in the background of a shell ignores come through."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
@@ -55,8 +61,7 @@ def in_the_foreground():
 @pytest.fixture(autouse=True, scope="module")
 def with_room_for_programs():
     """Forgets what has been compiled for other files, if that is much."""
-    if has_many_programs():
-        forget_programs()
+    make_room_for_programs()
 
 
 def pytest_collection_modifyitems(items):

@@ -14,10 +14,7 @@ SMALL = (
 )
 
 
-@pytest.fixture(autouse=True)
-def computed_before(monkeypatch):
-    """A process of tests has computed something: it is too late to set up the CPU."""
-    monkeypatch.setattr("fedjax_lite.configure_cpu", lambda: None)
+pytestmark = pytest.mark.usefixtures("computed_before")
 
 
 def run(capsys, *args):
@@ -50,12 +47,15 @@ def test_a_sweep_is_as_many_runs_of_train(tmp_path, capsys):
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_says_what_takes_programs_of_its_own(tmp_path, capsys):
+def test_says_what_takes_programs_of_its_own(tmp_path, capsys, monkeypatch):
+    looks = []
+    monkeypatch.setattr("fedjax_lite.xla.memory.has_many_programs", lambda: bool(looks.append(1)))
     vary = ("--vary", "algorithm=fed-avg,fed_prox(mu=0.1, num_epochs=2)", "--vary", "seed=0:2")
     swept, told = run(capsys, "sweep", *SMALL, *vary, "--out", tmp_path / "sweep")
     assert swept["programs"] == 2
     assert "4 runs in 2 programs, since algorithm cannot vary within one" in " ".join(told.split())
     assert len({tuple(one["loss"]) for one in swept["runs"]}) == 4
+    assert len(looks) == 2  # A process has room for some thousands of programs.
 
 
 def test_numbers_inside_of_calls_vary(tmp_path, capsys):

@@ -262,9 +262,7 @@ def test_models_of_clients_are_evaluated_on_splits_that_share_a_program():
 def test_programs_are_forgotten_where_no_more_would_fit(monkeypatch):
     programs = {}
     for batch_size, many, kept in ((2, False, 1), (3, False, 2), (4, True, 1)):
-        monkeypatch.setattr(
-            "fedjax_lite.experiments.published.play.has_many_programs", lambda many=many: many
-        )
+        monkeypatch.setattr("fedjax_lite.xla.memory.has_many_programs", lambda many=many: many)
         runs = [Settings(**SMALL, batch_size=batch_size)]
         play(runs, is_personal=False, is_over=lambda curves: [True], programs=programs)
         assert len(programs) == kept

@@ -39,6 +39,7 @@ from fedjax_lite.runs.plot.of_runs import panels, title
 from fedjax_lite.runs.reading import group_seeds, name_groups, number
 from fedjax_lite.runs.records import Recorder, jsonable, machine
 from fedjax_lite.xla import hosts
+from fedjax_lite.xla.memory import make_room_for_programs
 
 _VARY = tyro.conf.arg(metavar="NAME=VALUES", help_behavior_hint="")
 
@@ -139,6 +140,7 @@ def _run_all(
         for places in programs:
             if all(is_complete[place] for place in places):
                 continue
+            make_room_for_programs()
             try:
                 with usage_errors(as_option):
                     histories = _run([runs[place].settings for place in places])

@@ -47,10 +47,17 @@ def has_many_programs() -> bool:
     return maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPPINGS
 
 
-def forget_programs() -> None:
-    """Frees the compiled programs that nothing else refers to; they are compiled anew when used."""
-    jax.clear_caches()
-    gc.collect()
+def make_room_for_programs() -> bool:
+    """Forgets compiled programs where there are too many; they are compiled anew when used.
+
+    Returns:
+      Whether it did. Whoever keeps jitted functions for later may as well let go of them.
+    """
+    many = has_many_programs()
+    if many:
+        jax.clear_caches()
+        gc.collect()
+    return many
 
 
 def computed_bytes(function: Callable[..., PyTree], *args: PyTree) -> int:

@@ -19,7 +19,7 @@ from fedjax_lite.experiments.settings import Settings, to_settings
 from fedjax_lite.experiments.varying import algorithms_of, group_by_numbers, with_numbers
 from fedjax_lite.runs.step import play_round
 from fedjax_lite.samplers import Sampler
-from fedjax_lite.xla.memory import forget_programs, has_many_programs
+from fedjax_lite.xla.memory import make_room_for_programs
 
 _ROWS = 256  # Rows of examples come in multiples of it.
 Curve = dict[str, list[Any]]
@@ -78,9 +78,8 @@ def play(
     evaluation = _personal(built) if is_personal else built.evaluate
     data = _padded(_Data(built.population, evaluation.args))
     programs = {} if programs is None else programs
-    if has_many_programs():
+    if make_room_for_programs():
         programs.clear()
-        forget_programs()
     key = (_but_for_data(built, numbers), is_personal)
     metrics = (_metrics_of_clients if is_personal else _metrics)(evaluation.func)
     program = programs.get(key) or _program(algorithm, built.sampler, metrics)
