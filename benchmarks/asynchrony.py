@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 import fedjax_lite as fl
-from benchmarks.timing import interleaved, machine
+from benchmarks.timing import interleaved, machine, rounds
 
 SEEDS = range(3)
 DURATIONS = fl.durations.half_normal(1.0)
@@ -87,18 +87,11 @@ def measure_step(num_clients: int, num_versions: int) -> dict[str, Any]:
             fl.cohort_of(population, ids, staleness=staleness),
         ),
     }
-    rounds, states = {}, {}
-    for name, (algorithm, cohort) in algorithms.items():
-        # As in training, a round reuses the memory of the state before.
-        step = jax.jit(algorithm.round, donate_argnames="state")
-        states[name] = algorithm.init(jax.random.key(0))
-
-        def run(name: str = name, step: Any = step, cohort: fl.Cohort = cohort) -> Any:
-            states[name], info = step(jax.random.key(1), state=states[name], cohort=cohort)
-            return info
-
-        rounds[name] = run
-    timings = interleaved(rounds, repeats=15)
+    contestants = {
+        name: rounds(algorithm, algorithm.init(jax.random.key(0)), cohort)
+        for name, (algorithm, cohort) in algorithms.items()
+    }
+    timings = interleaved(contestants, repeats=15)
     seconds = {name: timing.median for name, timing in timings.items()}
     return {
         "cost": round(seconds["asynchronous"] / seconds["synchronous"], 3),

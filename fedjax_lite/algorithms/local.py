@@ -110,14 +110,18 @@ def rate_of_sgd(optimizer: optax.GradientTransformation, params: PyTree) -> floa
     state = optimizer.init(params)
     if jax.tree.leaves(state):
         return None
-    jaxpr = jax.make_jaxpr(lambda gradient: optimizer.update(gradient, state, params)[0])(params)
-    rates = set()
-    for eqn, *ends in zip(jaxpr.eqns, jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars, strict=False):
-        factor, *rest = eqn.invars
-        is_product = eqn.primitive is primitives.mul_p and isinstance(factor, jex_core.Literal)
-        rates.add(-float(factor.val) if is_product and [*rest, *eqn.outvars] == ends else 0.0)
-    one_each = len(jaxpr.eqns) == len(jaxpr.jaxpr.outvars)
-    return rates.pop() or None if one_each and len(rates) == 1 else None
+    closed = jax.make_jaxpr(lambda gradient: optimizer.update(gradient, state, params)[0])(params)
+    jaxpr = closed.jaxpr
+    products = [
+        (*eqn.invars, *eqn.outvars)
+        for eqn in jaxpr.eqns
+        if eqn.primitive is primitives.mul_p and isinstance(eqn.invars[0], jex_core.Literal)
+    ]
+    ends = [(gradient, update) for _, gradient, update in products]
+    rates = {-float(factor.val) for factor, _, _ in products}
+    if ends != list(zip(jaxpr.invars, jaxpr.outvars, strict=False)) or len(rates) != 1:
+        return None
+    return rates.pop() or None  # At the rate 0, params tell nothing.
 
 
 def start(shared: ServerState, optimizer: optax.GradientTransformation) -> LocalState:
