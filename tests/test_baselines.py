@@ -5,6 +5,7 @@ import re
 import shlex
 import signal
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -18,11 +19,7 @@ from fedjax_lite.experiments.published import TABLES
 from fedjax_lite.experiments.settings import Settings, parsed
 from fedjax_lite.runs import Recorder
 
-
-@pytest.fixture(autouse=True)
-def computed_before(monkeypatch):
-    """A process of tests has computed something: it is too late to set up the CPU."""
-    monkeypatch.setattr("fedjax_lite.configure_cpu", lambda: None)
+pytestmark = pytest.mark.usefixtures("computed_before")
 
 
 @pytest.fixture
@@ -42,16 +39,11 @@ def folders(tmp_path):
 
 
 def report(capsys, *args):
-    main(["baseline", *map(str, args), "--json"])
-    return json.loads(capsys.readouterr().out)
+    return commands.report(capsys, "baseline", *args)
 
 
 def refusal(capsys, *args):
-    with pytest.raises(SystemExit) as stop:
-        main(["baseline", *map(str, args)])
-    captured = capsys.readouterr()
-    assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
-    return captured.err
+    return commands.refusal(capsys, "baseline", *args)
 
 
 def but_for_optimizers(name):

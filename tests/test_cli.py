@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from commands import refusal
 
 from fedjax_lite.cli import main
 
@@ -65,15 +66,6 @@ def test_quickstart_without_a_terminal_prints_plain_lines(tmp_path, capsys, monk
     assert "\x1b" not in printed
     (out,) = (tmp_path / "runs").iterdir()
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 12
-
-
-def refusal(capsys, *args):
-    """What is told in a line. In this process: another one imports JAX for two seconds."""
-    with pytest.raises(SystemExit) as stop:
-        main(list(map(str, args)))
-    captured = capsys.readouterr()
-    assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
-    return captured.err
 
 
 def test_a_process_ends_as_the_command_does(tmp_path):

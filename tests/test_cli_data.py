@@ -1,5 +1,4 @@
-import json
-
+import commands
 import numpy as np
 import pytest
 
@@ -20,18 +19,11 @@ def path(tmp_path):
 
 
 def report(capsys, *args):
-    main(["data", "describe", *map(str, args), "--json"])
-    return json.loads(capsys.readouterr().out)
+    return commands.report(capsys, "data", "describe", *args)
 
 
 def refusal(capsys, *args):
-    with pytest.raises(SystemExit) as stop:
-        main(["data", *map(str, args)])
-    captured = capsys.readouterr()
-    assert stop.value.code == 2
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err
+    return commands.refusal(capsys, "data", *args)
 
 
 def test_describe_counts_what_there_is(path, capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import refusal, report
 
 import fedjax_lite as fl
 from fedjax_lite.cli import main
@@ -18,21 +19,7 @@ SMALL = (
 REGRESSION = (*SMALL, f"--model={OWN}:regression", "--metrics=r_squared, mean_squared_error")
 
 
-@pytest.fixture(autouse=True)
-def computed_before(monkeypatch):
-    """A process of tests has computed something: it is too late to set up the CPU."""
-    monkeypatch.setattr("fedjax_lite.configure_cpu", lambda: None)
-
-
-def report(capsys, *args):
-    main([*map(str, args), "--json"])
-    return json.loads(capsys.readouterr().out)
-
-
-def refusal(capsys, *args):
-    with pytest.raises(SystemExit):
-        main(list(map(str, args)))
-    return capsys.readouterr().err
+pytestmark = pytest.mark.usefixtures("computed_before")
 
 
 @pytest.fixture(scope="module")

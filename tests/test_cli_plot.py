@@ -1,6 +1,7 @@
 import json
 import math
 
+import commands
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -40,11 +41,7 @@ def lines(folders):
 
 
 def refusal(capsys, *args):
-    with pytest.raises(SystemExit) as stop:
-        main(["plot", *map(str, args)])
-    captured = capsys.readouterr()
-    assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
-    return captured.err
+    return commands.refusal(capsys, "plot", *args)
 
 
 @pytest.fixture

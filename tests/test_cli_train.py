@@ -7,6 +7,7 @@ import signal
 import jax
 import optax
 import pytest
+from commands import refusal, report
 from processes import contents, held_by_another_process, interrupted
 
 import fedjax_lite as fl
@@ -20,23 +21,7 @@ SMALL = (
 )
 
 
-@pytest.fixture(autouse=True)
-def computed_before(monkeypatch):
-    """A process of tests has computed something: it is too late to set up the CPU."""
-    monkeypatch.setattr("fedjax_lite.configure_cpu", lambda: None)
-
-
-def report(capsys, *args):
-    main([*map(str, args), "--json"])
-    return json.loads(capsys.readouterr().out)
-
-
-def refusal(capsys, *args):
-    with pytest.raises(SystemExit) as stop:
-        main(list(map(str, args)))
-    captured = capsys.readouterr()
-    assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
-    return captured.err
+pytestmark = pytest.mark.usefixtures("computed_before")
 
 
 def rows(folder, kind):
