@@ -110,7 +110,7 @@ def _repeat(
 ) -> PyTree:
     """`fori_loop(0, end, body, state)`, or the same as a scan up to a static bound."""
     if bound is None:
-        return jax.lax.fori_loop(0, end, body, state)
+        return jax.lax.fori_loop(jnp.zeros_like(end), end, body, state)
 
     def masked(state: PyTree, i: jax.Array) -> tuple[PyTree, None]:
         return jax.lax.cond(i < end, body, lambda i, state: state, i, state), None
@@ -232,18 +232,13 @@ def sum_waves(
         )
         return _trainee(row, place, key, store, versions)
 
-    def form() -> tuple[PyTree, dict[str, jax.Array]]:
-        """What a wave sends, its steps left out, which change no shape."""
-        trainees = trainees_of(jnp.int32(0), store)
-        states = work.init(trainees)
-        measured = work.measure(trainees, states)
-        sent = work.final(trainees, states, _measured(measured, measured))
-        return sent.summed, sent.metrics
+    @functools.partial(jax.jit, inline=True)  # Traced once, for its form and for the loop.
+    def run_wave(wave: jax.Array, store: PyTree) -> Sent:
+        return _run_wave(work, bound, not in_turn and not alone, trainees_of(wave, store))
 
     def add_wave(wave: jax.Array, carry: tuple[PyTree, PyTree, PyTree]) -> PyTree:
         (updates, *total), per_client, kept_store = carry
-        trainees = trainees_of(wave, kept_store if keep_output else store)
-        sent = _run_wave(work, bound, not in_turn and not alone, trainees)
+        sent = run_wave(wave, kept_store if keep_output else store)
 
         def put(all_: jax.Array, x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_index_in_dim(all_, x, wave, 0)
@@ -258,17 +253,17 @@ def sum_waves(
             kept_store = write(kept_store, place, kept, sent.output)
         return (updates, *total), per_client, kept_store
 
-    summed, metrics = jax.eval_shape(form)
-    packed = jax.eval_shape(functools.partial(pack, num_axes=num_axes), metrics)
     num_waves = table.shape[0]
 
     def none_yet(x: jax.ShapeDtypeStruct, *shape: int) -> jax.Array:
         return jnp.zeros((*shape, *x.shape), x.dtype)
 
-    one_update, *others = summed
     # Sorted by length, the waves without a step are the last ones: they need not run.
     longest = waves[..., 3].reshape(len(table), -1).max(1)
     num_turns = (longest > 0).sum(dtype=jnp.int32)
+    sent = jax.eval_shape(run_wave, num_turns, store)
+    packed = jax.eval_shape(functools.partial(pack, num_axes=num_axes), sent.metrics)
+    one_update, *others = sent.summed
     carry: PyTree = (
         (
             jax.tree.map(lambda x: none_yet(x, *([num_waves] if stacks else [])), one_update),
@@ -289,5 +284,5 @@ def sum_waves(
     def in_cohort_order(x: jax.Array) -> jax.Array:
         return jnp.zeros((capacity, x.shape[-1]), x.dtype).at[table].set(x, mode="drop")
 
-    clients = unpack([in_cohort_order(x) for x in per_client], metrics, num_axes)
+    clients = unpack([in_cohort_order(x) for x in per_client], sent.metrics, num_axes)
     return CohortResult(update, weight, model_state, statistics, kept_store, clients)

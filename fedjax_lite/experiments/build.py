@@ -147,14 +147,14 @@ def build(settings: Settings, datasets: tuple[FederatedDataset, ...] | None = No
     if calls.model is None:
         calls = calls._replace(model=_default_model(loaded))
     calls = calls._replace(model=_with_vocabulary(calls.model, calls.dataset))
-    model = _model(calls.model, loaded)
+    model, own_metrics = _model(calls.model, loaded)
     sampler, calls = _sampler(settings, calls, loaded, model)
     privacy = _made("privacy", calls.privacy)
     calls = _with_noise(calls, privacy, settings.rounds, sampler)
     algorithm = algorithm_of(calls, settings, model, sampler.max_staleness)
     if privacy is not None:
         ledger_of(privacy, algorithm, sampler, settings.rounds)  # Refuses it at once.
-    asked = measured(model, _metrics(calls, loaded), loaded.examples)
+    asked = measured(model, own_metrics, _metrics(calls, loaded), loaded.examples)
     metric = main_metric(asked.numbers, settings.metric)
     on_device = replicate({name: jnp.asarray(x) for name, x in loaded.examples.items()})
 
@@ -302,8 +302,8 @@ def _with_vocabulary(model: Any, dataset: Any) -> Any:
     return model
 
 
-def _model(value: Any, loaded: Loaded) -> Model:
-    """The model, tried on the shapes of the data."""
+def _model(value: Any, loaded: Loaded) -> tuple[Model, list[str]]:
+    """The model, tried on the shapes of the data, and the names of its metrics."""
     examples = loaded.examples
     known = {"input_shape": examples["x"].shape[1:], "num_classes": loaded.num_classes}
     model = _made("model", value, known)
@@ -315,14 +315,14 @@ def _model(value: Any, loaded: Loaded) -> Model:
             f" {loaded.num_classes}; choose at least as many."
         )
     try:
-        shapes(model.metrics, model, examples)
+        own_metrics = list(shapes(model.metrics, model, examples))
     except Exception as error:
         x = examples["x"]
         raise ValueError(
             f"model is {told}, and fails on examples x of dtype {x.dtype} and shape {x.shape[1:]}:"
             f" {_validate.first_line(error)}; choose a model for them, or the data that it is for."
         ) from error
-    return model
+    return model, own_metrics
 
 
 def _sampler(

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,11 +28,14 @@ class Measured(NamedTuple):
     numbers: list[str]
 
 
-def measured(model: Model, metrics: Mapping[str, Metric], examples: Mapping[str, Any]) -> Measured:
+def measured(
+    model: Model, own: Iterable[str], metrics: Mapping[str, Metric], examples: Mapping[str, Any]
+) -> Measured:
     """All metrics of a model: its own, the loss, and those that are asked for.
 
     Args:
       model: The model.
+      own: The names of its own.
       metrics: Those that are asked for.
       examples: Features such as it is evaluated on.
 
@@ -40,7 +43,6 @@ def measured(model: Model, metrics: Mapping[str, Metric], examples: Mapping[str,
       ValueError: Metrics are asked for of a model without predictions, or one of its own is not one
         value per example.
     """
-    own = shapes(model.metrics, model, examples)
     if "loss" not in own:
         model = model._replace(metrics=with_loss(_training_loss(model), model.metrics))
     everything = None

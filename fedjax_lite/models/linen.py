@@ -1,5 +1,6 @@
 """Models from flax linen modules."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ def linen_model(
     """
     features = modules.examples(example, inputs)
 
+    @functools.partial(jax.jit, inline=True)  # Traced once, and asked for its form by many.
     def init_fn(key: jax.Array) -> tuple[PyTree, PyTree]:
         zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in features.items()}
         mask = jnp.ones(next(iter(zeros.values())).shape[0], bool)
@@ -60,7 +62,7 @@ def linen_model(
         variables = module.init(key, *args, **kwargs, **options)
         return variables["params"], {k: v for k, v in variables.items() if k != "params"}
 
-    shapes = jax.eval_shape(lambda: init_fn(jax.random.key(0)))
+    shapes = jax.eval_shape(init_fn, jax.random.key(0))
     collections = sorted(shapes[1])
 
     def variables(params: PyTree, model_state: PyTree) -> dict[str, Any]:

@@ -66,13 +66,8 @@ def fold_in_pair(key: jax.Array, first: ArrayLike, second: ArrayLike) -> jax.Arr
     Returns:
       A fast key for each pair.
     """
-    words = jax.random.key_data(fast(key))
-    first, second = (jnp.asarray(x).astype(jnp.uint32) for x in (first, second))
-    salt = (first + 1) * jnp.uint32(_GOLDEN)
-    pair = jnp.broadcast_arrays(
-        _mix(_mix(words[0] ^ second) + salt), _mix(_mix(words[1] + second) ^ salt)
-    )
-    return jax.random.wrap_key_data(jnp.stack(pair, -1), impl=_UNROLLED)
+    words = _hashed_pair(jax.random.key_data(fast(key)), first, second)
+    return jax.random.wrap_key_data(words, impl=_UNROLLED)
 
 
 def is_key(x: object) -> bool:
@@ -200,6 +195,20 @@ def _counter(shape: tuple[int, ...]) -> jax.Array:
     return counter
 
 
+# What follows is traced once, not once for each use.
+
+
+@jax.jit
+def _hashed_pair(words: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    first, second = (jnp.asarray(x).astype(jnp.uint32) for x in (first, second))
+    salt = (first + 1) * jnp.uint32(_GOLDEN)
+    pair = jnp.broadcast_arrays(
+        _mix(_mix(words[0] ^ second) + salt), _mix(_mix(words[1] + second) ^ salt)
+    )
+    return jnp.stack(pair, -1)
+
+
+@jax.jit
 def _mix(x: jax.Array) -> jax.Array:
     """The finaliser of MurmurHash3, a bijection of 32 bits (Appleby)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
@@ -207,7 +216,7 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-@jax.jit  # Traced once, not once for each use.
+@jax.jit
 def _threefry2x32(key_data: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Threefry-2x32-20 of the counters `(0, x1)`."""
     keys = (key_data[0], key_data[1], key_data[0] ^ key_data[1] ^ jnp.uint32(_PARITY))
