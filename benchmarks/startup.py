@@ -148,7 +148,8 @@ def _stages(watch: Stopwatch, function: Any, *args: Any) -> None:
 def start(contestant: str, case: str, package: str) -> dict[str, float]:
     """`once` in a fresh process, of the package in a folder."""
     environment = {**os.environ, "PYTHONPATH": package, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    command = [sys.executable, __file__, "--once", contestant, case]
+    # Beside this file lies one of the name of a module that JAX looks for.
+    command = [sys.executable, "-P", __file__, "--once", contestant, case]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise SystemExit(f"{contestant} of {case} ended with {ended.returncode}:\n{ended.stderr}")
