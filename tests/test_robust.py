@@ -288,10 +288,17 @@ def test_rules_agree_with_byzfl(name, byzfl):
 
 def test_what_goes_before_agrees_with_byzfl(byzfl):
     x, module = random_rows(seed=2), byzfl["aggregators.preaggregators"]
+
+    @jax.jit
+    def both(share, stack):
+        stack = stack._replace(total=lambda x: x)
+        makers = (fl.nearest_neighbor_mixing, fl.adaptive_robust_clipping)
+        changed = [make(share, UPDATES).stacked(stack)[0] for make in makers]
+        return [jnp.concatenate(rows, axis=1) for rows in changed]
+
     for f in range(6):
-        mixed, _ = rows_before(lambda inner, f=f: fl.nearest_neighbor_mixing(f, inner), x)
+        mixed, clipped = both(f / N, stack_of(x))
         np.testing.assert_allclose(mixed, module.NNM(f)(x), rtol=1e-9)
-        clipped, _ = rows_before(lambda inner, f=f: fl.adaptive_robust_clipping(f, inner), x)
         np.testing.assert_allclose(clipped, module.ARC(f)(x.copy()), rtol=1e-9)
     clipped, _ = rows_before(lambda inner: fl.norm_clipping(6.0, inner), x)
     np.testing.assert_allclose(clipped, module.Clipping(6.0)(x.copy()), rtol=1e-9)
