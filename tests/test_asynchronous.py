@@ -260,7 +260,7 @@ def test_runs_are_recorded_and_go_on_where_they_were_cut(tmp_path):
     )
     first, second = swept.histories
     np.testing.assert_allclose(first.rounds[-1]["wall_clock"], clock[-1], rtol=1e-5)
-    params = jax.tree.map(lambda x: x[0], swept.states.params)
+    params = jax.tree.map(lambda x: x[0], jax.device_get(swept.states.params))
     chex.assert_trees_all_close(params, straight.state.params, rtol=1e-5)
     assert first.rounds[-1]["loss"] != second.rounds[-1]["loss"]
 

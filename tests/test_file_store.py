@@ -248,20 +248,21 @@ def test_reading_leaves_no_file(tmp_path):
 
 def test_entries_come_back_to_the_bit(tmp_path):
     entries = {
-        "float": jnp.array([-0.0, 0.0, jnp.nan, -jnp.inf, 1e-42]),
-        "half": jnp.array([-0.0, 3.0], jnp.bfloat16),
-        "flag": jnp.array([True, False]),
-        "whole": jnp.int32(-(2**31)),
-        "nothing": jnp.zeros((0, 3)),
+        "float": np.float32([-0.0, 0.0, np.nan, -np.inf, 1e-42]),
+        "half": np.array([-0.0, 3.0], jnp.bfloat16),
+        "flag": np.array([True, False]),
+        "whole": np.int32(-(2**31)),
+        "nothing": np.zeros((0, 3), np.float32),
     }
     state = fl.fed_sgd(regression_model(), optax.sgd(1.0)).init(jax.random.key(0))
-    state = dataclasses.replace(state, store=jax.tree.map(lambda x: x[None], entries))
+    own = jax.tree.map(lambda x: jnp.asarray(x[None]), entries)
+    state = dataclasses.replace(state, store=own)
     store = fl.store_in_file(state, tmp_path, num_clients=5).store
-    flipped = jax.tree.map(lambda x: jnp.stack([jnp.flip(x), x]), entries)
-    store = store.written([4, -1], flipped)
+    flipped = jax.tree.map(lambda x: np.stack([np.flip(x), x]), entries)
+    store = store.written([4, -1], jax.tree.map(jnp.asarray, flipped))
     for client, place in ((4, 0), (0, 1), (3, 1)):
         for name, x in store.read([client]).items():
-            assert x[0].tobytes() == np.asarray(flipped[name][place]).tobytes()
+            assert x[0].tobytes() == flipped[name][place].tobytes()
 
 
 def test_what_cannot_be_kept_in_a_file_is_refused(tmp_path):
