@@ -31,6 +31,9 @@ def apfl(num_devices=1, **options):
     )
 
 
+same_apfl = functools.cache(apfl)
+
+
 def in_file(algorithm, folder, key=0):
     state = algorithm.init(jax.random.key(key), num_clients=1)
     return fl.store_in_file(state, folder, num_clients=10)
@@ -58,6 +61,26 @@ def spread(request, monkeypatch):
     monkeypatch.setattr("fedjax_lite.engine.store._LEAST_SPREAD_BYTES_OF_COHORT", request.param)
 
 
+def rounds_from(state, algorithm, num_devices):
+    """The state after four rounds, and what clients then have in an evaluation."""
+    mesh = fl.clients_mesh(num_devices)
+    population = regression_dataset().resident(mesh)
+    for r in range(4):
+        order = np.random.default_rng(r).permutation(10)[:5]
+        cohort = everyone(population, order, capacity=6)
+        state, _ = algorithm.round(jax.random.key(r), state, cohort)
+    options = {"client_model": algorithm.client_model, "mesh": mesh}
+    found = fl.evaluate_clients(regression_model(), state, cohort, **options)
+    assert algorithm.round._cache_size() == 1
+    return state, found
+
+
+@functools.cache
+def rounds_in_memory(num_devices, lanes):
+    algorithm = apfl(num_devices, lanes=lanes)
+    return rounds_from(algorithm.init(jax.random.key(0), num_clients=10), algorithm, num_devices)
+
+
 @eight_devices
 @pytest.mark.parametrize(
     ("spread", "num_devices", "lanes"),
@@ -66,22 +89,42 @@ def spread(request, monkeypatch):
 )
 def test_rounds_are_those_of_a_store_in_memory(spread, tmp_path, num_devices, lanes):
     algorithm = apfl(num_devices, lanes=lanes)
-    population = regression_dataset().resident(fl.clients_mesh(num_devices))
-    in_memory = algorithm.init(jax.random.key(0), num_clients=10)
-    filed = in_file(algorithm, tmp_path)
-    for r in range(4):
-        order = np.random.default_rng(r).permutation(10)[:5]
-        cohort = everyone(population, order, capacity=6)
-        in_memory, _ = algorithm.round(jax.random.key(r), in_memory, cohort)
-        filed, _ = algorithm.round(jax.random.key(r), filed, cohort)
+    filed, found = rounds_from(in_file(algorithm, tmp_path), algorithm, num_devices)
+    in_memory, expected = rounds_in_memory(num_devices, lanes)
     assert_same(filed, in_memory, to_the_bit=num_devices == lanes == 1)
-    options = {"client_model": algorithm.client_model, "mesh": fl.clients_mesh(num_devices)}
-    found = [
-        fl.evaluate_clients(regression_model(), state, cohort, **options)
-        for state in (filed, in_memory)
-    ]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), *found)
-    assert algorithm.round._cache_size() == 2  # One for each.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, expected)
+
+
+SAMPLER = fl.samplers.uniform(10, 6)
+
+
+def run_from(state, algorithm, num_devices, streamed):
+    mesh, dataset, model = fl.clients_mesh(num_devices), regression_dataset(), regression_model()
+    cohort = everyone(dataset.resident(mesh))
+
+    def evaluate(state):
+        found = fl.evaluate_clients(
+            model, state, cohort, client_model=algorithm.client_model, mesh=mesh
+        )
+        return found.pooled
+
+    return fl.train(
+        algorithm,
+        dataset.streamed(6, mesh=mesh) if streamed else dataset.resident(mesh),
+        SAMPLER,
+        num_rounds=7,
+        key=jax.random.key(1),
+        evaluate=evaluate,
+        eval_every=3,
+        state=state,
+    )
+
+
+@functools.cache
+def run_in_memory(num_devices, streamed):
+    algorithm = apfl(num_devices)
+    state = algorithm.init(jax.random.key(0), num_clients=10)
+    return run_from(state, algorithm, num_devices, streamed)
 
 
 @eight_devices
@@ -91,30 +134,11 @@ def test_rounds_are_those_of_a_store_in_memory(spread, tmp_path, num_devices, la
     indirect=["spread"],
 )
 def test_runs_are_those_of_a_store_in_memory(spread, tmp_path, num_devices, streamed):
-    algorithm, mesh = apfl(num_devices), fl.clients_mesh(num_devices)
-    dataset, model = regression_dataset(), regression_model()
-    cohort = everyone(dataset.resident(mesh))
-
-    def evaluate(state):
-        found = fl.evaluate_clients(
-            model, state, cohort, client_model=algorithm.client_model, mesh=mesh
-        )
-        return found.pooled
-
-    arguments = {
-        "algorithm": algorithm,
-        "population": dataset.streamed(6, mesh=mesh) if streamed else dataset.resident(mesh),
-        "sampler": fl.samplers.uniform(10, 6),
-        "num_rounds": 7,
-        "key": jax.random.key(1),
-        "evaluate": evaluate,
-        "eval_every": 3,
-    }
+    algorithm = apfl(num_devices)
     build_step.cache_clear()
-    filed = fl.train(state=in_file(algorithm, tmp_path), **arguments)
-    step = build_step(algorithm, arguments["sampler"], None)
-    assert step._cache_size() == 1
-    in_memory = fl.train(state=algorithm.init(jax.random.key(0), num_clients=10), **arguments)
+    filed = run_from(in_file(algorithm, tmp_path), algorithm, num_devices, streamed)
+    assert build_step(algorithm, SAMPLER, None)._cache_size() == 1
+    in_memory = run_in_memory(num_devices, streamed)
     assert_same(filed.state, in_memory.state, to_the_bit=num_devices == 1)
     for ours, theirs in zip(*(run.history.evaluations for run in (filed, in_memory)), strict=True):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
@@ -126,7 +150,7 @@ def test_runs_go_on_from_any_checkpoint(tmp_path):
     arguments = {
         "algorithm": algorithm,
         "population": regression_dataset().resident(fl.clients_mesh(1)),
-        "sampler": fl.samplers.uniform(10, 4),
+        "sampler": SAMPLER,
         "key": jax.random.key(1),
     }
 
@@ -151,8 +175,8 @@ def test_runs_go_on_from_any_checkpoint(tmp_path):
 
 
 def test_a_client_takes_room_once_it_has_taken_part(tmp_path):
-    algorithm = apfl()
-    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)), [3, 0], capacity=4)
+    algorithm = same_apfl()
+    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)), [3, 0], capacity=6)
     state = in_file(algorithm, tmp_path)
     for r in range(9):
         state, _ = algorithm.round(jax.random.key(r), state, cohort)
@@ -224,24 +248,25 @@ def test_reading_leaves_no_file(tmp_path):
 
 def test_entries_come_back_to_the_bit(tmp_path):
     entries = {
-        "float": jnp.array([-0.0, 0.0, jnp.nan, -jnp.inf, 1e-42]),
-        "half": jnp.array([-0.0, 3.0], jnp.bfloat16),
-        "flag": jnp.array([True, False]),
-        "whole": jnp.int32(-(2**31)),
-        "nothing": jnp.zeros((0, 3)),
+        "float": np.float32([-0.0, 0.0, np.nan, -np.inf, 1e-42]),
+        "half": np.array([-0.0, 3.0], jnp.bfloat16),
+        "flag": np.array([True, False]),
+        "whole": np.int32(-(2**31)),
+        "nothing": np.zeros((0, 3), np.float32),
     }
     state = fl.fed_sgd(regression_model(), optax.sgd(1.0)).init(jax.random.key(0))
-    state = dataclasses.replace(state, store=jax.tree.map(lambda x: x[None], entries))
+    own = jax.tree.map(lambda x: jnp.asarray(x[None]), entries)
+    state = dataclasses.replace(state, store=own)
     store = fl.store_in_file(state, tmp_path, num_clients=5).store
-    flipped = jax.tree.map(lambda x: jnp.stack([jnp.flip(x), x]), entries)
-    store = store.written([4, -1], flipped)
+    flipped = jax.tree.map(lambda x: np.stack([np.flip(x), x]), entries)
+    store = store.written([4, -1], jax.tree.map(jnp.asarray, flipped))
     for client, place in ((4, 0), (0, 1), (3, 1)):
         for name, x in store.read([client]).items():
-            assert x[0].tobytes() == np.asarray(flipped[name][place]).tobytes()
+            assert x[0].tobytes() == flipped[name][place].tobytes()
 
 
 def test_what_cannot_be_kept_in_a_file_is_refused(tmp_path):
-    algorithm = apfl()
+    algorithm = same_apfl()
     for state, told in (
         (fl.fed_sgd(regression_model(), optax.sgd(1.0)).init(jax.random.key(0)), "no store, as"),
         (algorithm.init(jax.random.key(0), num_clients=2), "a store of 2 clients"),
@@ -253,8 +278,8 @@ def test_what_cannot_be_kept_in_a_file_is_refused(tmp_path):
 
 
 def test_what_is_not_what_was_written_is_refused(tmp_path):
-    algorithm = apfl()
-    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)), [3, 0])
+    algorithm = same_apfl()
+    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)), [3, 0], capacity=6)
     first = in_file(algorithm, tmp_path)
     second, _ = algorithm.round(jax.random.key(0), first, cohort)
     third, _ = algorithm.round(jax.random.key(1), second, cohort)
@@ -278,8 +303,8 @@ def test_what_is_not_what_was_written_is_refused(tmp_path):
 
 
 def test_another_process_that_writes_there_is_told(tmp_path):
-    algorithm = apfl()
-    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)), [3, 0])
+    algorithm = same_apfl()
+    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)), [3, 0], capacity=6)
     state = in_file(algorithm, tmp_path)
     with (
         held_by_another_process(tmp_path / ".store.lock"),

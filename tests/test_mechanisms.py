@@ -21,6 +21,13 @@ def received(aggregate, sensitivity=1.0, **others):
     return fl.Received(aggregate, sensitivity=jnp.float32(sensitivity), **others)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def on_server(transform, aggregate, sensitivity=1.0):
+    """The aggregate with noise, and what is reported."""
+    got, _, info = transform.server(KEY, (), received(aggregate, sensitivity))
+    return got.aggregate, info
+
+
 def assert_std(samples, expected):
     """The standard deviation, within five standard errors, which are less than a tenth of it."""
     n = samples.size
@@ -85,25 +92,25 @@ def test_noise_has_the_std_that_is_stated_and_its_own_for_each_array():
     noise = fl.gaussian_noise(1.3)
     known = noise.guarantees(fl.Guarantees(sensitivity=1.0), None)
     assert known.is_private
-    got, _, info = noise.server(KEY, (), received(WIDE, 0.2))
-    assert_std(np.asarray(got.aggregate["a"]), 1.3 * 0.2)
-    assert_std(np.asarray(got.aggregate["b"]), 1.3 * 0.2)
+    got, info = jax.device_get(on_server(noise, WIDE, 0.2))
+    assert_std(got["a"], 1.3 * 0.2)
+    assert_std(got["b"], 1.3 * 0.2)
     np.testing.assert_allclose(info["noise_std"], 1.3 * 0.2, rtol=1e-6)
-    a, b = (np.asarray(got.aggregate[name]).reshape(-1) for name in "ab")
+    a, b = (got[name].reshape(-1) for name in "ab")
     assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(2000)
     # Of a larger cohort that is simulated.
-    small, _, _ = fl.gaussian_noise(1.3, noise_scale=0.1).server(KEY, (), received(WIDE, 0.2))
-    np.testing.assert_allclose(small.aggregate["b"], 0.1 * got.aggregate["b"], rtol=1e-5)
-    signal = jax.tree.map(lambda x: x + 3.0, WIDE)
-    noisy, _, info = noise.server(KEY, (), received(signal, 0.2))
-    np.testing.assert_allclose(noisy.aggregate["b"] - 3.0, got.aggregate["b"], atol=1e-6)
+    small, _ = on_server(fl.gaussian_noise(1.3, noise_scale=0.1), WIDE, 0.2)
+    np.testing.assert_allclose(small["b"], 0.1 * got["b"], rtol=1e-5)
+    signal = jax.tree.map(lambda x: np.float32(x + 3.0), WIDE)
+    noisy, info = jax.device_get(on_server(noise, signal, 0.2))
+    np.testing.assert_allclose(noisy["b"] - 3.0, got["b"], atol=1e-6)
     np.testing.assert_allclose(info["signal_to_noise"], 3.0 / (1.3 * 0.2), rtol=1e-5)
 
 
 def test_both_parts_of_complex_numbers_have_noise():
-    got, _, _ = fl.gaussian_noise(2.0).server(KEY, (), received({"a": jnp.zeros(4000, complex)}))
-    assert_std(np.asarray(got.aggregate["a"].real), 2.0)
-    assert_std(np.asarray(got.aggregate["a"].imag), 2.0)
+    got, _ = on_server(fl.gaussian_noise(2.0), {"a": np.zeros(4000, np.complex64)})
+    assert_std(np.asarray(got["a"]).real, 2.0)
+    assert_std(np.asarray(got["a"]).imag, 2.0)
 
 
 @functools.cache
@@ -301,9 +308,12 @@ def test_the_best_coefficients_and_their_sensitivity_are_those_of_jax_privacy():
     # In the sums is less noise than of independent noise, for which a client takes part as often.
     error = lambda column: ((np.tri(n) @ np.linalg.inv(banded(column, n))) ** 2).sum()
     assert error(best) < 0.7 * error(np.ones(1))
-    for count in (1, 2, 4):
-        stated = toeplitz.minsep_sensitivity_squared(best, b, count, n)
-        np.testing.assert_allclose(stated, count, rtol=1e-4)
+    assert (best >= 0).all()
+    assert (np.diff(best) <= 0).all()
+    squared = functools.partial(toeplitz.minsep_sensitivity_squared, min_sep=b, n=n)
+    counts = (1, 2, 4)
+    stated = jax.jit(lambda x: [squared(x, max_participations=k, skip_checks=True) for k in counts])
+    np.testing.assert_allclose(stated(best), counts, rtol=1e-4)
 
 
 def nodes(num_rounds):
@@ -431,20 +441,23 @@ def test_any_algorithm_trains_on_private_gradients(name):
     """Without noise and with a bound that nothing reaches, as it does without; on any lanes."""
     population = regression_dataset().resident(fl.clients_mesh(1))
 
-    def trained(wrap, lanes=1):
+    @functools.partial(jax.jit, static_argnums=0)
+    def trained(lanes, *numbers):
+        """On private gradients, if there are a bound and a noise multiplier."""
         model = regression_model()
-        model = wrap(fl.frozen(model, "b") if name == "frozen" else model)
+        model = fl.frozen(model, "b") if name == "frozen" else model
+        model = fl.dp_sgd(model, *numbers) if numbers else model
         factory = fl.fed_avg if name == "frozen" else fl.scaffold
         options = {"batch_size": 4, "lanes": lanes, "mesh": fl.clients_mesh(1)}
         algorithm = factory(model, optax.sgd(0.1), **options)
         state = algorithm.init({"w": np.ones(3, np.float32), "b": np.float32(1)}, num_clients=10)
         state, _ = algorithm.round(KEY, state, everyone(population))
-        return np.asarray(state.params["w"])
+        return state.params["w"]
 
-    plain = trained(lambda model: model)
-    np.testing.assert_allclose(trained(lambda m: fl.dp_sgd(m, 1e6, 0.0)), plain, rtol=1e-5)
+    plain = np.asarray(trained(1))
+    np.testing.assert_allclose(trained(1, 1e6, 0.0), plain, rtol=1e-5)
     if name == "scaffold":
-        noisy = [trained(lambda m: fl.dp_sgd(m, 1.0, 1.0), lanes) for lanes in (1, 3)]
+        noisy = [np.asarray(trained(lanes, 1.0, 1.0)) for lanes in (1, 3)]
         np.testing.assert_allclose(*noisy, rtol=1e-4)
         assert np.abs(noisy[0] - plain).max() > 1e-2
 
@@ -486,12 +499,13 @@ def test_clients_add_noise_of_their_own():
 def test_local_noise_comes_after_a_bound_on_the_update(order):
     """With so little noise that it does not show."""
     little = {1: fl.local_laplace_noise(0.7, 1e9), 2: fl.local_gaussian_noise(0.7, 1e-9)}[order]
+    send = jax.jit(lambda update: little.client(KEY, (), fl.Message(update, 1.0), None))
     rng = np.random.default_rng(0)
     for scale in (0.01, 1.0, 1e36):
         update = {"a": np.float32(scale * rng.normal(size=(3, 2))), "b": np.float32(scale)}
         flat = np.append(update["b"], update["a"]).astype(float)
         norm = np.linalg.norm(flat, order)
-        sent = little.client(KEY, (), fl.Message(jax.tree.map(jnp.asarray, update), 1.0), None)
+        sent = jax.device_get(send(update))
         expected = update["a"] * min(1, 0.7 / norm)
         np.testing.assert_allclose(sent.update["a"], expected, rtol=1e-4, atol=1e-7)
         assert sent.metrics["clipped"] == (norm > 0.7)
@@ -581,6 +595,20 @@ def test_what_makes_no_sense_is_refused(name):
         build()
 
 
+@jax.jit
+def bounded_in_several_ways(update):
+    return [
+        as_sent(transform, {"a": update})
+        for transform in (
+            fl.clip_per_array(2.0),
+            fl.adaptive_clip(2.0),
+            fl.zero_by_norm(2.0),
+            fl.zero_by_norm(2.0, norm="l2"),
+            fl.adaptive_zero(0.5),
+        )
+    ]
+
+
 @pytest.mark.parametrize(
     ("update", "clipped", "zeroed"),
     [
@@ -593,12 +621,6 @@ def test_what_makes_no_sense_is_refused(name):
     ],
 )
 def test_extremes_have_a_documented_outcome(update, clipped, zeroed):
-    update = jnp.asarray(update, jnp.float32)
-    for transform, expected in [
-        (fl.clip_per_array(2.0), clipped),
-        (fl.adaptive_clip(2.0), clipped),
-        (fl.zero_by_norm(2.0), zeroed),
-        (fl.zero_by_norm(2.0, norm="l2"), zeroed),
-        (fl.adaptive_zero(0.5), zeroed),
-    ]:
-        np.testing.assert_allclose(as_sent(transform, {"a": update}), expected, rtol=1e-6)
+    expected = [clipped] * 2 + [zeroed] * 3
+    for sent, x in zip(bounded_in_several_ways(np.float32(update)), expected, strict=True):
+        np.testing.assert_allclose(sent, x, rtol=1e-6)

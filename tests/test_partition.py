@@ -1,6 +1,7 @@
 """Partitioners against their definitions. `dirichlet` itself is in `test_data.py` too."""
 
 import collections
+import random
 from fractions import Fraction
 
 import numpy as np
@@ -154,7 +155,7 @@ def test_log_normal_sizes_have_the_spread_asked_for():
 
 
 def test_dirichlet_sizes_have_the_moments_of_their_shares():
-    alpha, num_clients, num_examples = 0.5, 5, 100_000
+    alpha, num_clients, num_examples = 0.5, 5, 10_000
     draws = np.array(
         [
             sizes_of(partition.dirichlet_sizes(num_examples, num_clients, alpha=alpha, seed=seed))
@@ -327,17 +328,18 @@ def test_a_prior_of_the_classes_enters_as_in_the_paper():
 
 def one_by_one(class_sizes, parent, sizes, alpha, beta, rng):
     """Example by example: a coarse class that has some left, then one of its fine classes."""
-    left = np.array(class_sizes)
+    choose = random.Random(int(rng.integers(2**63))).choices
+    left, parent = class_sizes.tolist(), parent.tolist()
+    fine, coarse = range(len(left)), range(max(parent) + 1)
     table = []
     for size in sizes:
-        theta = rng.gamma(alpha, size=parent.max() + 1)
-        thetas = rng.gamma(beta, size=left.size)
-        drawn = np.zeros_like(left)
+        theta = rng.gamma(alpha, size=len(coarse)).tolist()
+        thetas = rng.gamma(beta, size=len(fine)).tolist()
+        drawn = [0] * len(left)
         for _ in range(size):
-            coarse = np.cumsum(theta * (np.bincount(parent, left) > 0))
-            c = np.searchsorted(coarse, rng.random() * coarse[-1])
-            fine = np.cumsum(thetas * (parent == c) * (left > 0))
-            y = np.searchsorted(fine, rng.random() * fine[-1])
+            open_ = {parent[y] for y in fine if left[y]}
+            (c,) = choose(coarse, [theta[c] * (c in open_) for c in coarse])
+            (y,) = choose(fine, [thetas[y] * (parent[y] == c and left[y] > 0) for y in fine])
             left[y] -= 1
             drawn[y] += 1
         table.append(drawn)

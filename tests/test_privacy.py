@@ -358,7 +358,7 @@ def test_the_command_line_chooses_the_noise_and_tells_what_is_spent(tmp_path, ca
     assert json.loads(text.splitlines()[-1])["epsilon"] == pytest.approx(spent)
 
 
-DIMENSIONS = 64
+DIMENSIONS = 32
 
 
 @functools.cache

@@ -66,13 +66,16 @@ def unmasked(transform, sent, arrived, claimed):
 @pytest.mark.parametrize(("num_neighbours", "bits"), [(None, 32), (2, 32), (4, 20), (6, 8)])
 def test_of_masked_updates_the_sum_over_those_who_arrive_is_left(num_neighbours, bits):
     transform = fl.secure_aggregation(num_neighbours, modulus_bits=bits, masks=True)
-    send = jax.jit(functools.partial(masked, transform))
-    read = jax.jit(jax.vmap(functools.partial(unmasked, transform), (None, 0, 0)))
+
+    @jax.jit
+    def exchange(integers, arrived, claimed):
+        sent = masked(transform, integers)
+        read = functools.partial(unmasked, transform, sent)
+        return sent.update, jax.vmap(read)(arrived, claimed)
+
     rng = np.random.default_rng(1)
     draw = lambda x: rng.integers(0, 2**bits, (IDS.size, *x.shape), np.uint32)
     integers = jax.tree.map(draw, UPDATE)
-    sent = send(integers)
-    assert (np.asarray(sent.update["a"]) < 2**bits).all()
 
     def sums(sets):
         columns = jax.tree.map(
@@ -85,7 +88,8 @@ def test_of_masked_updates_the_sum_over_those_who_arrive_is_left(num_neighbours,
     without_one = np.stack([everyone[0] & (i != IDS) for i in np.unique(IDS[MEMBERS])])
     arrived = np.concatenate([SURVIVORS, without_one, everyone])
     claimed = np.concatenate([SURVIVORS, everyone, without_one])
-    aggregate, info = jax.device_get(read(sent, arrived, claimed))
+    sent, (aggregate, info) = jax.device_get(exchange(integers, arrived, claimed))
+    assert (sent["a"] < 2**bits).all()
     rest = jax.tree.map(lambda x, y: (x.astype(np.uint64) - y) % 2**bits, aggregate, sums(arrived))
     num_sets = len(SURVIVORS)
     assert not any(x[:num_sets].any() for x in jax.tree.leaves(rest))
@@ -123,7 +127,7 @@ def test_a_masked_update_alone_looks_like_random_bits():
 @pytest.mark.parametrize("num_neighbours", [None, 2, 4])
 def test_rounds_are_lost_where_too_few_shares_of_a_needed_key_arrive(num_neighbours):
     announce = jax.jit(fl.secure_aggregation(num_neighbours).announce)
-    order = [int(i) for i in announce(KEY, (), cohort_of(IDS)).ids[:6]]
+    order = np.asarray(announce(KEY, (), cohort_of(IDS)).ids)[:6].tolist()
     assert sorted(order) == sorted(set(IDS[MEMBERS]))
     graph = secure.neighbours(order, num_neighbours or 6)
 
@@ -134,7 +138,7 @@ def test_rounds_are_lost_where_too_few_shares_of_a_needed_key_arrive(num_neighbo
         return info["sum_lost"], received.weights.sum()
 
     over_sets = jax.vmap(is_lost, (None, 0))
-    thresholds = jnp.array([0.4, 0.5, 0.75, 1.0])
+    thresholds = np.float32([0.4, 0.5, 0.75, 1.0])
     lost, weights = jax.jit(jax.vmap(over_sets, (0, None)))(thresholds, SURVIVORS)
     for i, threshold in enumerate(thresholds):
         expected = [secure.is_lost(graph, set(IDS[there]), threshold) for there in SURVIVORS]
@@ -144,11 +148,9 @@ def test_rounds_are_lost_where_too_few_shares_of_a_needed_key_arrive(num_neighbo
 
 
 def test_rings_change_from_round_to_round():
-    announce = fl.secure_aggregation(2).announce
-    orders = {
-        tuple(announce(jax.random.key(i), (), cohort_of(IDS)).ids[:6].tolist()) for i in range(20)
-    }
-    assert len(orders) > 10
+    announce = functools.partial(fl.secure_aggregation(2).announce, state=(), cohort=cohort_of(IDS))
+    announced = jax.jit(jax.vmap(announce))(jax.random.split(KEY, 20))
+    assert len(np.unique(announced.ids[:, :6], axis=0)) > 10
 
 
 FORM = {"max_value": 0.5, "max_weight": 8.0, "num_bits": 10}
@@ -170,11 +172,15 @@ def converted(transform, updates=DRAWN, weights=WEIGHTS, key=KEY):
     return sent, received
 
 
+compiled = jax.jit(converted, static_argnums=0)
+
+
 @pytest.mark.parametrize("denominator", [None, 15.0])
 @pytest.mark.parametrize("modulus_bits", [14, 32])
 def test_weighted_means_are_those_of_whole_numbers(denominator, modulus_bits):
     options = {"modulus_bits": modulus_bits, "denominator": denominator}
-    sent, received = converted(fl.fixed_point(**FORM, rounding="nearest", **options))
+    transform = fl.fixed_point(**FORM, rounding="nearest", **options)
+    sent, received = jax.device_get(compiled(transform))
     expected = secure.weighted_mean(DRAWN, WEIGHTS, **FORM, **options)
     np.testing.assert_allclose(received.aggregate, expected, rtol=1e-5, atol=1e-7)
     by_client = [secure.to_integers(x, w, **FORM) for x, w in zip(DRAWN, WEIGHTS, strict=True)]
@@ -224,16 +230,21 @@ EXTREMES = {
 }
 
 
+@jax.jit
+def sent_as_integers(update):
+    transform = fl.fixed_point(0.5, 1.0, num_bits=10, rounding="nearest")
+    message = fl.Message(update, jnp.float32(1))
+    return transform.client(KEY, transform.init(update), message, None).update[0]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extremes_have_a_documented_outcome(name, dtype):
     update, expected = EXTREMES[name]
     if name == "most":
         update = [jnp.finfo(dtype).max, jnp.finfo(dtype).min]
-    transform = fl.fixed_point(0.5, 1.0, num_bits=10, rounding="nearest")
-    message = fl.Message(jnp.asarray(update, dtype), jnp.float32(1))
-    sent = transform.client(KEY, transform.init(message.update), message, None)
-    np.testing.assert_array_equal(sent.update[0].astype(jnp.int32), np.array(expected, np.int32))
+    sent = np.asarray(sent_as_integers(np.asarray(update, dtype)))
+    np.testing.assert_array_equal(sent.astype(np.int32), np.array(expected, np.int32))
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -286,30 +297,43 @@ def algorithm_with(num_devices=1, lanes=1, num_bits=20, modulus_bits=32, **optio
     )
 
 
-def one_round(algorithm, ids=None, num_devices=1):
-    """The params after a round in which a client is not finite, and what was reported."""
+def cohort_with_one_broken(ids=None, num_devices=1):
+    """A client is not finite, and one is empty."""
     owners = np.repeat(np.arange(10), SIZES)
     broken = regression_dataset().map(
         lambda features: {**features, "y": np.where(owners == 6, np.nan, features["y"])}
     )
-    cohort = everyone(broken.resident(fl.clients_mesh(num_devices)), ids, capacity=12)
-    return jax.device_get(algorithm.round(KEY, algorithm.init(START), cohort))
+    return everyone(broken.resident(fl.clients_mesh(num_devices)), ids, capacity=12)
 
 
-DROPPING = {"num_neighbours": 4, "dropout_rate": 0.3, "threshold": 0.1}
+@functools.cache
+def rounds_of(num_devices, lanes, masks):
+    """Compiled once for all numbers."""
+
+    @jax.jit
+    def round(state, cohort, dropout_rate, threshold):
+        numbers = {"dropout_rate": dropout_rate, "threshold": threshold}
+        algorithm = algorithm_with(num_devices, lanes, masks=masks, num_neighbours=4, **numbers)
+        return algorithm.round(KEY, state, cohort)
+
+    state = algorithm_with(num_devices).init(START)
+    return lambda *args: jax.device_get(round(state, *args))
+
+
+DROPPING = 0.3, 0.1
 
 
 @functools.cache
 def without_masks():
-    return one_round(algorithm_with(masks=False, **DROPPING))
+    return rounds_of(1, 1, masks=False)(cohort_with_one_broken(), *DROPPING)
 
 
 @devices
 def test_rounds_with_masks_are_those_without_to_the_bit(num_devices):
     """Also where clients drop out, one is empty, one is not finite, and slots are; whatever the
     lanes and devices."""
-    algorithm = algorithm_with(num_devices, lanes=3, masks=True, **DROPPING)
-    state, info = one_round(algorithm, num_devices=num_devices)
+    cohort = cohort_with_one_broken(num_devices=num_devices)
+    state, info = rounds_of(num_devices, 3, masks=True)(cohort, *DROPPING)
     expected, told = without_masks()
     jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
     np.testing.assert_array_equal(info.clients["weight"], told.clients["weight"])
@@ -326,24 +350,23 @@ def test_who_drops_out_might_as_well_not_be_there():
     # The mean over the others, had they been alone.
     options = {"batch_size": 4, "mesh": fl.clients_mesh(1)}
     plain = fl.fed_avg(regression_model(), optax.sgd(0.1), **options)
-    alone, _ = one_round(plain, np.flatnonzero(there))
+    cohort = cohort_with_one_broken(np.flatnonzero(there))
+    alone, _ = plain.round(KEY, plain.init(START), cohort)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), state.params, alone.params
     )
 
 
 def test_a_lost_round_is_told_and_changes_nothing():
-    algorithm = algorithm_with(masks=True, dropout_rate=0.5, threshold=0.9)
-    state = algorithm.init(START)
-    after, info = algorithm.round(
-        KEY, state, everyone(regression_dataset().resident(fl.clients_mesh(1)))
-    )
+    state = jax.device_get(algorithm_with().init(START))
+    cohort = everyone(regression_dataset().resident(fl.clients_mesh(1)), capacity=12)
+    after, info = rounds_of(1, 3, masks=True)(cohort, 0.5, 0.9)
     assert 0 < (info.clients["weight"] > 0).sum() < 9
     assert (info.metrics["sum_lost"], info.skipped, info.update_norm) == (1, True, 0)
     jax.tree.map(
         np.testing.assert_array_equal,
-        jax.device_get((after.params, after.opt_state)),
-        jax.device_get((state.params, state.opt_state)),
+        (after.params, after.opt_state),
+        (state.params, state.opt_state),
     )
     assert after.round == 1
 
@@ -467,10 +490,13 @@ def test_noise_on_the_server_is_scaled_by_a_bound_that_includes_rounding():
     assert not info.skipped
 
 
+drawn_normal = jax.jit(discrete_gaussian, static_argnums=1)
+
+
 @pytest.mark.parametrize("std", [0.4, 1.0, 3.7, 40.0])
 def test_discrete_normal_numbers_have_their_probabilities(std):
     number = 200_000
-    drawn = np.asarray(jax.jit(discrete_gaussian, static_argnums=1)(KEY, (number,), std))
+    drawn = np.asarray(drawn_normal(KEY, (number,), std))
     values = np.arange(-int(9 * std) - 3, int(9 * std) + 4)
     expected = np.exp(-(values**2) / (2 * std**2))
     expected *= number / expected.sum()
@@ -488,7 +514,7 @@ def test_discrete_normal_numbers_have_their_probabilities(std):
 
 @pytest.mark.parametrize("std", [0.0, np.nan, np.inf])
 def test_without_a_deviation_there_is_no_noise(std):
-    assert not discrete_gaussian(KEY, (5,), std).any()
+    assert not np.any(drawn_normal(KEY, (5,), std))
 
 
 def test_the_noise_of_a_sum_has_the_deviation_that_is_told():
@@ -546,7 +572,7 @@ def test_a_lost_round_is_skipped_though_who_takes_part_is_private():
         return algorithm.round(KEY, algorithm.init(START), cohort)[1]
 
     for dropout_rate, is_lost in ((0.0, False), (0.5, True), (1.0, False)):
-        info = round(dropout_rate)
+        info = jax.device_get(round(dropout_rate))
         assert (info.skipped, info.metrics["sum_lost"]) == (is_lost, is_lost)
         arrived = (info.clients["weight"] > 0).sum()
         assert (arrived == 9 * (1 - dropout_rate)) if dropout_rate != 0.5 else 0 < arrived < 8
@@ -568,18 +594,20 @@ def test_a_rotation_is_common_to_all_and_taken_back_from_their_sum():
     updates = jax.tree.map(lambda x: rng.normal(size=(3, *x.shape)).astype(np.float32), params)
     updates["a"][0], updates["b"][0] = [[0.0, 8.0], [0.0, 0.0]], 0.0
 
+    @jax.jit
+    @jax.vmap
     def send(own_key, update):
         shown = rotation.announce(KEY, state, cohort)
         return rotation.client(own_key, shown, fl.Message(update, 1.0), None).update
 
-    sent = jax.vmap(send)(jax.random.split(KEY, 3), updates)
-    alone, rest = jax.tree.map(lambda x: np.asarray(x[0]), sent)
+    sent = jax.device_get(send(jax.random.split(KEY, 3), updates))
+    alone, rest = jax.tree.map(lambda x: x[0], sent)
     flat = np.concatenate([alone["a"].ravel(), [alone["b"]], rest])
     np.testing.assert_allclose(np.abs(flat), np.full(8, 8 / np.sqrt(8)), rtol=1e-6)
     total = jax.tree.map(lambda x: x.sum(0), sent)
-    received, _, _ = rotation.server(KEY, state, fl.Received(total))
+    back = jax.jit(lambda total: rotation.server(KEY, state, fl.Received(total))[0].aggregate)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y.sum(0), rtol=1e-5, atol=1e-5),
-        received.aggregate,
+        back(total),
         updates,
     )

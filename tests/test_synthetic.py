@@ -1,5 +1,6 @@
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -117,12 +118,17 @@ def test_one_model_fits_all_clients_of_the_iid_variant_only():
 # Gaussian images
 
 
+def drawn(draw, key, size):
+    return jax.device_get(jax.jit(draw, static_argnums=1)(key, size))
+
+
+@functools.cache
 def patterns(**options):
     """The means of the classes: what is left where the noise is relatively nothing."""
     _, draw = fl.data.gaussian_images(separation=1e6, **options)
-    batch = draw(jax.random.key(0), 2000)
-    x = np.asarray(batch["x"], np.float64) / (1e6 / np.sqrt(2))
-    return np.array([x[np.asarray(batch["y"]) == c][0] for c in range(options["num_classes"])])
+    batch = drawn(draw, jax.random.key(0), 2000)
+    x = batch["x"].astype(np.float64) / (1e6 / np.sqrt(2))
+    return np.array([x[batch["y"] == c][0] for c in range(options["num_classes"])])
 
 
 def test_patterns_are_orthonormal_blocks():
@@ -139,7 +145,7 @@ def test_the_best_classifier_is_as_good_as_the_formula_says(separation):
     options = {"image_shape": (6, 6, 2), "num_classes": 10}
     means = patterns(**options).reshape(10, -1)
     _, draw = fl.data.gaussian_images(separation=separation, **options)
-    batch = jax.device_get(draw(jax.random.key(1), 20_000))
+    batch = drawn(draw, jax.random.key(1), 20_000)
     guess = (batch["x"].reshape(20_000, -1) @ means.T).argmax(1)
     z = np.linspace(-8, 8, 2001)
     density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
@@ -157,7 +163,7 @@ def test_a_linear_model_learns_more_from_classes_further_apart():
     accuracy = []
     for separation in (2.0, 4.0, 8.0):
         _, draw = fl.data.gaussian_images(separation=separation, **SMALL)
-        batch = jax.device_get(draw(jax.random.key(0), 4000))
+        batch = drawn(draw, jax.random.key(0), 4000)
         x, y = batch["x"].reshape(4000, -1), batch["y"]
         # Nearest class mean, a linear classifier.
         means = np.array([x[:2000][y[:2000] == c].mean(0) for c in range(10)])
@@ -166,17 +172,19 @@ def test_a_linear_model_learns_more_from_classes_further_apart():
     assert accuracy[0] + 0.1 < accuracy[1] < accuracy[2] - 0.05
 
 
-def class_counts(population, key, num_clients):
-    sample = jax.jit(jax.vmap(population.sample))
-    batch = sample(jax.random.split(key, num_clients), jnp.arange(num_clients))
-    return (np.asarray(batch["y"])[..., None] == np.arange(10)).sum(1)
+def class_counts(population, num_clients, *seeds):
+    """How often each client draws each class, `[seeds, clients, classes]`."""
+    labels = jax.jit(jax.vmap(lambda key, client: population.sample(key, client)["y"]))
+    keys = [jax.random.split(jax.random.key(seed), num_clients) for seed in seeds]
+    drawn = np.stack([labels(own, np.arange(num_clients)) for own in keys])
+    return (drawn[..., None] == np.arange(10)).sum(2)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 1.0, None])
 def test_clients_draw_labels_from_mixtures_of_their_own(alpha):
     size, num_clients = 30, 2000
     population, _ = fl.data.gaussian_images(num_clients, alpha=alpha, batch_size=size, **SMALL)
-    counts = class_counts(population, jax.random.key(1), num_clients)
+    counts, later = class_counts(population, num_clients, 1, 2)
 
     def variance(total):  # of a Dirichlet-multinomial count
         return size * 0.1 * 0.9 * (size + total) / (1 + total)
@@ -189,7 +197,6 @@ def test_clients_draw_labels_from_mixtures_of_their_own(alpha):
     assert alpha is None or abs(squares.mean() - variance(4 * total)) > 5 * error
 
     # The mixture stays with the client, and the examples do not.
-    later = class_counts(population, jax.random.key(2), num_clients)
     assert (counts != later).any()
     correlation = np.corrcoef(counts[:, 0], later[:, 0])[0, 1]
     # Of two counts with the same p: Var(p) size^2 / Var(count) = size / (size + total).
@@ -199,11 +206,11 @@ def test_clients_draw_labels_from_mixtures_of_their_own(alpha):
 def test_the_seed_determines_patterns_and_mixtures():
     def first(seed):
         population, draw = fl.data.gaussian_images(alpha=0.1, seed=seed, **SMALL)
-        batch = population.sample(jax.random.key(0), jnp.int32(7))
+        batch = jax.jit(population.sample)(jax.random.key(0), 7)
         return (
             batch["x"],
-            draw(jax.random.key(0), 5)["x"],
-            class_counts(population, jax.random.key(0), 50),
+            drawn(draw, jax.random.key(0), 5)["x"],
+            class_counts(population, 50, 0),
         )
 
     a, b, c = first(0), first(0), first(1)
@@ -216,7 +223,7 @@ def test_a_round_with_a_million_clients():
     model = fl.models.mlp((6, 5, 2), (), 10)
     algorithm = fl.fed_avg(model, client_optimizer=optax.sgd(0.1), num_epochs=1)
     state = algorithm.init(jax.random.key(0))
-    test = draw(jax.random.key(1), 500)
+    test = drawn(draw, jax.random.key(1), 500)
     before = fl.evaluate(model, state, test)["loss"]
     for key in jax.random.split(jax.random.key(2), 5):
         key_cohort, key_round = jax.random.split(key)

@@ -167,9 +167,9 @@ def calibrate(
       ValueError: As for `ledger`.
 
     >>> import fedjax_lite as fl
-    >>> sampler = fl.samplers.poisson(10_000, 0.01)
-    >>> noise_multiplier = calibrate(3.0, 1e-6, 100, sampler)
-    >>> 2.99 < ledger(noise_multiplier, 1e-6, sampler).epsilon(100) <= 3
+    >>> sampler = fl.samplers.poisson(1_000, 0.1)
+    >>> noise_multiplier = calibrate(3.0, 1e-5, 10, sampler)
+    >>> 2.99 < ledger(noise_multiplier, 1e-5, sampler).epsilon(10) <= 3
     True
     """
     _check_epsilon(epsilon)

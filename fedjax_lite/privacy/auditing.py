@@ -82,7 +82,7 @@ def canaries(
     >>> client = fl.Client(jnp.int32(3), jnp.int32(1), jnp.int32(1), (), jax.random.key(1))
     >>> transform = canaries(jax.random.key(0), [3, 5], 2.0)
     >>> message = fl.Message(jnp.ones(4), 1.0)
-    >>> sent = transform.client(jax.random.key(2), (), message, client)
+    >>> sent = jax.jit(transform.client)(jax.random.key(2), (), message, client)
     >>> round(float(jnp.linalg.norm(sent.update)), 4), float(sent.weight)
     (2.0, 1.0)
     """

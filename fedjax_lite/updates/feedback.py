@@ -63,7 +63,7 @@ def error_feedback(
     >>> coarse = error_feedback(fl.quantize_uniform(2))
     >>> update = jnp.array([0.0, 0.5, 1.0])
     >>> message = fl.Message(update, 1.0, coarse.entry(update))
-    >>> sent = coarse.client(jax.random.key(0), coarse.init(update), message, None)
+    >>> sent = jax.jit(coarse.client)(jax.random.key(0), coarse.init(update), message, None)
     >>> error, _ = sent.entry
     >>> (sent.update + error).tolist()  # What was rounded away is kept.
     [0.0, 0.5, 1.0]
@@ -161,9 +161,10 @@ def ef21(transform: UpdateTransform) -> UpdateTransform:
     >>> largest = ef21(fl.top_k(1))
     >>> update = jnp.array([1.0, 2.0, 3.0])
     >>> entry, state = largest.entry(update), largest.init(update)
+    >>> client = jax.jit(largest.client)
     >>> for round in range(3):
     ...     message = fl.Message(update, 1.0, entry)
-    ...     entry = largest.client(jax.random.key(round), state, message, None).entry
+    ...     entry = client(jax.random.key(round), state, message, None).entry
     >>> entry[0].tolist()  # One entry after the other.
     [1.0, 2.0, 3.0]
     """

@@ -70,7 +70,7 @@ def fixed_point(
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> transform = fixed_point(1.0, 10.0, num_bits=4, rounding="nearest")
     >>> message = fl.Message(jnp.array([0.5, -0.25, 3.0]), 10.0)
-    >>> sent = transform.client(jax.random.key(0), (), message, None)
+    >>> sent = jax.jit(transform.client)(jax.random.key(0), (), message, None)
     >>> integers, weight = sent.update
     >>> integers.astype(jnp.int32).tolist(), int(weight), int(sent.metrics["elements_above"])
     ([4, -2, 7], 7, 1)

@@ -133,4 +133,5 @@ def hostile_clients(
     True
     """
     num_clients = _validate.integer("num_clients", num_clients, minimum=0)
-    return np.flatnonzero(membership(hostile, seed)(jnp.arange(num_clients, dtype=jnp.int32)))
+    is_hostile = jax.jit(membership(hostile, seed))
+    return np.flatnonzero(is_hostile(np.arange(num_clients, dtype=np.int32)))

@@ -40,7 +40,7 @@ def local_gaussian_noise(max_norm: ArrayLike, noise_multiplier: ArrayLike) -> Up
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> noise = local_gaussian_noise(1.0, noise_multiplier=0.5)
     >>> message = fl.Message(jnp.full(10_000, 5.0), 1.0)
-    >>> sent = noise.client(jax.random.key(0), (), message, None).update
+    >>> sent = jax.jit(noise.client)(jax.random.key(0), (), message, None).update
     >>> round(float(sent.std()), 1)
     0.5
     """
@@ -81,7 +81,7 @@ def local_laplace_noise(max_norm: ArrayLike, epsilon: ArrayLike) -> UpdateTransf
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> noise = local_laplace_noise(0.5, epsilon=2.0)
     >>> message = fl.Message(jnp.zeros(10_000), 1.0)
-    >>> sent = noise.client(jax.random.key(0), (), message, None).update
+    >>> sent = jax.jit(noise.client)(jax.random.key(0), (), message, None).update
     >>> round(float(jnp.abs(sent).mean()), 1)  # Of scale 2 * 0.5 / 2.
     0.5
     """

@@ -43,7 +43,7 @@ def low_rank(rank: int = 2) -> UpdateTransform:
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> message = fl.Message(jnp.outer(jnp.arange(6.0), jnp.ones(4)), 1.0)
-    >>> sent = low_rank(1).client(jax.random.key(0), (), message, None)
+    >>> sent = jax.jit(low_rank(1).client)(jax.random.key(0), (), message, None)
     >>> bool(jnp.allclose(sent.update, message.update)), int(sent.metrics["bits_up"])
     (True, 320)
     """

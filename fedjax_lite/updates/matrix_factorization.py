@@ -65,12 +65,13 @@ def toeplitz_noise(
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> noise = toeplitz_noise(1.0, num_rounds=4, num_bands=2, coefficients=[0.8, 0.6])
-    >>> independent = fl.gaussian_noise(1.0)  # Of the same keys.
+    >>> correlated = jax.jit(noise.server)
+    >>> independent = jax.jit(fl.gaussian_noise(1.0).server)  # Of the same keys.
     >>> received = fl.Received(jnp.zeros(1), sensitivity=1.0)
     >>> state, before = noise.init(jnp.zeros(1)), 0.0
     >>> for key in jax.random.split(jax.random.key(0), 3):
-    ...     got, state, _ = noise.server(key, state, received)
-    ...     g, _, _ = independent.server(key, (), received)
+    ...     got, state, _ = correlated(key, state, received)
+    ...     g, _, _ = independent(key, (), received)
     ...     print(bool(jnp.isclose(got.aggregate[0], (g.aggregate[0] - 0.6 * before) / 0.8)))
     ...     before = got.aggregate[0]
     True
@@ -152,8 +153,9 @@ def tree_noise(
     >>> noise = tree_noise(1.0, num_rounds=4)
     >>> received = fl.Received(jnp.zeros(10_000), sensitivity=1.0)
     >>> state, total, spread = noise.init(received.aggregate), 0.0, []
+    >>> server = jax.jit(noise.server)
     >>> for key in jax.random.split(jax.random.key(0), 4):
-    ...     got, state, _ = noise.server(key, state, received)
+    ...     got, state, _ = server(key, state, received)
     ...     total += got.aggregate
     ...     spread.append(round(float(total.std() ** 2) / 3))
     >>> spread  # In units of a node: of the sums of 1, 10, 11 and 100 rounds.

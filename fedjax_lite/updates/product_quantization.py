@@ -46,7 +46,7 @@ def product_quantization(
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> message = fl.Message(jnp.array([1.0, 2.0, 5.0, 6.0, 3.0, 4.0, 5.0, 6.0]), 1.0)
     >>> halves = product_quantization(2, block_size=4)
-    >>> sent = halves.client(jax.random.key(0), (), message, None)
+    >>> sent = jax.jit(halves.client)(jax.random.key(0), (), message, None)
     >>> sent.update.tolist(), int(sent.metrics["bits_up"])
     ([1.0, 2.0, 5.0, 6.0, 3.0, 4.0, 5.0, 6.0], 258)
     """

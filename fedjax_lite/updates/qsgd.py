@@ -49,7 +49,7 @@ def qsgd(
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> message = fl.Message(jnp.array([3.0, 0.0, -4.0]), 1.0)  # Of norm 5.
-    >>> sent = qsgd(5).client(jax.random.key(0), (), message, None)
+    >>> sent = jax.jit(qsgd(5).client)(jax.random.key(0), (), message, None)
     >>> sent.update.tolist(), int(sent.metrics["bits_up"])
     ([3.0, 0.0, -4.0], 44)
     """

@@ -68,7 +68,7 @@ def quantize_uniform(num_levels: int = 256) -> UpdateTransform:
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> quantize = quantize_uniform(3)
     >>> update = jnp.array([0.0, 1.0, 2.0])  # Levels themselves stay as they are.
-    >>> sent = quantize.client(jax.random.key(0), (), fl.Message(update, 1.0), None)
+    >>> sent = jax.jit(quantize.client)(jax.random.key(0), (), fl.Message(update, 1.0), None)
     >>> sent.update.tolist(), int(sent.metrics["bits_up"])
     ([0.0, 1.0, 2.0], 70)
     """

@@ -51,7 +51,7 @@ def rotated(transform: UpdateTransform) -> UpdateTransform:
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> message = fl.Message(jnp.array([0.0, 4.0, 0.0]), 1.0)
     >>> sign = rotated(fl.scaled_sign())  # All entries of the rotated vector are 2 or -2.
-    >>> sent = sign.client(jax.random.key(0), sign.init(message.update), message, None)
+    >>> sent = jax.jit(sign.client)(jax.random.key(0), sign.init(message.update), message, None)
     >>> float(sent.update[1]), int(sent.metrics["bits_up"])
     (4.0, 36)
     """
@@ -115,7 +115,7 @@ def eden(num_bits: float = 1, *, unbiased: bool = True) -> UpdateTransform:
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> message = fl.Message(jax.random.normal(jax.random.key(1), (4096,)), 1.0)
-    >>> sent = eden(2).client(jax.random.key(0), (), message, None)
+    >>> sent = jax.jit(eden(2).client)(jax.random.key(0), (), message, None)
     >>> error = jnp.sum((sent.update - message.update) ** 2) / jnp.sum(message.update**2)
     >>> round(float(error), 1), int(sent.metrics["bits_up"])
     (0.1, 8224)
@@ -149,7 +149,7 @@ def drive(*, unbiased: bool = False) -> UpdateTransform:
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> message = fl.Message(jnp.array([0.0, 4.0, 0.0]), 1.0)
-    >>> sent = drive().client(jax.random.key(0), (), message, None)
+    >>> sent = jax.jit(drive().client)(jax.random.key(0), (), message, None)
     >>> float(sent.update[1]), int(sent.metrics["bits_up"])
     (4.0, 36)
     """

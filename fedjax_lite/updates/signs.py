@@ -120,7 +120,7 @@ def terngrad(clip_factor: ArrayLike | None = None) -> UpdateTransform:
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> message = fl.Message(jnp.array([2.0, 0.0, -2.0]), 1.0)
-    >>> sent = terngrad().client(jax.random.key(0), (), message, None)
+    >>> sent = jax.jit(terngrad().client)(jax.random.key(0), (), message, None)
     >>> sent.update.tolist(), int(sent.metrics["bits_up"])
     ([2.0, 0.0, -2.0], 37)
     """

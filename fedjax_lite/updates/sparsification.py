@@ -41,7 +41,7 @@ def top_k(k: float, *, per_array: bool = False) -> UpdateTransform:
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> message = fl.Message(jnp.array([1.0, -3.0, 2.0, 0.0]), 1.0)
-    >>> sent = top_k(0.5).client(jax.random.key(0), (), message, None)
+    >>> sent = jax.jit(top_k(0.5).client)(jax.random.key(0), (), message, None)
     >>> sent.update.tolist(), int(sent.metrics["bits_up"])  # One of 6 choices takes 3 bits.
     ([0.0, -3.0, 2.0, 0.0], 67)
     """
@@ -81,7 +81,7 @@ def random_k(k: float, *, per_array: bool = False, unbiased: bool = True) -> Upd
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
     >>> message = fl.Message(jnp.ones(4), 1.0)
-    >>> sent = random_k(2).client(jax.random.key(0), (), message, None)
+    >>> sent = jax.jit(random_k(2).client)(jax.random.key(0), (), message, None)
     >>> sorted(sent.update.tolist()), int(sent.metrics["bits_up"])
     ([0.0, 0.0, 2.0, 2.0], 64)
     """
