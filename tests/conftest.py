@@ -49,6 +49,15 @@ def computed_before(monkeypatch):
 
 
 @pytest.fixture
+def built_once(monkeypatch):
+    """Commands with the same settings, but for the rounds, have the same compiled programs."""
+    from commands import build_once
+
+    for command in ("train", "eval"):
+        monkeypatch.setattr(f"fedjax_lite.cli.{command}.build", build_once)
+
+
+@pytest.fixture
 def in_the_foreground():
     """Signals that what runs in the background of a shell ignores come through."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}

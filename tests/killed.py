@@ -25,7 +25,7 @@ assert ocp  # Imported before the forks, not after each.
 NUM_ROUNDS, NUM_KILLS = 150, 8
 
 
-def train(folder, on_row=lambda row: None):
+def train(folder, on_row=lambda row: None, every=NUM_ROUNDS):
     dataset, model = regression_dataset(), regression_model()
     with fl.Recorder(folder, {}) as recorder:
 
@@ -47,7 +47,7 @@ def train(folder, on_row=lambda row: None):
             on_round=on_round,
             on_eval=recorder.on_eval,
             on_resume=recorder.on_resume,
-            checkpoints=fl.Checkpoints(folder / "checkpoints", every=3),
+            checkpoints=fl.Checkpoints(folder / "checkpoints", every=every),
         )
 
 
@@ -97,7 +97,7 @@ def main(folder):
     for place in range(NUM_KILLS):
         resumed += any((killed / "checkpoints").glob("[0-9]*"))
         began = time.monotonic()
-        pid, read = child(lambda on_row: train(killed, on_row))
+        pid, read = child(lambda on_row: train(killed, on_row, every=3))
         if place % 2:  # While it resumes, or soon after.
             time.sleep(moments.uniform(0, seconds))
         else:
