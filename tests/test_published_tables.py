@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from test_mnist import write_mnist
 
@@ -117,6 +118,13 @@ def test_digits_become_rarer(folder):
         np.testing.assert_allclose(examples["x"][..., 0], expected, atol=1e-5)
     with pytest.raises(ValueError, match="decay is 0; choose"):
         fl.data.long_tailed_mnist(folder, decay=0)
+
+
+def test_digits_are_those_of_scikit_learn():
+    images, labels = load_digits(return_X_y=True)
+    found = fl.data.digits_images()
+    np.testing.assert_array_equal(16 * found["x"], images)
+    np.testing.assert_array_equal(found["y"], labels)
 
 
 def test_pfllib_deals_as_its_code_does(monkeypatch):
