@@ -50,10 +50,10 @@ def computed_before(monkeypatch):
 
 @pytest.fixture
 def built_once(monkeypatch):
-    """Commands with the same settings, but for the rounds, have the same compiled programs."""
+    """Commands with the same settings, but for seed and rounds, have the same compiled programs."""
     from commands import build_once
 
-    for command in ("train", "eval"):
+    for command in ("train", "eval", "baseline"):
         monkeypatch.setattr(f"fedjax_lite.cli.{command}.build", build_once)
 
 

@@ -22,10 +22,10 @@ from fedjax_lite.runs import Recorder
 pytestmark = pytest.mark.usefixtures("computed_before")
 
 
-@pytest.fixture
-def folders(tmp_path):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
     """Twelve clients with three images of CIFAR-100 each, to train and to test on."""
-    rng = np.random.default_rng(0)
+    tmp_path, rng = tmp_path_factory.mktemp("cifar100"), np.random.default_rng(0)
     for name in ("train", "test"):
         clients = {
             i: {
@@ -46,11 +46,18 @@ def refusal(capsys, *args):
     return commands.refusal(capsys, "baseline", *args)
 
 
+@pytest.fixture
+def few_drawn(monkeypatch):
+    """Few examples are drawn to evaluate on."""
+    monkeypatch.setattr("fedjax_lite.experiments.loading._NUM_EVALUATED", 20)
+
+
 def but_for_optimizers(name):
     chosen = settings_of(BASELINES[name])
     return {key: chosen[key] for key in chosen if key not in ("client_lr", "server_optimizer")}
 
 
+@pytest.mark.usefixtures("few_drawn")
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_baseline_can_be_run(name):
     settings = settings_of(BASELINES[name])
@@ -90,6 +97,7 @@ def test_the_list_has_all_baselines(capsys):
     assert "0.8462" in told
 
 
+@pytest.mark.usefixtures("few_drawn", "built_once")
 def test_drawn_data_are_marked_as_such(tmp_path, capsys):
     asked = ("cifar100-logistic", "--synthetic", "--rounds=2", "--num-clients=12")
     told = report(capsys, *asked, "--out", tmp_path / "a")
@@ -105,6 +113,7 @@ def test_drawn_data_are_marked_as_such(tmp_path, capsys):
     assert "published accuracy 0.1149" in told
 
 
+@pytest.mark.usefixtures("built_once")
 def test_the_users_data_are_run_and_resumed(folders, tmp_path, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
     expected = report(capsys, "cifar100-logistic", *folders, "--rounds=2", "--out", whole)
@@ -141,7 +150,7 @@ def test_the_users_data_are_run_and_resumed(folders, tmp_path, capsys):
     assert (tmp_path / "out" / "clients.json").exists()
 
 
-@pytest.mark.usefixtures("in_the_foreground")
+@pytest.mark.usefixtures("built_once", "in_the_foreground")
 def test_a_signal_finishes_the_round_and_names_what_goes_on(folders, tmp_path, capsys, monkeypatch):
     out, record = tmp_path / "out", Recorder.on_round
 
