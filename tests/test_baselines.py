@@ -1,4 +1,3 @@
-import functools
 import json
 import os
 import re
@@ -9,6 +8,7 @@ import commands
 import jax
 import numpy as np
 import pytest
+from problems import forms_of_a_round
 
 import fedjax_lite as fl
 from fedjax_lite import data
@@ -46,12 +46,6 @@ def refusal(capsys, *args):
     return commands.refusal(capsys, "baseline", *args)
 
 
-@pytest.fixture
-def few_drawn(monkeypatch):
-    """Few examples are drawn to evaluate on."""
-    monkeypatch.setattr("fedjax_lite.experiments.loading._NUM_EVALUATED", 20)
-
-
 def but_for_optimizers(name):
     chosen = settings_of(BASELINES[name])
     return {key: chosen[key] for key in chosen if key not in ("client_lr", "server_optimizer")}
@@ -73,13 +67,7 @@ def test_every_baseline_can_be_run(name):
     if "cohort_size" in settings:
         small |= {"num_clients": 4, "cohort_size": 2}
     built = build(Settings(**{**settings, **small}))
-    clients = built.sampler.select(jax.random.key(0), 0).client_ids
-    cohort = fl.cohort_of(built.population, clients, key=jax.random.key(1))
-    state = jax.eval_shape(
-        functools.partial(built.algorithm.init, num_clients=built.population.num_clients),
-        jax.random.key(2),
-    )
-    after, info = jax.eval_shape(built.algorithm.round, jax.random.key(3), state, cohort)
+    state, after, info = forms_of_a_round(built)
     assert jax.tree.map(np.shape, after.params) == jax.tree.map(np.shape, state.params)
     assert info.loss.shape == ()
     assert {"loss", "accuracy"} <= set(jax.eval_shape(built.evaluate, state))
@@ -113,7 +101,7 @@ def test_drawn_data_are_marked_as_such(tmp_path, capsys):
     assert "published accuracy 0.1149" in told
 
 
-@pytest.mark.usefixtures("built_once")
+@pytest.mark.usefixtures("built_once", "undrawn")
 def test_the_users_data_are_run_and_resumed(folders, tmp_path, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
     expected = report(capsys, "cifar100-logistic", *folders, "--rounds=2", "--out", whole)
@@ -150,7 +138,7 @@ def test_the_users_data_are_run_and_resumed(folders, tmp_path, capsys):
     assert (tmp_path / "out" / "clients.json").exists()
 
 
-@pytest.mark.usefixtures("built_once", "in_the_foreground")
+@pytest.mark.usefixtures("built_once", "undrawn", "in_the_foreground")
 def test_a_signal_finishes_the_round_and_names_what_goes_on(folders, tmp_path, capsys, monkeypatch):
     out, record = tmp_path / "out", Recorder.on_round
 

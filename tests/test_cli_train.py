@@ -23,6 +23,7 @@ SMALL = (
 
 pytestmark = pytest.mark.usefixtures("computed_before")
 built_once = pytest.mark.usefixtures("built_once")
+undrawn = pytest.mark.usefixtures("undrawn")
 
 
 def rows(folder, kind):
@@ -30,6 +31,7 @@ def rows(folder, kind):
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
+@undrawn
 def test_an_asynchronous_run_goes_on_for_more_rounds(tmp_path, capsys, monkeypatch):
     """Also where the longer schedule has clients that are staler."""
     built = []
@@ -105,6 +107,7 @@ def test_a_run_is_recorded_resumed_and_evaluated(tmp_path, capsys):
 
 
 @built_once
+@undrawn
 def test_a_run_that_is_killed_before_its_first_round_is_resumed(tmp_path, capsys, monkeypatch):
     class Killed(BaseException):
         pass
@@ -122,6 +125,7 @@ def test_a_run_that_is_killed_before_its_first_round_is_resumed(tmp_path, capsys
 
 
 @built_once
+@undrawn
 def test_a_damaged_file_of_entries_is_told_in_one_line(tmp_path, capsys):
     """Of a model of which the server has a part: all evaluations read the file."""
     out = tmp_path / "run"
@@ -206,6 +210,7 @@ def test_a_run_that_cannot_be_written_is_told_in_one_line(tmp_path, capsys, monk
 
 
 @built_once
+@undrawn
 def test_rules_end_a_run(tmp_path, capsys):
     told = report(
         *(capsys, "train", *SMALL, "--rounds=50", "--eval-every=1", "--target=0.05"),
@@ -309,6 +314,7 @@ def test_the_record_of_a_run_repeats_it(tmp_path, monkeypatch, capsys, settings)
     assert (asked["sweep"].num_steps, asked["sweep"].vary) == (2, ("seed=0:3", "client_lr=0.1,1"))
 
 
+@undrawn
 def test_a_recorded_run_is_run_again_to_the_same_bits(tmp_path, capsys):
     """With a model from a file of one's own, and all that an expression can say."""
     file = tmp_path / "own.py"
@@ -435,6 +441,7 @@ def test_help_tells_the_defaults_in_words(capsys):
 
 
 @built_once
+@undrawn
 def test_a_run_interrupted_before_its_first_round_is_resumed(tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -448,6 +455,7 @@ def test_a_run_interrupted_before_its_first_round_is_resumed(tmp_path, capsys, m
     assert report(capsys, "train", "--resume", tmp_path / "out")["rounds"] == [0, 2]
 
 
+@undrawn
 def test_a_signal_keeps_a_run_and_the_defaults_learn_the_digits(tmp_path, capsys):
     """First in a process of its own, on the CPU as it is set up for users."""
     metrics = tmp_path / "metrics.jsonl"
