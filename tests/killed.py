@@ -1,6 +1,6 @@
 """Trains a model in processes that are killed at random moments, and once undisturbed.
 
-Run as a program, with a folder for what it leaves: `killed.npz` and `straight.npz`, and what was
+`main` takes a folder for what it leaves: `killed.npz` and `straight.npz`, and what was
 recorded beside, in `killed` and `straight`.
 """
 
@@ -9,19 +9,15 @@ import json
 import os
 import random
 import signal
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from problems import regression_dataset, regression_model
 
 import fedjax_lite as fl
 
-assert ocp  # Imported before the forks, not after each.
 NUM_ROUNDS, NUM_KILLS = 150, 8
 
 
@@ -113,7 +109,3 @@ def main(folder):
     pid, _ = child(lambda on_row: save(folder / "killed.npz", train(killed)))
     assert os.waitpid(pid, 0)[1] == 0
     print(json.dumps({"kills": NUM_KILLS, "resumed": resumed}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -458,15 +458,16 @@ def test_a_run_interrupted_before_its_first_round_is_resumed(tmp_path, capsys, m
 @undrawn
 def test_a_signal_keeps_a_run_and_the_defaults_learn_the_digits(tmp_path, capsys):
     """First in a process of its own, on the CPU as it is set up for users."""
-    metrics = tmp_path / "metrics.jsonl"
+    out = tmp_path / "run"
+    metrics = out / "metrics.jsonl"
     code, stderr = interrupted(
-        *("train", "--rounds=100000", f"--out={tmp_path}"),
+        *(tmp_path, "train", "--rounds=100000", f"--out={out}"),
         once=lambda: metrics.exists() and '"round": 9' in metrics.read_text(),
         by=signal.SIGTERM,
     )
     assert code == 143
-    assert stderr.endswith(f"fedjax-lite train --resume {tmp_path} goes on\n")
-    done = rows(tmp_path, "round")[-1]["round"]
+    assert stderr.endswith(f"fedjax-lite train --resume {out} goes on\n")
+    done = rows(out, "round")[-1]["round"]
     assert f"interrupted by SIGTERM after round {done};" in stderr
-    again = report(capsys, "train", "--resume", tmp_path, f"--rounds={max(100, done + 1)}")
+    again = report(capsys, "train", "--resume", out, f"--rounds={max(100, done + 1)}")
     assert again["accuracy"][-1] >= 0.95
