@@ -17,6 +17,7 @@ from processes import ended, in_two, start
 import fedjax_lite as fl
 from fedjax_lite.cli import main
 from fedjax_lite.engine import store
+from fedjax_lite.xla.hosts import may_be_lost
 
 eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
@@ -155,3 +156,14 @@ def test_hosts_that_cannot_be_joined(given, message, capsys, monkeypatch, tmp_pa
     assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
     assert message in captured.err
     assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_the_runtime_may_be_those_of_a_lost_process(monkeypatch):
+    of_runtime = jax.errors.JaxRuntimeError("INTERNAL: it failed")
+    coded, own = ValueError("UNKNOWN: Gloo AllGather failed"), ValueError("rounds is 0; choose 1")
+    assert not may_be_lost(of_runtime)  # There is no other one.
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    assert may_be_lost(of_runtime)
+    assert may_be_lost(coded)
+    assert not may_be_lost(own)
+    assert not may_be_lost(None)
