@@ -1,5 +1,6 @@
 """Processes of their own, forked from one that has imported what they need, for seconds."""
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -22,7 +23,10 @@ def start(folder, work, *args):
 def _run(folder, work, args):
     redirect(folder / "out", folder / "err")
     os.setsid()  # To be killed with all that it forks.
-    work(*args)
+    try:
+        work(*args)
+    finally:
+        atexit._run_exitfuncs()  # As any process does, but those of `multiprocessing`.
 
 
 def redirect(out, err):
