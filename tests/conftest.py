@@ -49,6 +49,28 @@ def computed_before(monkeypatch):
 
 
 @pytest.fixture
+def few_drawn(monkeypatch):
+    """Few examples are drawn to evaluate on."""
+    monkeypatch.setattr("fedjax_lite.experiments.loading._NUM_EVALUATED", 20)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Commands draw no pictures, where no test looks at them."""
+    for command in ("running", "sweep"):
+        monkeypatch.setattr(f"fedjax_lite.cli.{command}.draw", lambda *_: [])
+
+
+@pytest.fixture
+def built_once(monkeypatch):
+    """Commands with the same settings, but for seed and rounds, have the same compiled programs."""
+    from commands import build_once
+
+    for command in ("train", "eval", "baseline"):
+        monkeypatch.setattr(f"fedjax_lite.cli.{command}.build", build_once)
+
+
+@pytest.fixture
 def in_the_foreground():
     """Signals that what runs in the background of a shell ignores come through."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}

@@ -1,6 +1,6 @@
 """Trains a model in processes that are killed at random moments, and once undisturbed.
 
-Run as a program, with a folder for what it leaves: `killed.npz` and `straight.npz`, and what was
+`main` takes a folder for what it leaves: `killed.npz` and `straight.npz`, and what was
 recorded beside, in `killed` and `straight`.
 """
 
@@ -9,23 +9,19 @@ import json
 import os
 import random
 import signal
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from problems import regression_dataset, regression_model
 
 import fedjax_lite as fl
 
-assert ocp  # Imported before the forks, not after each.
 NUM_ROUNDS, NUM_KILLS = 150, 8
 
 
-def train(folder, on_row=lambda row: None):
+def train(folder, on_row=lambda row: None, every=NUM_ROUNDS):
     dataset, model = regression_dataset(), regression_model()
     with fl.Recorder(folder, {}) as recorder:
 
@@ -47,7 +43,7 @@ def train(folder, on_row=lambda row: None):
             on_round=on_round,
             on_eval=recorder.on_eval,
             on_resume=recorder.on_resume,
-            checkpoints=fl.Checkpoints(folder / "checkpoints", every=3),
+            checkpoints=fl.Checkpoints(folder / "checkpoints", every=every),
         )
 
 
@@ -97,7 +93,7 @@ def main(folder):
     for place in range(NUM_KILLS):
         resumed += any((killed / "checkpoints").glob("[0-9]*"))
         began = time.monotonic()
-        pid, read = child(lambda on_row: train(killed, on_row))
+        pid, read = child(lambda on_row: train(killed, on_row, every=3))
         if place % 2:  # While it resumes, or soon after.
             time.sleep(moments.uniform(0, seconds))
         else:
@@ -113,7 +109,3 @@ def main(folder):
     pid, _ = child(lambda on_row: save(folder / "killed.npz", train(killed)))
     assert os.waitpid(pid, 0)[1] == 0
     print(json.dumps({"kills": NUM_KILLS, "resumed": resumed}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,20 +1,20 @@
-"""Two processes that run together: `one_of_two.py ADDRESS FOLDER RESULT RESULT`."""
+"""What two processes run together."""
 
 import dataclasses
 import functools
 import os
 import signal
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import pytest
 from problems import SIZES, regression_dataset, regression_model
-from processes import in_two
+from processes import redirect
 
 import fedjax_lite as fl
+from fedjax_lite import cli
+from fedjax_lite.cli import hosts
 from fedjax_lite.engine import store
 from fedjax_lite.xla.hosts import least, shared
 
@@ -106,7 +106,7 @@ def sweep():
     ).histories
 
 
-def main(process, address, folder, result):
+def main(process, address, folder, results):
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(address, num_processes=2, process_id=process)
     assert shared([process]) == [0]
@@ -139,9 +139,18 @@ def main(process, address, folder, result):
         **{f"resident {name}": value for name, value in numbers(resident).items()},
         **{"interrupted": interrupted, "seconds": seconds, "swept": swept},
     }
-    np.savez(result, **all_)
+    np.savez(results[process], **all_)
 
 
-if __name__ == "__main__":
-    address, folder, *results = sys.argv[1:]
-    in_two(lambda process: main(process, address, Path(folder), results[process]))
+def command(process, folder, environment, *args):
+    """A command on a device of its own, of two that soon miss one that is silent."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    redirect(folder / f"{process}.out", folder / f"{process}.err")
+    environment = {**environment, "SLURM_PROCID": process}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    # The second two of a test need not compile again.
+    jax.config.update("jax_compilation_cache_dir", str(folder.parent / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    hosts.HEARTBEAT_S = 4
+    cli.main([str(arg).replace("PROCESS", str(process)) for arg in args])

@@ -39,3 +39,15 @@ def everyone(population, order=None, capacity=None):
     ids = np.full(capacity, -1, np.int32)
     ids[: order.size] = order
     return fl.cohort_of(population, ids)
+
+
+def forms_of_a_round(experiment):
+    """The forms of a state, of that after a round, and of what the round tells."""
+
+    def play(key):
+        state = experiment.algorithm.init(key, num_clients=experiment.population.num_clients)
+        ids = experiment.sampler.select(key, 0).client_ids
+        cohort = fl.cohort_of(experiment.population, ids, key=key)
+        return state, *experiment.algorithm.round(key, state, cohort)
+
+    return jax.eval_shape(play, jax.random.key(0))

@@ -1,21 +1,48 @@
-"""Commands in processes of their own."""
+"""Processes of their own, forked from one that has imported what they need, for seconds."""
 
+import atexit
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 
-# Tests that run in the background of a shell are deaf to Ctrl-C, and so are their children; to a
-# closed terminal, those of `nohup`.
-_PROGRAM = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-from fedjax_lite.cli import main
-main(sys.argv[1:])
-"""
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["optax", "orbax.checkpoint", "fedjax_lite.cli.train"])
+
+
+def start(folder, work, *args):
+    """Runs `work(*args)` in a process; what it writes goes to the files `out` and `err`."""
+    process = _FORKS.Process(target=_run, args=(folder, work, args), daemon=True)
+    process.start()
+    return process
+
+
+def _run(folder, work, args):
+    redirect(folder / "out", folder / "err")
+    os.setsid()  # To be killed with all that it forks.
+    try:
+        work(*args)
+    finally:
+        atexit._run_exitfuncs()  # As any process does, but those of `multiprocessing`.
+
+
+def redirect(out, err):
+    """Lets this process write to files."""
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+
+
+def ended(process, timeout=600):
+    """The exit code of a process."""
+    try:
+        process.join(timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.exitcode
 
 
 _HOLDER = """
@@ -39,8 +66,8 @@ def held_by_another_process(lock):
             process.kill()
 
 
-def in_two(work):
-    """Runs `work(process)` in two forks of this process; prints their ids, and their exit codes.
+def in_two(work, *args):
+    """Runs `work(process, *args)` in two forks of this process; prints their ids and exit codes.
 
     What both import is imported once. Nothing must have been computed, which a fork of JAX does not
     survive.
@@ -49,7 +76,7 @@ def in_two(work):
     for process in range(2):
         pid = os.fork()
         if pid == 0:
-            work(process)
+            work(process, *args)
             sys.exit()
         ids.append(pid)
     print(*ids, flush=True)
@@ -64,25 +91,29 @@ def contents(folder):
     }
 
 
-def interrupted(*args, once, by=signal.SIGINT):
+def interrupted(folder, *args, once, by=signal.SIGINT):
     """Runs `fedjax-lite` with arguments and presses Ctrl-C once `once()`: exit code and stderr.
 
     Or sends it another signal.
     """
-    with subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, *map(str, args)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            deadline = time.monotonic() + 120
-            while not once():
-                assert time.monotonic() < deadline
-                assert process.poll() is None
-                time.sleep(0.05)
-            process.send_signal(by)
-            _, stderr = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    return process.returncode, stderr
+    process = start(folder, _in_the_foreground, *map(str, args))
+    deadline = time.monotonic() + 120
+    while not once():
+        assert time.monotonic() < deadline
+        assert process.is_alive()
+        time.sleep(0.05)
+    os.kill(process.pid, by)
+    return ended(process, timeout=60), (folder / "err").read_text()
+
+
+def _in_the_foreground(*args):
+    """A command that signals come through to.
+
+    Tests that run in the background of a shell are deaf to Ctrl-C, and so are their children; to a
+    closed terminal, those of `nohup`.
+    """
+    from fedjax_lite.cli import main
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    main(args)

@@ -1,4 +1,3 @@
-import functools
 import json
 import os
 import re
@@ -9,6 +8,7 @@ import commands
 import jax
 import numpy as np
 import pytest
+from problems import forms_of_a_round
 
 import fedjax_lite as fl
 from fedjax_lite import data
@@ -22,10 +22,10 @@ from fedjax_lite.runs import Recorder
 pytestmark = pytest.mark.usefixtures("computed_before")
 
 
-@pytest.fixture
-def folders(tmp_path):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
     """Twelve clients with three images of CIFAR-100 each, to train and to test on."""
-    rng = np.random.default_rng(0)
+    tmp_path, rng = tmp_path_factory.mktemp("cifar100"), np.random.default_rng(0)
     for name in ("train", "test"):
         clients = {
             i: {
@@ -51,6 +51,7 @@ def but_for_optimizers(name):
     return {key: chosen[key] for key in chosen if key not in ("client_lr", "server_optimizer")}
 
 
+@pytest.mark.usefixtures("few_drawn")
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_baseline_can_be_run(name):
     settings = settings_of(BASELINES[name])
@@ -66,13 +67,7 @@ def test_every_baseline_can_be_run(name):
     if "cohort_size" in settings:
         small |= {"num_clients": 4, "cohort_size": 2}
     built = build(Settings(**{**settings, **small}))
-    clients = built.sampler.select(jax.random.key(0), 0).client_ids
-    cohort = fl.cohort_of(built.population, clients, key=jax.random.key(1))
-    state = jax.eval_shape(
-        functools.partial(built.algorithm.init, num_clients=built.population.num_clients),
-        jax.random.key(2),
-    )
-    after, info = jax.eval_shape(built.algorithm.round, jax.random.key(3), state, cohort)
+    state, after, info = forms_of_a_round(built)
     assert jax.tree.map(np.shape, after.params) == jax.tree.map(np.shape, state.params)
     assert info.loss.shape == ()
     assert {"loss", "accuracy"} <= set(jax.eval_shape(built.evaluate, state))
@@ -90,6 +85,7 @@ def test_the_list_has_all_baselines(capsys):
     assert "0.8462" in told
 
 
+@pytest.mark.usefixtures("few_drawn", "built_once")
 def test_drawn_data_are_marked_as_such(tmp_path, capsys):
     asked = ("cifar100-logistic", "--synthetic", "--rounds=2", "--num-clients=12")
     told = report(capsys, *asked, "--out", tmp_path / "a")
@@ -105,6 +101,7 @@ def test_drawn_data_are_marked_as_such(tmp_path, capsys):
     assert "published accuracy 0.1149" in told
 
 
+@pytest.mark.usefixtures("built_once", "undrawn")
 def test_the_users_data_are_run_and_resumed(folders, tmp_path, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
     expected = report(capsys, "cifar100-logistic", *folders, "--rounds=2", "--out", whole)
@@ -141,7 +138,7 @@ def test_the_users_data_are_run_and_resumed(folders, tmp_path, capsys):
     assert (tmp_path / "out" / "clients.json").exists()
 
 
-@pytest.mark.usefixtures("in_the_foreground")
+@pytest.mark.usefixtures("built_once", "undrawn", "in_the_foreground")
 def test_a_signal_finishes_the_round_and_names_what_goes_on(folders, tmp_path, capsys, monkeypatch):
     out, record = tmp_path / "out", Recorder.on_round
 

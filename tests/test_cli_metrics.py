@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import refusal, report
+from commands import build_once, refusal, report
 
 import fedjax_lite as fl
 from fedjax_lite.cli import main
@@ -19,7 +19,7 @@ SMALL = (
 REGRESSION = (*SMALL, f"--model={OWN}:regression", "--metrics=r_squared, mean_squared_error")
 
 
-pytestmark = pytest.mark.usefixtures("computed_before")
+pytestmark = pytest.mark.usefixtures("computed_before", "built_once")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,7 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("regression") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedjax_lite.configure_cpu", lambda: None)
+        patch.setattr("fedjax_lite.cli.train.build", build_once)
         main(["train", *REGRESSION, "--rounds=2", f"--out={out}"])
         main(["train", f"--resume={out}", "--rounds=4"])
     return out
@@ -80,6 +81,7 @@ def test_the_metrics_of_a_regression_are_drawn(trained, tmp_path, capsys):
     assert (np.diff(worst_first) <= 0).all()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_target_is_one_of_the_metric_that_is_asked_for(tmp_path, capsys):
     asked = ("--target=1e9", "--metric=mean_squared_error")
     found = report(capsys, "train", *REGRESSION, *asked, "--out", tmp_path / "run")
@@ -135,6 +137,7 @@ def test_a_model_without_metrics_goes_by_its_loss(tmp_path, capsys):
     assert "for a model without predictions" in told
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_models_of_clients_are_measured_by_all_metrics(tmp_path, capsys):
     algorithm = "--algorithm=ditto(mu=0.1)"
     options = (*REGRESSION, algorithm, "--rounds=1", "--out", tmp_path / "run")

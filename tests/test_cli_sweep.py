@@ -14,7 +14,7 @@ SMALL = (
 )
 
 
-pytestmark = pytest.mark.usefixtures("computed_before")
+pytestmark = pytest.mark.usefixtures("computed_before", "built_once")
 
 
 def run(capsys, *args):
@@ -47,6 +47,7 @@ def test_a_sweep_is_as_many_runs_of_train(tmp_path, capsys):
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_says_what_takes_programs_of_its_own(tmp_path, capsys, monkeypatch):
     looks = []
     monkeypatch.setattr("fedjax_lite.xla.memory.has_many_programs", lambda: bool(looks.append(1)))
@@ -58,6 +59,7 @@ def test_says_what_takes_programs_of_its_own(tmp_path, capsys, monkeypatch):
     assert len(looks) == 2  # A process has room for some thousands of programs.
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_numbers_inside_of_calls_vary(tmp_path, capsys):
     client = "chain(clip_by_global_norm(1.0), sgd(cosine_decay_schedule(0.1, 100)))"
     swept, _ = run(

@@ -22,6 +22,8 @@ SMALL = (
 
 
 pytestmark = pytest.mark.usefixtures("computed_before")
+built_once = pytest.mark.usefixtures("built_once")
+undrawn = pytest.mark.usefixtures("undrawn")
 
 
 def rows(folder, kind):
@@ -29,17 +31,21 @@ def rows(folder, kind):
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
-def test_an_asynchronous_run_goes_on_for_more_rounds(tmp_path, capsys):
+@undrawn
+def test_an_asynchronous_run_goes_on_for_more_rounds(tmp_path, capsys, monkeypatch):
     """Also where the longer schedule has clients that are staler."""
+    built = []
+    monkeypatch.setattr(
+        "fedjax_lite.cli.train.build", lambda settings: built.append(build(settings)) or built[-1]
+    )
     durations = "with_network(log_normal(2.0), upload=100.0)"
-    setting = {
-        **{"dataset": "synthetic", "num_clients": 9, "model": "logistic", "num_steps": 1},
-        "sampler": f"fed_buff(concurrency=6, buffer_size=1, durations={durations})",
-    }
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in setting.items()]
+    options = (
+        *("--dataset=synthetic", "--num-clients=9", "--model=logistic", "--num-steps=1"),
+        f"--sampler=fed_buff(concurrency=6, buffer_size=1, durations={durations})",
+    )
     report(capsys, "train", *options, "--rounds=3", "--out", tmp_path / "out")
     report(capsys, "train", "--resume", tmp_path / "out", "--rounds=12")
-    samplers = [build(Settings(**setting, rounds=rounds)).sampler for rounds in (3, 12)]
+    samplers = [one.sampler for one in built]
     assert samplers[0].max_staleness < samplers[1].max_staleness
     found, schedule = rows(tmp_path / "out", "round"), samplers[1].schedule
     assert [row["staleness"] for row in found] == schedule.staleness[:, 0].tolist()
@@ -47,6 +53,7 @@ def test_an_asynchronous_run_goes_on_for_more_rounds(tmp_path, capsys):
     assert [row["wall_clock"] for row in found] == pytest.approx(clock, rel=1e-5)
 
 
+@built_once
 def test_a_run_is_recorded_resumed_and_evaluated(tmp_path, capsys):
     out, whole = tmp_path / "out", tmp_path / "whole"
     first = report(capsys, "train", *SMALL, "--rounds=5", "--eval-every=2", "--out", out)
@@ -99,6 +106,8 @@ def test_a_run_is_recorded_resumed_and_evaluated(tmp_path, capsys):
     assert contents(out) == before
 
 
+@built_once
+@undrawn
 def test_a_run_that_is_killed_before_its_first_round_is_resumed(tmp_path, capsys, monkeypatch):
     class Killed(BaseException):
         pass
@@ -115,6 +124,8 @@ def test_a_run_that_is_killed_before_its_first_round_is_resumed(tmp_path, capsys
     assert report(capsys, "train", "--resume", out)["rounds"] == [0, 2]
 
 
+@built_once
+@undrawn
 def test_a_damaged_file_of_entries_is_told_in_one_line(tmp_path, capsys):
     """Of a model of which the server has a part: all evaluations read the file."""
     out = tmp_path / "run"
@@ -131,6 +142,7 @@ def test_a_damaged_file_of_entries_is_told_in_one_line(tmp_path, capsys):
         assert contents(out) == before
 
 
+@built_once
 def test_a_folder_recorded_from_python_is_left_as_it_is(tmp_path, capsys):
     folder = tmp_path / "rec"
 
@@ -197,6 +209,8 @@ def test_a_run_that_cannot_be_written_is_told_in_one_line(tmp_path, capsys, monk
     assert f"No space left on device; make room, and fedjax-lite train --resume {out} goes" in told
 
 
+@built_once
+@undrawn
 def test_rules_end_a_run(tmp_path, capsys):
     told = report(
         *(capsys, "train", *SMALL, "--rounds=50", "--eval-every=1", "--target=0.05"),
@@ -208,6 +222,7 @@ def test_rules_end_a_run(tmp_path, capsys):
     assert last["loss"] == pytest.approx(told["loss"][-1])  # Both of the average.
 
 
+@built_once
 def test_a_dry_run_trains_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = report(capsys, "train", *SMALL, "--dry-run")
@@ -299,6 +314,7 @@ def test_the_record_of_a_run_repeats_it(tmp_path, monkeypatch, capsys, settings)
     assert (asked["sweep"].num_steps, asked["sweep"].vary) == (2, ("seed=0:3", "client_lr=0.1,1"))
 
 
+@undrawn
 def test_a_recorded_run_is_run_again_to_the_same_bits(tmp_path, capsys):
     """With a model from a file of one's own, and all that an expression can say."""
     file = tmp_path / "own.py"
@@ -424,6 +440,8 @@ def test_help_tells_the_defaults_in_words(capsys):
     assert '"fed_prox(mu=0.1)"' in " ".join(text.replace("│", "").split())
 
 
+@built_once
+@undrawn
 def test_a_run_interrupted_before_its_first_round_is_resumed(tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -437,17 +455,19 @@ def test_a_run_interrupted_before_its_first_round_is_resumed(tmp_path, capsys, m
     assert report(capsys, "train", "--resume", tmp_path / "out")["rounds"] == [0, 2]
 
 
+@undrawn
 def test_a_signal_keeps_a_run_and_the_defaults_learn_the_digits(tmp_path, capsys):
     """First in a process of its own, on the CPU as it is set up for users."""
-    metrics = tmp_path / "metrics.jsonl"
+    out = tmp_path / "run"
+    metrics = out / "metrics.jsonl"
     code, stderr = interrupted(
-        *("train", "--rounds=100000", f"--out={tmp_path}"),
+        *(tmp_path, "train", "--rounds=100000", f"--out={out}"),
         once=lambda: metrics.exists() and '"round": 9' in metrics.read_text(),
         by=signal.SIGTERM,
     )
     assert code == 143
-    assert stderr.endswith(f"fedjax-lite train --resume {tmp_path} goes on\n")
-    done = rows(tmp_path, "round")[-1]["round"]
+    assert stderr.endswith(f"fedjax-lite train --resume {out} goes on\n")
+    done = rows(out, "round")[-1]["round"]
     assert f"interrupted by SIGTERM after round {done};" in stderr
-    again = report(capsys, "train", "--resume", tmp_path, f"--rounds={max(100, done + 1)}")
+    again = report(capsys, "train", "--resume", out, f"--rounds={max(100, done + 1)}")
     assert again["accuracy"][-1] >= 0.95

@@ -1,11 +1,9 @@
-import os
-import subprocess
-import sys
 import warnings
 
 import jax
 import optax
 import pytest
+from processes import ended, start
 
 import fedjax_lite as fl
 from fedjax_lite.xla import cpu
@@ -46,12 +44,15 @@ print(len(results))
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="virtual devices are a CPU's")
 @pytest.mark.parametrize(("program", "calls"), [(LOOP, "1000"), (EVALUATIONS, "300")])
-def test_calls_that_nobody_waits_for_do_not_come_to_a_standstill(program, calls):
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.stdout.strip() == calls, run.stderr[-500:]
+def test_calls_that_nobody_waits_for_do_not_come_to_a_standstill(program, calls, tmp_path):
+    ended(start(tmp_path, exec, program, {}))
+    out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
+    assert out.strip() == calls, err[-500:]
 
 
 LOOPS = """
+import os
+os.environ["XLA_FLAGS"] = ""
 import fedjax_lite as fl
 fl.configure_cpu(1)
 import jax, jax.numpy as jnp, numpy as np
@@ -74,9 +75,8 @@ np.testing.assert_array_equal(total(5, 4), sum(np.asarray(drawn(*pair)) for pair
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the flags are a CPU's")
-def test_loops_in_loops_over_few_numbers_are_right_with_the_flags():
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    subprocess.run([sys.executable, "-c", LOOPS], env=environment, check=True)
+def test_loops_in_loops_over_few_numbers_are_right_with_the_flags(tmp_path):
+    assert ended(start(tmp_path, exec, LOOPS, {})) == 0, (tmp_path / "err").read_text()
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ def test_what_is_left_open_takes_the_defaults():
     assert given.server_optimizer.arguments["learning_rate"] == 2.0
 
 
+@pytest.mark.usefixtures("few_drawn")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -418,6 +419,7 @@ def test_language_models_take_sequences(texts, model, num_params):
     assert dealt.population.examples["x"].shape[0] + dealt.held_out.examples["x"].shape[0] == 12
 
 
+@pytest.mark.usefixtures("few_drawn")
 @pytest.mark.parametrize(
     ("dataset", "model", "shape", "num_clients"),
     [

@@ -1,13 +1,9 @@
 """Several processes that make one run: what they agree on, and how they end."""
 
-import contextlib
 import json
 import os
-import pathlib
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import chex
@@ -16,35 +12,14 @@ import numpy as np
 import one_of_two
 import pytest
 from problems import SIZES, regression_dataset
+from processes import ended, in_two, start
 
 import fedjax_lite as fl
 from fedjax_lite.cli import main
 from fedjax_lite.engine import store
-
-ROOT = pathlib.Path(__file__).parents[1]
+from fedjax_lite.xla.hosts import may_be_lost
 
 eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-
-# A device each, and one that is silent is soon missed.
-_PROGRAM = """
-import os, sys
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-import orbax.checkpoint
-import fedjax_lite.cli.train
-from fedjax_lite.cli import hosts, main
-from processes import in_two
-hosts.HEARTBEAT_S = 4
-
-def command(process):
-    for descriptor, name in ((1, "out"), (2, "err")):
-        file = os.open(f"{sys.argv[1]}/{process}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, descriptor)
-    os.environ["SLURM_PROCID"] = str(process)
-    main([arg.replace("PROCESS", str(process)) for arg in sys.argv[2:]])
-
-in_two(command)
-"""
 
 
 def free_address():
@@ -53,37 +28,30 @@ def free_address():
         return f"localhost:{free.getsockname()[1]}"
 
 
-def start(*args, env=None):
-    """A program that forks into two: it, and their ids."""
-    program = subprocess.Popen(
-        [sys.executable, *map(str, args)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **(env or {})},
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    return program, list(map(int, program.stdout.readline().split()))
+def start_two(folder, work, *args):
+    """Two processes that run `work(process, *args)`, below one: it, and their ids."""
+    folder.mkdir()
+    program = start(folder, in_two, work, *args)
+    while not (folder / "out").exists() or not (folder / "out").read_text().endswith("\n"):
+        time.sleep(0.05)
+    return program, list(map(int, (folder / "out").read_text().split()))
 
 
-def start_two(folder, *args, by_slurm=False):
+def start_commands(folder, *args, by_slurm=False):
     """Two processes of the command line, which write to files in a folder."""
-    if by_slurm:
-        slurm = {"SLURM_JOB_ID": os.getpid(), "SLURM_STEP_NODELIST": "localhost"}
-        slurm |= {"SLURM_NTASKS": 2, "SLURM_LOCALID": 0}
-        env = {name: str(value) for name, value in slurm.items()}
-        return start("-c", _PROGRAM, folder, *args, "--distributed", env=env)
+    environment = {}
     hosts = ("--coordinator", free_address(), "--num-hosts=2", "--host=PROCESS")
-    return start("-c", _PROGRAM, folder, *args, *hosts)
+    if by_slurm:
+        environment = {"SLURM_JOB_ID": os.getpid(), "SLURM_STEP_NODELIST": "localhost"}
+        environment |= {"SLURM_NTASKS": 2, "SLURM_LOCALID": 0}
+        hosts = ("--distributed",)
+    return start_two(folder, one_of_two.command, folder, environment, *args, *hosts)
 
 
-def ended(program, timeout=600):
+def codes(program, folder):
     """Exit codes of the two."""
-    try:
-        told, _ = program.communicate(timeout=timeout)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(program.pid, signal.SIGKILL)
-    return list(map(int, told.splitlines()[-1].split()))  # After what Gloo tells.
+    assert ended(program) == 0, (folder / "err").read_text()
+    return list(map(int, (folder / "out").read_text().splitlines()[-1].split()))
 
 
 def told(folder, name):
@@ -95,8 +63,9 @@ def test_two_processes_make_the_run_of_one(tmp_path, monkeypatch):
     dataset, mesh = regression_dataset(), fl.clients_mesh(4)
     dataset.save(tmp_path / "data")
     results = [tmp_path / f"{i}.npz" for i in range(2)]
-    program, _ = start(one_of_two.__file__, free_address(), tmp_path, *results)
-    assert ended(program) == [0, 0]
+    both = tmp_path / "both"
+    program, _ = start_two(both, one_of_two.main, free_address(), tmp_path, results)
+    assert codes(program, both) == [0, 0], (both / "err").read_text()
     both = first, second = [dict(np.load(result)) for result in results]
 
     # Between them they read each row once, and about half of them each.
@@ -133,41 +102,38 @@ def test_two_processes_make_the_run_of_one(tmp_path, monkeypatch):
     assert rounds == list(range(1, 9))
 
 
-def test_a_process_that_is_killed_ends_the_other_one_and_the_run_goes_on(tmp_path, monkeypatch):
-    # The second two need not compile again.
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    out = tmp_path / "out"
+def test_a_process_that_is_killed_ends_the_other_one_and_the_run_goes_on(tmp_path):
+    first, second, out = (tmp_path / name for name in ("first", "second", "run"))
     settings = (
         *("train", "--dataset=synthetic", "--num-clients=6", "--model=logistic"),
         *("--cohort-size=3", "--num-steps=2", "--eval-every=100000", "--checkpoint-every=5"),
     )
-    program, ids = start_two(tmp_path, *settings, "--rounds=100000", "--out", out)
+    program, ids = start_commands(first, *settings, "--rounds=100000", "--out", out)
     deadline = time.monotonic() + 400
     while not (out / "checkpoints" / "5").exists():
         assert time.monotonic() < deadline
-        assert program.poll() is None
+        assert program.is_alive()
         time.sleep(0.05)
     os.kill(ids[1], signal.SIGKILL)
     began = time.monotonic()
-    codes = ended(program)
+    of_first, of_second = codes(program, first)
     assert time.monotonic() - began < 60
-    assert codes[0] not in (0, -signal.SIGKILL)
-    assert codes[1] == -signal.SIGKILL
-    first, _ = told(tmp_path, "err")
-    assert "unhealthy" in first or "process 0 of 2 has lost another one" in first
+    assert of_first not in (0, -signal.SIGKILL)
+    assert of_second == -signal.SIGKILL
+    last = told(first, "err")[0]
+    assert "unhealthy" in last or "process 0 of 2 has lost another one" in last
 
     rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     more = str(max(row["round"] for row in rows) + 10)
     again = ("train", "--resume", out, "--rounds", more, "--json")
-    program, _ = start_two(tmp_path, *again, by_slurm=True)
-    assert ended(program) == [0, 0], told(tmp_path, "err")
-    printed = told(tmp_path, "out")
+    program, _ = start_commands(second, *again, by_slurm=True)
+    assert codes(program, second) == [0, 0], told(second, "err")
+    printed = told(second, "out")
     report = json.loads(printed[0])
     assert report["rounds"] == [0, int(more)]
     assert report["device"].startswith("2 x ")
     assert printed[1] == ""
-    assert "round " not in told(tmp_path, "err")[1]
+    assert "round " not in told(second, "err")[1]
     assert (out / "accuracy.png").exists()
 
 
@@ -190,3 +156,14 @@ def test_hosts_that_cannot_be_joined(given, message, capsys, monkeypatch, tmp_pa
     assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
     assert message in captured.err
     assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_the_runtime_may_be_those_of_a_lost_process(monkeypatch):
+    of_runtime = jax.errors.JaxRuntimeError("INTERNAL: it failed")
+    coded, own = ValueError("UNKNOWN: Gloo AllGather failed"), ValueError("rounds is 0; choose 1")
+    assert not may_be_lost(of_runtime)  # There is no other one.
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    assert may_be_lost(of_runtime)
+    assert may_be_lost(coded)
+    assert not may_be_lost(own)
+    assert not may_be_lost(None)

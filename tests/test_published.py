@@ -1,6 +1,5 @@
 """Published tables: all cells run, are kept one by one, and stand beside what was published."""
 
-import functools
 import json
 import math
 import re
@@ -11,6 +10,8 @@ import sys
 import jax
 import numpy as np
 import pytest
+from commands import build_once
+from problems import forms_of_a_round
 
 import fedjax_lite as fl
 from fedjax_lite.cli import main, published
@@ -73,7 +74,7 @@ def refusal(capsys, *args, code=2):
 
 
 def trained(**settings):
-    return fl.experiment(**settings).train().history.evaluations
+    return build_once(Settings(**settings)).train().history.evaluations
 
 
 def test_a_table_is_its_runs_beside_what_was_published(tmp_path, capsys, monkeypatch):
@@ -323,12 +324,7 @@ def test_every_table_can_be_run(key, mnist):
     if key[2] != "algorithm":
         assert built.population.num_clients == built.sampler.num_clients
         return
-    state = jax.eval_shape(
-        functools.partial(built.algorithm.init, num_clients=built.population.num_clients),
-        jax.random.key(2),
-    )
-    cohort = fl.cohort_of(built.population, built.sampler.select(jax.random.key(0), 0).client_ids)
-    after, info = jax.eval_shape(built.algorithm.round, jax.random.key(3), state, cohort)
+    state, after, info = forms_of_a_round(built)
     assert jax.tree.map(np.shape, after.params) == jax.tree.map(np.shape, state.params)
     assert info.loss.shape == ()
 

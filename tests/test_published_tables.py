@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from problems import forms_of_a_round
+from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from test_mnist import write_mnist
 
@@ -55,20 +57,14 @@ def test_every_cell_can_be_run(name, folder):
         if algorithm in algorithms and partition in partitions:
             continue
         built = build(Settings(**{**settings, **small}))
-        ids = np.arange(built.population.num_clients)
-        state = jax.eval_shape(
-            lambda key, built=built, ids=ids: built.algorithm.init(key, num_clients=ids.size),
-            jax.random.key(0),
-        )
         if algorithm not in algorithms and (cell.is_quick or "reducer" not in settings):
-            cohort = fl.cohort_of(built.population, ids)
-            after, _ = jax.eval_shape(built.algorithm.round, jax.random.key(1), state, cohort)
+            state, after, _ = forms_of_a_round(built)
             shapes = [jax.tree.map(np.shape, one.params) for one in (after, state)]
             assert shapes[0] == shapes[1]
         if table.measure.metric == "accuracy":
             assert built.server_has_all
         else:
-            assert built.held_out.client_ids == tuple(ids)
+            assert built.held_out.client_ids == tuple(range(built.population.num_clients))
         algorithms.add(algorithm)
         partitions.add(partition)
 
@@ -117,6 +113,13 @@ def test_digits_become_rarer(folder):
         np.testing.assert_allclose(examples["x"][..., 0], expected, atol=1e-5)
     with pytest.raises(ValueError, match="decay is 0; choose"):
         fl.data.long_tailed_mnist(folder, decay=0)
+
+
+def test_digits_are_those_of_scikit_learn():
+    images, labels = load_digits(return_X_y=True)
+    found = fl.data.digits_images()
+    np.testing.assert_array_equal(16 * found["x"], images)
+    np.testing.assert_array_equal(found["y"], labels)
 
 
 def test_pfllib_deals_as_its_code_does(monkeypatch):

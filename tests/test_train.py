@@ -9,17 +9,16 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import killed
 import numpy as np
 import optax
 import pytest
 from problems import regression_dataset, regression_model
-from processes import contents, held_by_another_process
+from processes import contents, ended, held_by_another_process, start
 
 import fedjax_lite as fl
 
@@ -424,18 +423,14 @@ def test_settings_may_be_of_types_that_json_writes_otherwise(tmp_path):
 
 
 def test_killed_again_and_again_ends_with_the_same_bits(tmp_path):
-    script = Path(__file__).with_name("killed.py")
-    result = subprocess.run(
-        [sys.executable, script, tmp_path], capture_output=True, text=True, timeout=900, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    report = json.loads(result.stdout)
+    assert ended(start(tmp_path, killed.main, tmp_path)) == 0, (tmp_path / "err").read_text()
+    report = json.loads((tmp_path / "out").read_text())
     assert report["kills"] == 8
     assert report["resumed"] > 4
-    killed, straight = (np.load(tmp_path / name) for name in ("killed.npz", "straight.npz"))
-    assert killed.files == straight.files
+    found, straight = (np.load(tmp_path / name) for name in ("killed.npz", "straight.npz"))
+    assert found.files == straight.files
     for name in straight.files:
-        np.testing.assert_array_equal(killed[name], straight[name])
+        np.testing.assert_array_equal(found[name], straight[name])
     recorded = [last_rows(tmp_path / name) for name in ("killed", "straight")]
     assert recorded[0] == recorded[1]
     assert len(recorded[1]) == 150 + 16
@@ -576,7 +571,7 @@ def test_results_are_printed_in_few_words():
     assert len(repr(result)) < 300
 
 
-def test_a_step_compiles_once_on_one_device_and_on_two():
+def test_a_step_compiles_once_on_one_device_and_on_two(tmp_path):
     """Also where the state is given, in processes of their own, one with a single device."""
     program = """
 import os, sys
@@ -612,6 +607,5 @@ for num_devices in (1, 2):
         sys.exit()
     assert os.waitpid(pid, 0)[1] == 0
 """
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert told.split() == ["1"] * 6
+    assert ended(start(tmp_path, exec, program, {})) == 0, (tmp_path / "err").read_text()
+    assert (tmp_path / "out").read_text().split() == ["1"] * 6

@@ -88,9 +88,9 @@ def of_first(make: Callable[[], Path]) -> Path:
     return Path(hosts.shared(made))
 
 
-def lost(error: jax.errors.JaxRuntimeError, goes_on: str) -> Exception:
-    """What to raise in place of an error of the runtime: itself, or that a process is lost."""
-    if jax.process_count() == 1:
+def lost(error: Exception, goes_on: str) -> Exception:
+    """What to raise in place of an error: itself, or that a process is lost."""
+    if not hosts.may_be_lost(error):
         return error
     told = str(error).partition("\n")[0]
     return LostProcessError(

@@ -132,7 +132,7 @@ def run_recorded(
     except KeyboardInterrupt as interrupt:
         told = str(interrupt).partition(";")[0] or "interrupted"
         raise InterruptedRunError(f"{told}; {goes_on}", interrupt) from None
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise lost(error, goes_on) from None
     except OSError as error:
         if error.errno not in _NO_ROOM:

@@ -141,11 +141,11 @@ def _run_all(
             if all(is_complete[place] for place in places):
                 continue
             make_room_for_programs()
-            try:
-                with usage_errors(as_option):
+            with usage_errors(as_option):
+                try:
                     histories = _run([runs[place].settings for place in places])
-            except jax.errors.JaxRuntimeError as error:
-                raise lost(error, goes_on) from None
+                except (jax.errors.JaxRuntimeError, ValueError) as error:
+                    raise lost(error, goes_on) from None
             if hosts.is_first():
                 write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
                 for place, history in zip(places, histories, strict=True):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fedjax_lite._extras import require
+from fedjax_lite._extras import folder_of
 from fedjax_lite.data import partition
 from fedjax_lite.data.dataset import FederatedDataset
 
@@ -21,8 +21,10 @@ def digits_images() -> dict[str, np.ndarray]:
     >>> {name: feature.shape for name, feature in digits_images().items()}
     {'x': (1797, 64), 'y': (1797,)}
     """
-    images, labels = require("sklearn.datasets", "run").load_digits(return_X_y=True)
-    return {"x": (images / 16).astype(np.float32), "y": labels.astype(np.int32)}
+    # To import scikit-learn, and with it SciPy, would take as long as a short run.
+    file = folder_of("sklearn", "run") / "datasets" / "data" / "digits.csv.gz"
+    rows = np.loadtxt(file, delimiter=",")
+    return {"x": (rows[:, :-1] / 16).astype(np.float32), "y": rows[:, -1].astype(np.int32)}
 
 
 def digits(

@@ -104,7 +104,7 @@ class CheckpointFolder:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if jax.process_count() > 1 and isinstance(exception[1], jax.errors.JaxRuntimeError):
+        if hosts.may_be_lost(exception[1]):
             self._opened.pop_all()  # It would wait for a process that is lost.
             return
         self._opened.__exit__(*exception)

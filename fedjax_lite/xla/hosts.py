@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -78,6 +79,17 @@ def least(value: int) -> int:
         return value
     with jax.ensure_compile_time_eval():
         return -np.asarray(_largest([-value])).item()
+
+
+def may_be_lost(error: BaseException | None) -> bool:
+    """Whether an error may be that another process has ended: whether it is of JAX's runtime.
+
+    JAX raises some of these as `ValueError`, with a code in front, such as `UNKNOWN: `.
+    """
+    if jax.process_count() == 1:
+        return False
+    is_coded = isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error)) is not None
+    return is_coded or isinstance(error, jax.errors.JaxRuntimeError)
 
 
 class OtherProcessError(RuntimeError):
