@@ -16,7 +16,7 @@ from pytorch import close, torch_batches
 import fedjax_lite as fl
 from fedjax_lite.engine.batches import Batching
 
-ROUNDS = 30  # Cohorts have ten sizes in turn.
+ROUNDS = 10  # Cohorts have as many sizes in turn.
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
