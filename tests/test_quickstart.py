@@ -40,9 +40,8 @@ def test_a_hundred_ragged_rounds_are_traced_once():
         return model.loss(*args)
 
     algorithm = fl.fed_sgd(model._replace(loss=loss), optax.adam(1.0), reduction="sum")
-    task = simulation(
-        model, algorithm, fl.data.halfspace(), lambda key: fl.data.halfspace_batch(key, 1000)
-    )
+    population = fl.data.halfspace(batch_size=200)
+    task = simulation(model, algorithm, population, lambda key: fl.data.halfspace_batch(key, 1000))
     looped(task, seed=0, num_rounds=1)
     first = traces["loss"]
     _, history = looped(task, seed=0, num_rounds=100)
