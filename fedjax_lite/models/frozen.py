@@ -1,7 +1,6 @@
 """Models of which a part is trained: some of their params, or adapters beside them."""
 
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -158,8 +157,7 @@ def lora(
             return y
 
         with nn.intercept_methods(functools.partial(_on_dense, measure)):
-            # Not what `jax.jit` has traced before, which calls no layer.
-            params, model_state = inspect.unwrap(model.init)(key_base)
+            params, model_state = model.init(key_base)
         chosen = [name for name in sizes if matches(name)]
         if not chosen:
             raise ValueError(
