@@ -73,6 +73,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_unconfigure():
+    """What is left at the end need not be looked through once more, as pytest does five times."""
+    gc.freeze()
+
+
 # Traced programs are many objects that stay: to look through all of them at every turn takes long.
 gc.freeze()
 gc.set_threshold(100_000, 20, 100)

@@ -392,6 +392,7 @@ MODELS = {
     "logistic": ["input_shape", "num_classes"],
     "mlp": ["input_shape", "hidden", "num_classes"],
     "mnist_cnn": ["num_classes", "widths", "hidden", "padding"],
+    "regression": ["input_shape", "hidden", "target_shape"],
     "resnet18": ["num_classes", "norm", "input_shape", "num_groups", "width"],
     "shakespeare_lstm": ["vocabulary_size", "embedding", "hidden", "layers"],
     "stackoverflow_lstm": ["vocabulary_size", "embedding", "hidden", "layers"],

@@ -185,6 +185,21 @@ def test_examples_with_several_labels():
     assert 0 < found["recall_at"] < 1
 
 
+def test_targets_may_be_real_numbers():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 2, 2)), rng.normal(size=(60, 3))
+    examples = {"x": x.astype(np.float32), "y": y.astype(np.float32)}
+    built = fl.experiment(dataset=examples, num_clients=4, cohort_size=2, metrics="r_squared")
+    assert (built.calls.partition.name, built.calls.model.name) == ("iid", "regression")
+    state = built.algorithm.init(jax.random.key(0))
+    x, y = (built.held_out.examples[name] for name in ("x", "y"))
+    error = x.reshape(len(x), 4) @ state.params["Dense_0"]["kernel"] - y
+    loss = built.evaluate(state)["loss"]
+    np.testing.assert_allclose(loss, np.square(error).mean(), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"model is logistic, of classes, .* of dtype float32"):
+        fl.experiment(dataset=examples, num_clients=4, cohort_size=2, model="logistic")
+
+
 @pytest.mark.parametrize(
     "partition",
     [

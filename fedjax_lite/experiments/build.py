@@ -279,6 +279,8 @@ def _default_model(loaded: Loaded) -> Call:
     shape, y = loaded.examples["x"].shape[1:], loaded.examples["y"]
     if y.dtype.kind == "b":
         name = "stackoverflow_tags"
+    elif y.dtype.kind == "f":
+        name = "regression"
     elif y.ndim == 2:
         name = "shakespeare_lstm" if loaded.num_classes <= _FEW_IDS else "stackoverflow_transformer"
     elif shape == (28, 28, 1):
@@ -305,7 +307,16 @@ def _with_vocabulary(model: Any, dataset: Any) -> Any:
 def _model(value: Any, loaded: Loaded) -> tuple[Model, list[str]]:
     """The model, tried on the shapes of the data, and the names of its metrics."""
     examples = loaded.examples
-    known = {"input_shape": examples["x"].shape[1:], "num_classes": loaded.num_classes}
+    known = {
+        "input_shape": examples["x"].shape[1:],
+        "num_classes": loaded.num_classes,
+        "target_shape": examples["y"].shape[1:],
+    }
+    if not loaded.num_classes and isinstance(value, Call) and value.takes("num_classes"):
+        raise ValueError(
+            f"model is {value.name}, of classes, and the data have y of dtype"
+            f" {examples['y'].dtype}; choose regression, or a model of your own for such targets."
+        )
     model = _made("model", value, known)
     _validate.instance("what model returned", model, Model, "fl.linen_model(...)")
     told = written(value) if isinstance(value, Call) else "an object"

@@ -33,7 +33,7 @@ class Loaded(NamedTuple):
       train: Their examples; `None` where they are drawn.
       held_out: Those held out from each; `None` where they are drawn.
       examples: All to evaluate on.
-      num_classes: Number of classes, or of ids of sequences.
+      num_classes: Number of classes, or of ids of sequences; 0 of real-valued targets.
     """
 
     settings: Settings
@@ -101,6 +101,8 @@ def load(
 
 def _num_classes(y: Any) -> int:
     """Number of classes, from 0 to the highest; where an example has several, one for each bool."""
+    if y.dtype.kind == "f":
+        return 0
     return int(y.shape[-1]) if y.dtype.kind == "b" else 1 + int(y.max())
 
 
@@ -171,7 +173,8 @@ def _dealt(
     """The clients, dealt anew if the settings say so, or if there are none."""
     partition = calls.partition
     if partition is None and isinstance(data, Mapping):
-        partition = expressions.parse(ROLES["partition"], _DEALT)
+        has_classes = np.asarray(data.get("y", 0)).dtype.kind != "f"
+        partition = expressions.parse(ROLES["partition"], _DEALT if has_classes else "iid")
     dataset = _clients("dataset", data)
     if partition is None:
         taken = isinstance(calls.dataset, Call) and calls.dataset.takes("num_clients")
@@ -266,7 +269,7 @@ def _with_floats(dataset: FederatedDataset) -> FederatedDataset:
 def check_features(name: str, dataset: FederatedDataset) -> None:
     """Refuses data that are not images, or rows of numbers, with classes, or sequences of ids.
 
-    In place of a class, an example may have a bool for each.
+    In place of a class, an example may have a bool for each, or real numbers.
     """
     features = dataset.features
     if not {"x", "y"} <= set(features):
@@ -278,10 +281,12 @@ def check_features(name: str, dataset: FederatedDataset) -> None:
     x, y = features["x"], features["y"]
     if y.dtype.kind == "b" and len(y.shape) == 1 and x.dtype.kind in "fiu":
         return
+    if x.dtype.kind == y.dtype.kind == "f":
+        return
     if y.dtype.kind not in "iu" or x.dtype.kind not in "fiu":
         raise ValueError(
             f"{name} has x of dtype {x.dtype} and y of dtype {y.dtype}; choose one with floating x,"
-            " or ids, and integer y."
+            " and integer or floating y, or with ids."
         )
     is_text = x.dtype.kind != "f" and len(x.shape) == 1 and x.shape == y.shape
     if x.dtype.kind != "f" and not is_text:

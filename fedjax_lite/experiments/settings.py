@@ -42,7 +42,7 @@ class Settings:
       model: A model, such as logistic, "mlp(hidden=(64,))" or "resnet18(width=32)". By default one
         for the shape of the data: emnist_cnn, cifar_cnn or resnet18 for images in the shapes of
         EMNIST, CIFAR-10 and CIFAR-100, shakespeare_lstm or stackoverflow_transformer for sequences,
-        and else an mlp.
+        for real-valued targets regression, and else an mlp.
       algorithm: The algorithm, such as fed_avg, "fed_prox(mu=0.1)", scaffold, fed_sgd or
         "apfl(alpha=0.5)".
       num_epochs: How often a client runs through its examples in a round; 5 by default.

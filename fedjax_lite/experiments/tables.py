@@ -90,7 +90,7 @@ ROLES: Mapping[str, Role] = {
             "seed",
             "num_clients",
         ),
-        _role("model", _functions(models), "models", "input_shape", "num_classes"),
+        _role("model", _functions(models), "models", "input_shape", "num_classes", "target_shape"),
         _role(
             "algorithm",
             _returning(FederatedAlgorithm, algorithms, *_OF_NO_MODEL, "federated_algorithm"),

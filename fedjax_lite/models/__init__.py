@@ -4,6 +4,7 @@ r"""The small models of the field's benchmarks, each a function that returns a `
 |-----------------------------|-------------------------------------|-----------:|
 | `halfspace_classifier`      | points of the plane, `data.halfspace` |        3 |
 | `logistic`, `mlp`           | any classes                         |            |
+| `regression`                | any real numbers                    |            |
 | `emnist_dense`              | characters, `data.emnist`           |    209,662 |
 | `emnist_cnn`                | characters, `data.emnist`           |  1,206,590 |
 | `cifar_cnn`                 | photographs, `data.cifar10`         |  1,626,442 |
@@ -40,7 +41,13 @@ symbol counts as an error.
 
 from fedjax_lite.models.bag_of_words import stackoverflow_tags
 from fedjax_lite.models.convolutional import cifar_cnn, emnist_cnn, lenet, mnist_cnn, resnet18
-from fedjax_lite.models.dense import emnist_dense, halfspace_classifier, logistic, mlp
+from fedjax_lite.models.dense import (
+    emnist_dense,
+    halfspace_classifier,
+    logistic,
+    mlp,
+    regression,
+)
 from fedjax_lite.models.recurrent import shakespeare_lstm, stackoverflow_lstm
 from fedjax_lite.models.transformer import stackoverflow_transformer
 
@@ -53,6 +60,7 @@ __all__ = [
     "logistic",
     "mlp",
     "mnist_cnn",
+    "regression",
     "resnet18",
     "shakespeare_lstm",
     "stackoverflow_lstm",

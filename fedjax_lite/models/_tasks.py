@@ -1,4 +1,4 @@
-"""Losses and metrics of the two tasks: one class per example, one symbol per position."""
+"""Losses and metrics of the tasks: one class per example, one symbol per position, numbers."""
 
 from collections.abc import Sequence
 
@@ -29,6 +29,16 @@ def classifier(module: nn.Module, input_shape: Sequence[int], num_classes: int) 
         },
     )
     return model._replace(num_classes=num_classes)
+
+
+def regressor(module: nn.Module, input_shape: Sequence[int]) -> Model:
+    """The model of a module that maps `[batch, *input_shape]` to as many numbers as `y` has."""
+
+    def squared_error(predictions: jax.Array, batch: Batch) -> jax.Array:
+        error = jnp.reshape(predictions, batch["y"].shape) - batch["y"]
+        return jnp.square(error).reshape(len(error), -1).mean(-1)
+
+    return linen_model(module, np.zeros((1, *input_shape), np.float32), squared_error)
 
 
 def language_model(module: nn.Module, vocabulary_size: int) -> Model:

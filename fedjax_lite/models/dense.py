@@ -1,5 +1,6 @@
 """Linear and dense models."""
 
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Batch
-from fedjax_lite.models._tasks import classifier
+from fedjax_lite.models._tasks import classifier, regressor
 from fedjax_lite.models.model import Model, function_model
 
 
@@ -58,14 +59,14 @@ def halfspace_classifier(negative_slope: float = 0.2) -> Model:
 
 class _MLP(nn.Module):
     hidden: tuple[int, ...]
-    num_classes: int
+    num_outputs: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0], -1)
         for width in self.hidden:
             x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(self.num_classes)(x)
+        return nn.Dense(self.num_outputs)(x)
 
 
 def mlp(input_shape: Sequence[int], hidden: Sequence[int], num_classes: int) -> Model:
@@ -85,8 +86,7 @@ def mlp(input_shape: Sequence[int], hidden: Sequence[int], num_classes: int) -> 
     Raises:
       ValueError: `num_classes` is below 2.
     """
-    hidden = tuple(_validate.integer("hidden", width, minimum=1) for width in hidden)
-    module = _MLP(hidden=hidden, num_classes=num_classes)
+    module = _MLP(_widths(hidden), num_classes)
     return classifier(module, input_shape, num_classes)
 
 
@@ -112,6 +112,34 @@ def logistic(input_shape: Sequence[int], num_classes: int) -> Model:
     {'Dense_0': {'bias': (3,), 'kernel': (4, 3)}}
     """
     return mlp(input_shape, (), num_classes)
+
+
+def regression(
+    input_shape: Sequence[int], hidden: Sequence[int] = (), target_shape: Sequence[int] = ()
+) -> Model:
+    r"""Least squares: one linear layer, or dense layers with ReLU in between.
+
+    $\ell = \frac{1}{d} \sum_j (f(x)_j - y_j)^2$ for targets of $d$ numbers. Starts as `mlp` does.
+
+    Args:
+      input_shape: Shape of one example, flattened by the model.
+      hidden: Widths of the hidden layers.
+      target_shape: Shape of one target.
+
+    Returns:
+      A `Model` on the features `x` `[batch, *input_shape]` and `y` `[batch, *target_shape]`, real
+      numbers, with the metric `loss`. Beside it, `fl.metrics.r_squared` and others are for it.
+
+    >>> import jax
+    >>> params, _ = regression((4,)).init(jax.random.key(0))
+    >>> jax.tree.map(jax.numpy.shape, params)
+    {'Dense_0': {'bias': (1,), 'kernel': (4, 1)}}
+    """
+    return regressor(_MLP(_widths(hidden), math.prod(target_shape)), input_shape)
+
+
+def _widths(hidden: Sequence[int]) -> tuple[int, ...]:
+    return tuple(_validate.integer("hidden", width, minimum=1) for width in hidden)
 
 
 def emnist_dense(num_classes: int = 62) -> Model:

@@ -1,6 +1,5 @@
 """Models from flax linen modules."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,7 +52,6 @@ def linen_model(
     """
     features = modules.examples(example, inputs)
 
-    @functools.partial(jax.jit, inline=True)  # Traced once, and asked for its form by many.
     def init_fn(key: jax.Array) -> tuple[PyTree, PyTree]:
         zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in features.items()}
         mask = jnp.ones(next(iter(zeros.values())).shape[0], bool)

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from fedjax_lite.base import PyTree
 
 
+@jax.jit  # Traced once, not once for each use.
 def concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
     """Arrays side by side, along their last axis.
 

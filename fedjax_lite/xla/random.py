@@ -119,31 +119,8 @@ def permuted(
     [0, 1, 2, 3, 4]
     """
     words = jax.random.key_data(fast(key))
-    # XLA:CPU fails to compile the swaps of what it knows to be one element.
-    size = jax.lax.optimization_barrier(jnp.asarray(size, jnp.uint32))
-    first = jnp.asarray(which).astype(jnp.uint32) * jnp.uint32(num_rounds)
-
-    def swap_or_not(i: jax.Array, x: jax.Array) -> jax.Array:
-        number = (first + i.astype(jnp.uint32)) * jnp.uint32(_GOLDEN)
-        pivot = jax.lax.rem(_mix(words[0] + number), size)
-        mirror = jnp.where(pivot >= x, pivot - x, pivot + size - x)
-        swap = _mix(jnp.maximum(x, mirror) ^ _mix(words[1] + number)) & 1
-        return jnp.where(swap != 0, mirror, x)
-
-    def rounds(x: jax.Array, *, unroll: bool) -> jax.Array:
-        return jax.lax.fori_loop(0, num_rounds, swap_or_not, x, unroll=unroll)
-
-    # A CPU runs a loop over few numbers as fast as its rounds one by one, which take long to
-    # compile; elsewhere each turn would be a kernel or more.
-    index = jnp.asarray(index).astype(jnp.uint32)
-    # Nothing is added; inside a `shard_map` it varies over the devices if the key or the size does.
-    index += (words[0] ^ words[0]) | (size ^ size)
-    x = jax.lax.platform_dependent(
-        index,
-        cpu=functools.partial(rounds, unroll=False),
-        default=functools.partial(rounds, unroll=True),
-    )
-    return x.astype(jnp.int32)
+    size = jnp.asarray(size, jnp.uint32)
+    return _permuted(words, index, size, which, num_rounds=num_rounds)
 
 
 def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -206,6 +183,37 @@ def _hashed_pair(words: jax.Array, first: jax.Array, second: jax.Array) -> jax.A
         _mix(_mix(words[0] ^ second) + salt), _mix(_mix(words[1] + second) ^ salt)
     )
     return jnp.stack(pair, -1)
+
+
+@functools.partial(jax.jit, static_argnames="num_rounds")
+def _permuted(
+    words: jax.Array, index: jax.Array, size: jax.Array, which: jax.Array, *, num_rounds: int
+) -> jax.Array:
+    # XLA:CPU fails to compile the swaps of what it knows to be one element.
+    size = jax.lax.optimization_barrier(size)
+    first = jnp.asarray(which).astype(jnp.uint32) * jnp.uint32(num_rounds)
+
+    def swap_or_not(i: jax.Array, x: jax.Array) -> jax.Array:
+        number = (first + i.astype(jnp.uint32)) * jnp.uint32(_GOLDEN)
+        pivot = jax.lax.rem(_mix(words[0] + number), size)
+        mirror = jnp.where(pivot >= x, pivot - x, pivot + size - x)
+        swap = _mix(jnp.maximum(x, mirror) ^ _mix(words[1] + number)) & 1
+        return jnp.where(swap != 0, mirror, x)
+
+    def rounds(x: jax.Array, *, unroll: bool) -> jax.Array:
+        return jax.lax.fori_loop(0, num_rounds, swap_or_not, x, unroll=unroll)
+
+    # A CPU runs a loop over few numbers as fast as its rounds one by one, which take long to
+    # compile; elsewhere each turn would be a kernel or more.
+    index = jnp.asarray(index).astype(jnp.uint32)
+    # Nothing is added; inside a `shard_map` it varies over the devices if the key or the size does.
+    index += (words[0] ^ words[0]) | (size ^ size)
+    x = jax.lax.platform_dependent(
+        index,
+        cpu=functools.partial(rounds, unroll=False),
+        default=functools.partial(rounds, unroll=True),
+    )
+    return x.astype(jnp.int32)
 
 
 @jax.jit
