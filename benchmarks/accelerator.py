@@ -35,7 +35,7 @@ import numpy as np
 import optax
 
 import fedjax_lite as fl
-from benchmarks import ahead_of_time, cohort
+from benchmarks import ahead_of_time
 from benchmarks.cases import CASES, LEARNING_RATE, Case, dataset, initial_params
 from benchmarks.timing import interleaved, machine
 
@@ -127,6 +127,8 @@ def ask_tests(small: bool) -> Iterator[Row]:
 
 def ask_peers(small: bool, name: str) -> Iterator[Row]:
     """A case against FedJAX and PyTorch, on the same card."""
+    from benchmarks import cohort  # And PyTorch.
+
     CASES[name] = case = case_of(name, small)
     yield cohort.measure(name, 5, lanes_of(case, 50, 100))
 

@@ -66,7 +66,7 @@ def mnist(folder: str, how: str, num_clients: int = 1000) -> Task:
     return Task(f"mnist, {how}", dataset, held_out, model, options, 10, concurrency)
 
 
-def measure_step(num_clients: int, num_versions: int) -> dict[str, Any]:
+def measure_step(num_clients: int, num_versions: int, repeats: int = 15) -> dict[str, Any]:
     """The cost of a step beside a synchronous round."""
     rng = np.random.default_rng(0)
     clients = {
@@ -91,7 +91,7 @@ def measure_step(num_clients: int, num_versions: int) -> dict[str, Any]:
         name: rounds(algorithm, algorithm.init(jax.random.key(0)), cohort)
         for name, (algorithm, cohort) in algorithms.items()
     }
-    timings = interleaved(contestants, repeats=15)
+    timings = interleaved(contestants, repeats)
     seconds = {name: timing.median for name, timing in timings.items()}
     return {
         "cost": round(seconds["asynchronous"] / seconds["synchronous"], 3),

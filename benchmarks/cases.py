@@ -6,23 +6,26 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import torch
 
 import fedjax_lite as fl
 
 LEARNING_RATE = 1e-4  # So small that the order of the examples, which is random, hardly matters.
 
 
-def torch_dense() -> torch.nn.Module:
-    """`fl.models.emnist_dense` in PyTorch."""
+def torch_dense() -> Any:
+    """`fl.models.emnist_dense` in PyTorch, which only those who compare with it import."""
+    import torch
+
     return torch.nn.Sequential(
         *(torch.nn.Flatten(), torch.nn.Linear(784, 200), torch.nn.ReLU()),
         *(torch.nn.Linear(200, 200), torch.nn.ReLU(), torch.nn.Linear(200, 62)),
     )
 
 
-def torch_cnn(side: int, channels: int, num_classes: int) -> torch.nn.Module:
+def torch_cnn(side: int, channels: int, num_classes: int) -> Any:
     """`fl.models.emnist_cnn` and `fl.models.cifar_cnn` in PyTorch, without dropout."""
+    import torch
+
     flat = 64 * ((side - 4) // 2) ** 2
     return torch.nn.Sequential(
         *(torch.nn.Conv2d(channels, 32, 3), torch.nn.ReLU()),
@@ -46,7 +49,7 @@ class Case(NamedTuple):
     """
 
     model: Callable[[], fl.Model]
-    torch_module: Callable[[], torch.nn.Module]
+    torch_module: Callable[[], Any]
     num_params: int
     sizes: np.ndarray
     image: tuple[int, int, int] = (28, 28, 1)
@@ -136,8 +139,10 @@ def initial_params(case: Case) -> Any:
     return jax.device_get(params)
 
 
-def torch_model(case: Case, params: Any) -> torch.nn.Module:
+def torch_model(case: Case, params: Any) -> Any:
     """The PyTorch model with the parameters of the flax model, in PyTorch's axes."""
+    import torch
+
     module = case.torch_module()
     targets = iter(module.parameters())
     channels = None  # Those of the images that a dense layer sees flattened.

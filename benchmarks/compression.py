@@ -13,7 +13,7 @@ interleaved with a plain one, and `cost` what it takes beyond that one, relative
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,8 @@ def measure(name: str, num_rounds: int, dataset: Any, held_out: Any) -> dict[str
     }
 
 
-def costs(names: list[str], case: cases.Case, repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds of a round, in turn, and what it takes beyond a plain one."""
+def costs(names: list[str], case: cases.Case, repeats: int) -> Iterator[dict[str, float]]:
+    """Seconds of a round of each, in turn with a plain one, and what it takes beyond that."""
     model, dataset = case.model(), cases.dataset(case)
     population = dataset.resident()
     cohort = fl.cohort_of(population, np.arange(dataset.num_clients))
@@ -115,14 +115,14 @@ def costs(names: list[str], case: cases.Case, repeats: int) -> dict[str, dict[st
         state = algorithm.init(jax.random.key(0), num_clients=dataset.num_clients)
         return rounds(algorithm, state, cohort)
 
-    found = {}
+    plain = round_of("none")
     for name in names:  # Beside the plain one each, not all at once: stores take memory.
-        pair = interleaved({"none": round_of("none"), name: round_of(name)}, repeats)
-        found[name] = {
+        run = plain if name == "none" else round_of(name)
+        pair = interleaved({"none": plain, name: run}, repeats)
+        yield {
             "round_s": round(pair[name].fastest, 4),
             "cost": round(pair[name].fastest / pair["none"].fastest - 1, 3),
         }
-    return found
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -176,9 +176,9 @@ def main() -> None:
         dense = dense._replace(sizes=np.full(2, 20))
     dataset, held_out = CASES["digits"].load(None)
     rows = []
-    for name in options.compressor:
-        row = {"compressor": name, **measure(name, options.rounds, dataset, held_out)}
-        row |= costs([name], dense, repeats=2 if options.small else 9)[name]
+    timed = costs(options.compressor, dense, repeats=2 if options.small else 9)
+    for name, cost in zip(options.compressor, timed, strict=True):
+        row = {"compressor": name, **measure(name, options.rounds, dataset, held_out), **cost}
         rows.append(row)
         print(json.dumps(row) if options.json else _formatted(row), flush=True)
     if options.plot is not None:

@@ -51,11 +51,15 @@ def function():
     return fl.function_model(of_params), first, second
 
 
+def drawn(model, key=KEY):
+    """Params, as NumPy arrays."""
+    return jax.device_get(jax.jit(model.init)(key)[0])
+
+
 @functools.cache
 def two_layers():
     """Params."""
-    params, _ = linen()[0].init(KEY)
-    return jax.device_get(params)
+    return drawn(linen()[0])
 
 
 def by_hand(params, first):
@@ -154,8 +158,8 @@ def test_names_that_leave_nothing_are_refused():
 
 def test_a_frozen_model_alone_says_where_its_params_are():
     model = fl.frozen(regression_model(), "b")
-    trained, _ = model.split(model.init(KEY)[0])
-    batch = {"x": jnp.ones((1, 3)), "y": jnp.ones(1), "mask": jnp.ones(1, bool)}
+    trained, _ = model.split(drawn(model))
+    batch = {"x": np.ones((1, 3)), "y": np.ones(1), "mask": np.ones(1, bool)}
     with pytest.raises(ValueError, match="call it through an algorithm's round"):
         model.metrics(trained, (), batch)
 
@@ -168,11 +172,11 @@ def with_adapters(rank, alpha=None):
 def test_lora_is_the_layer_with_the_formed_product_added():
     rank, alpha = 2, 3.0
     model, base, names = with_adapters(rank, alpha)
-    start = model.init(jax.random.key(1))[0]
+    start, rng = drawn(model, jax.random.key(1)), np.random.default_rng(0)
     # Away from zero, where the factors have a gradient of their own.
-    for i, name in enumerate(names):
-        b = start["adapters"][name]["b"]
-        start["adapters"][name]["b"] = 0.1 * jax.random.normal(jax.random.key(i), b.shape)
+    for name in names:
+        own = start["adapters"][name]
+        own["b"] = rng.normal(0, 0.1, own["b"].shape).astype(np.float32)
 
     def formed(adapters, batch):
         x = batch["x"]
@@ -200,14 +204,14 @@ def test_lora_is_the_layer_with_the_formed_product_added():
 def test_products_of_adapters_are_averaged_exactly_if_the_first_factor_is_frozen(train_a):
     model = fl.lora(linen()[0], 2, train_a=train_a)
     algorithm = fl.fed_avg(model, optax.sgd(0.1), weighting="uniform", batch_size=2, num_epochs=2)
-    start = model.init(KEY)[0]
-    start = {**start, "adapters": jax.tree.map(lambda x: x + 0.3, start["adapters"])}
+    start = drawn(model)
+    start = {**start, "adapters": jax.tree.map(lambda x: x + np.float32(0.3), start["adapters"])}
     population = regression_dataset().resident()
 
     def products(ids):
         state = algorithm.init(start)
         after, info = algorithm.round(KEY, state, everyone(population, ids, capacity=2))
-        adapters = model.merge(after.params, after.frozen)["adapters"]
+        adapters = jax.device_get(model.merge(after.params, after.frozen)["adapters"])
         return {name: own["a"] @ own["b"] for name, own in adapters.items()}, info
 
     one, other, (both, info) = products([0])[0], products([3])[0], products([0, 3])
@@ -222,7 +226,7 @@ def test_products_of_adapters_are_averaged_exactly_if_the_first_factor_is_frozen
 
 def layers(model, state):
     """The adapted layers' kernels, formed."""
-    params = model.merge(state.params, state.frozen)
+    params = jax.device_get(model.merge(state.params, state.frozen))
     return {
         name: params["base"][name]["kernel"] + 1.5 * own["a"] @ own["b"]
         for name, own in params["adapters"].items()
@@ -233,8 +237,9 @@ def layers(model, state):
 def adapters_away_from_zero():
     """A model whose factor is 1.5, and params of it."""
     model = fl.lora(linen()[0], 2, alpha=3.0)
-    start = model.init(KEY)[0]
-    return model, {**start, "adapters": jax.tree.map(lambda x: x + 0.3, start["adapters"])}
+    start = drawn(model)
+    adapters = jax.tree.map(lambda x: x + np.float32(0.3), start["adapters"])
+    return model, {**start, "adapters": adapters}
 
 
 layouts = pytest.mark.parametrize(
@@ -350,13 +355,13 @@ def test_lora_of_layers_that_take_and_give_several_axes():
             return nn.DenseGeneral(1, axis=(-2, -1), name="fold")(jnp.tanh(x))
 
     model = fl.linen_model(Folded(), jnp.zeros((1, 3)), loss)
-    start = fl.lora(model, 2).init(KEY)[0]
+    start = drawn(fl.lora(model, 2))
     shapes = jax.tree.map(jnp.shape, start["adapters"])
     assert shapes == {
         "split": {"a": (3, 2), "b": (2, 6)},
         "fold": {"a": (6, 2), "b": (2, 1)},
     }
-    filled = jax.tree.map(lambda x: x + 0.3, start["adapters"])
+    filled = jax.tree.map(lambda x: x + np.float32(0.3), start["adapters"])
     base = jax.tree.map(lambda x: x, start["base"])
     for name, own in filled.items():
         kernel = base[name]["kernel"]
@@ -376,11 +381,11 @@ def test_lora_refuses_what_it_cannot_adapt():
     with pytest.raises(ValueError, match="train_a is 2; choose"):
         fl.lora(model, train_a=2)
     with pytest.raises(ValueError, match="the dense layers of the model are layers_0, layers_2"):
-        fl.lora(model, names="Dense_7").init(KEY)
+        drawn(fl.lora(model, names="Dense_7"))
     with pytest.raises(ValueError, match="the dense layers of the model are none"):
-        fl.lora(regression_model()).init(KEY)
+        drawn(fl.lora(regression_model()))
     with pytest.raises(ValueError, match="base"):
-        fl.lora(model, base={first: jnp.zeros(3)}).init(KEY)
+        drawn(fl.lora(model, base={first: np.zeros(3)}))
 
 
 def transformer():
@@ -502,9 +507,10 @@ def test_seeds_of_frozen_models_sweep_and_rounds_are_differentiable():
         algorithm = fl.fed_avg(model, optax.sgd(learning_rate), differentiable=True)
         return algorithm.round(KEY, algorithm.init(params), cohort)[0].params["w"].sum()
 
-    params = {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.float32(0.25)}
-    gradient = jax.grad(lambda b: after(0.1, {**params, "b": b}))(params["b"])
-    difference = (after(0.1, {**params, "b": 0.35}) - after(0.1, {**params, "b": 0.15})) / 0.2
-    np.testing.assert_allclose(gradient, difference, rtol=1e-2)
-    mapped = jax.vmap(after, in_axes=(0, None))(jnp.array([0.05, 0.1]), params)
-    np.testing.assert_allclose(mapped[1], after(0.1, params), rtol=1e-5)
+    params = {"w": np.array([0.5, -1.0, 2.0], np.float32), "b": np.float32(0.25)}
+    gradient = jax.jit(jax.grad(after, argnums=1))(0.1, params)["b"]
+    alone = jax.jit(after)
+    above, below = (alone(0.1, {**params, "b": np.float32(b)}) for b in (0.35, 0.15))
+    np.testing.assert_allclose(gradient, (above - below) / 0.2, rtol=1e-2)
+    mapped = jax.jit(jax.vmap(after, in_axes=(0, None)))(np.float32([0.05, 0.1]), params)
+    np.testing.assert_allclose(mapped[1], alone(0.1, params), rtol=1e-5)

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import flax.linen as nn
@@ -61,6 +62,11 @@ SMALL = {
 }
 
 
+@functools.cache
+def small(name):
+    return SMALL[name]()
+
+
 def small_batch(name, seed=0):
     """Four examples, the last one all padding if they are sequences."""
     rng = np.random.default_rng(seed)
@@ -73,7 +79,8 @@ def small_batch(name, seed=0):
         text[:, 0], text[0, 5], text[2, 7] = BOS, EOS, EOS
         text[0, 6:], text[3, 1:] = PAD, PAD
         x, y = text[:, :-1], text[:, 1:]
-    return {"x": jnp.asarray(x), "y": jnp.asarray(y, jnp.int32), "mask": jnp.ones(4, bool)}
+    x = x.astype(np.int32) if x.dtype == int else x
+    return {"x": x, "y": y.astype(np.int32), "mask": np.ones(4, bool)}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -85,7 +92,7 @@ def test_models_have_the_published_number_of_parameters(name):
 
 def test_a_resnet_has_as_many_parameters_with_either_norm():
     names = ("resnet18", "resnet18, batch norm")
-    group, batch = (jax.eval_shape(SMALL[name]().init, jax.random.key(0))[0] for name in names)
+    group, batch = (jax.eval_shape(small(name).init, jax.random.key(0))[0] for name in names)
     shapes = lambda params: {
         layer.replace("GroupNorm", "BatchNorm"): jax.tree.map(jnp.shape, leaves)
         for layer, leaves in params.items()
@@ -199,7 +206,7 @@ def drawn(model):
 
 @pytest.mark.parametrize("name", TORCH)
 def test_losses_and_gradients_are_those_of_pytorch(name):
-    model, batch = SMALL[name](), small_batch(name)
+    model, batch = small(name), small_batch(name)
     params, model_state = drawn(model)
 
     def total(params):
@@ -228,12 +235,12 @@ def test_losses_and_gradients_are_those_of_pytorch(name):
 
 
 def test_padding_does_not_enter_the_statistics_of_a_resnet():
-    model, batch = SMALL["resnet18, batch norm"](), small_batch("resnet18")
-    params, model_state = jax.jit(model.init)(jax.random.key(0))
+    model, batch = small("resnet18, batch norm"), small_batch("resnet18")
+    params, model_state = drawn(model)
     loss = jax.jit(model.loss)
     losses, after = loss(params, model_state, batch, jax.random.key(0))
-    padding = {"x": batch["x"] * np.nan, "y": batch["y"], "mask": jnp.zeros(4, bool)}
-    padded = {feature: jnp.concatenate([batch[feature], padding[feature]]) for feature in batch}
+    padding = {"x": batch["x"] * np.nan, "y": batch["y"], "mask": np.zeros(4, bool)}
+    padded = {feature: np.concatenate([batch[feature], padding[feature]]) for feature in batch}
     padded_losses, padded_after = loss(params, model_state, padded, jax.random.key(0))
     np.testing.assert_allclose(padded_losses[:4], losses, rtol=1e-5)
     jax.tree.map(
@@ -245,9 +252,10 @@ def test_padding_does_not_enter_the_statistics_of_a_resnet():
 
 def test_max_pool_leaves_out_what_is_over():
     x = np.arange(30.0).reshape(1, 5, 3, 2)
-    np.testing.assert_array_equal(max_pool(x), x[:, 1:4:2, 1:2])  # Values rise along every axis.
+    pooled = max_pool(x)
+    np.testing.assert_array_equal(pooled, x[:, 1:4:2, 1:2])  # Values rise along every axis.
     even = x[:, :4, :2]
-    np.testing.assert_array_equal(max_pool(x), nn.max_pool(even, (2, 2), (2, 2)))
+    np.testing.assert_array_equal(pooled, nn.max_pool(even, (2, 2), (2, 2)))
 
 
 def test_max_pool_has_the_derivatives_of_a_maximum():
@@ -268,11 +276,11 @@ def test_max_pool_has_the_derivatives_of_a_maximum():
 
 def test_dropout_is_for_training_only():
     model = fl.models.emnist_cnn(3, dropout_rates=(0.5, 0.5))
-    params, _ = jax.jit(model.init)(jax.random.key(0))
+    params, _ = drawn(model)
     batch = {
-        "x": jnp.ones((2, 28, 28, 1)),
-        "y": jnp.zeros(2, jnp.int32),
-        "mask": jnp.ones(2, bool),
+        "x": np.ones((2, 28, 28, 1), np.float32),
+        "y": np.zeros(2, np.int32),
+        "mask": np.ones(2, bool),
     }
     loss = jax.jit(model.loss)
     trained = [loss(params, {}, batch, jax.random.key(i))[0] for i in range(2)]
@@ -306,13 +314,13 @@ def test_lstm_starts_as_in_keras():
 
 @pytest.mark.parametrize("name", ["shakespeare_lstm", "stackoverflow_transformer"])
 def test_what_follows_a_symbol_does_not_influence_its_loss(name):
-    model, batch = SMALL[name](), small_batch("texts")
-    params, _ = jax.jit(model.init)(jax.random.key(0))
+    model, batch = small(name), small_batch("texts")
+    params, _ = drawn(model)
     x, position = batch["x"][1], 3
     # Row t has another symbol at position t, and only the loss of one position counts.
-    changed = jnp.where(jnp.eye(7, dtype=bool), (x - 2) % (VOCABULARY - 3) + 3, x)
-    only = jnp.where(jnp.arange(7) == position, batch["y"][1], PAD)
-    batch = {"x": jnp.vstack([x, changed]), "y": jnp.tile(only, (8, 1)), "mask": jnp.ones(8, bool)}
+    changed = np.where(np.eye(7, dtype=bool), (x - 2) % (VOCABULARY - 3) + 3, x)
+    only = np.where(np.arange(7) == position, batch["y"][1], PAD)
+    batch = {"x": np.vstack([x, changed]), "y": np.tile(only, (8, 1)), "mask": np.ones(8, bool)}
     losses = jax.device_get(jax.jit(model.loss)(params, {}, batch, jax.random.key(0))[0])
     np.testing.assert_allclose(losses[1 + position + 1 :], losses[0], rtol=1e-6)
     assert (abs(losses[1 : 1 + position + 1] - losses[0]) > 1e-5).all()

@@ -11,24 +11,27 @@ from fedjax_lite.xla import random as fl_random
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 4), (0,)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32"])
 def test_fast_keys_draw_the_bits_of_jax(shape, dtype):
-    key = jax.random.split(jax.random.key(3), 2)[1]
-    expected = jax.random.bits(key, shape, dtype)
-    np.testing.assert_array_equal(jax.random.bits(fl_random.fast(key), shape, dtype), expected)
+    @jax.jit
+    def draw(key):
+        return [jax.random.bits(k, shape, dtype) for k in (fl_random.fast(key), key)]
+
+    np.testing.assert_array_equal(*draw(jax.random.split(jax.random.key(3), 2)[1]))
 
 
 def test_fast_keys_split_and_fold_as_jax_does():
     key = jax.random.key(5)
-    draw = lambda k: jax.random.normal(
-        jax.random.fold_in(jax.random.split(k, (2, 3))[1, 2], 9), (4,)
+    draw = jax.jit(
+        lambda k: jax.random.normal(jax.random.fold_in(jax.random.split(k, (2, 3))[1, 2], 9), (4,))
     )
     np.testing.assert_array_equal(draw(fl_random.fast(key)), draw(key))
 
 
 def test_fast_keys_agree_under_vmap_scan_and_float64():
     keys = jax.random.split(jax.random.key(1), 4)
-    draw = jax.vmap(lambda k: jax.random.uniform(k, (5,)))
+    draw = jax.jit(jax.vmap(lambda k: jax.random.uniform(k, (5,))))
     np.testing.assert_array_equal(draw(fl_random.fast(keys)), draw(keys))
 
+    @jax.jit
     def scanned(key):
         body = lambda c, i: (c, jax.random.normal(jax.random.fold_in(key, i), (3,)))
         return jax.lax.scan(body, 0, jnp.arange(4))[1]

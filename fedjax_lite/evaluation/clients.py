@@ -167,6 +167,11 @@ def summarize_clients(values: ArrayLike, num_examples: ArrayLike) -> dict[str, j
             f"values has shape {values.shape} and num_examples {num_examples.shape}; pass one"
             " number of each per client."
         )
+    return _summary(values, num_examples)
+
+
+@jax.jit
+def _summary(values: jax.Array, num_examples: jax.Array) -> dict[str, jax.Array]:
     present = num_examples > 0
     num_clients = present.sum()
     ordered = jnp.sort(jnp.where(present, values, jnp.nan))  # NaN comes last.
