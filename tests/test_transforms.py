@@ -123,9 +123,7 @@ def test_clients_are_measured_before_and_after_training(lanes):
     for i in np.flatnonzero(sizes):
         before[i] = loss_of(start, i)
         # The round of a client alone, without a server: its params are the new state.
-        alone, _ = algorithm.round(
-            jax.random.key(0), start, everyone(population, [i], capacity=10)
-        )
+        alone, _ = algorithm.round(jax.random.key(0), start, everyone(population, [i], capacity=10))
         np.testing.assert_allclose(info.clients["loss_after"][i], loss_of(alone, i), rtol=1e-5)
     np.testing.assert_allclose(info.clients["loss_before"], before, rtol=1e-5)
     assert info.clients["loss_after"][1] == 0  # the client without examples
