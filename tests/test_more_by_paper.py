@@ -102,7 +102,7 @@ def test_clusters_of_ifca_train_as_if_they_were_alone():
     params = {"w": np.stack([weights, -weights]) / 2, "b": np.full(2, 0.1, np.float32)}
     state = {"shift": np.array([0.0, 0.2], np.float32)}
     clustered = fl.ifca(model, *optimizers, num_clusters=2, **options(pipeline=pipeline))
-    *_, (found, info) = run(clustered, two_directions(), params, state)
+    *_, (found, info) = jax.device_get(list(run(clustered, two_directions(), params, state)))
     alone = fl.fed_avg(model, *optimizers, weighting="uniform", **options(pipeline=pipeline))
     population = two_directions().resident(fl.clients_mesh(1))
     for j in range(2):

@@ -105,8 +105,9 @@ def test_fed_bn_with_statistics_of_ones_own():
             for name, key in (("kernel", "w"), ("bias", "b")):
                 actual = state.params[layer][name]
                 np.testing.assert_allclose(actual, expected.params[f"{layer}_{key}"], rtol=1e-8)
+        store = jax.device_get(state.store)
         for client, (norm, seen) in expected.personal.items():
-            entry = jax.tree.map(lambda x, i=client: x[i], state.store)
+            entry = jax.tree.map(lambda x, i=client: x[i], store)
             own, own_state = algorithm.client_model(state, entry)
             for name in ("scale", "bias"):
                 np.testing.assert_allclose(own["norm"][name], norm[f"norm_{name}"], rtol=1e-8)
@@ -128,10 +129,10 @@ def test_clients_are_evaluated_with_their_own_parts():
     found = fl.evaluate_clients(
         model, state, cohort, client_model=algorithm.client_model, mesh=fl.clients_mesh(1)
     )
-    own, _ = state.store.personal
+    params, (own, _) = jax.device_get((state.params, state.store.personal))
     for i in np.flatnonzero(SIZES):
         examples = regression_dataset()[i]
-        residual = examples["x"] @ state.params["w"] + own["b"][i] - examples["y"]
+        residual = examples["x"] @ params["w"] + own["b"][i] - examples["y"]
         np.testing.assert_allclose(found.clients["loss"][i], (residual**2 / 2).mean(), rtol=1e-5)
     told = r"params is .*clients keep the rest: pass client_model=algorithm.client_model"
     with pytest.raises(ValueError, match=told):

@@ -1,5 +1,7 @@
 """Clients that differ: in how much they do, and in which params they start from."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ def mesh_of(num_devices):
     return fl.clients_mesh(num_devices)
 
 
+@functools.cache
 def algorithm(num_devices=1, **options):
     options = {"batch_size": 2, "shuffle": False, **options}
     return fl.fed_avg(regression_model(), optax.sgd(0.1), mesh=mesh_of(num_devices), **options)
