@@ -469,7 +469,7 @@ def test_sequences_that_do_not_fit_are_refused(texts, tmp_path):
     np.savez(tmp_path / "u.npz", client_ids=[0, 1], x=[[1, 2], [3, 4]], y=[[1], [2]])
     with pytest.raises(ValueError, match=r"dataset has x of dtype int64 and shape \(2,\), and y"):
         build(Settings(dataset=str(tmp_path / "u.npz"), cohort_size=1))
-    np.savez(tmp_path / "s.npz", client_ids=[0, 1], x=np.zeros((2, 3)), y=[0.5, 1.5])
+    np.savez(tmp_path / "s.npz", client_ids=[0, 1], x=np.zeros((2, 3)), y=[0.5j, 1.5])
     with pytest.raises(ValueError, match="y of dtype"):
         build(Settings(dataset=str(tmp_path / "s.npz"), cohort_size=1))
 
