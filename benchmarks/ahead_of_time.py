@@ -244,6 +244,7 @@ def _long_axes(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 _LABEL = jax.ShapeDtypeStruct((), np.int32)
+_NUMBER = jax.ShapeDtypeStruct((), np.float32)
 _IMAGE = {"x": jax.ShapeDtypeStruct((28, 28, 1), np.float32), "y": _LABEL}
 _PHOTOGRAPH = {"x": jax.ShapeDtypeStruct((32, 32, 3), np.float32), "y": _LABEL}
 _SENTENCE = dict.fromkeys(("x", "y"), jax.ShapeDtypeStruct((20,), np.int32))
@@ -282,11 +283,14 @@ def _quickstart(mesh: Mesh, lanes: int | None) -> tuple[Any, ...]:
 
 
 def _test_table() -> dict[str, Case]:
-    """The algorithms of the tests, with a linear classifier of images."""
+    """The algorithms of the tests, with the linear model of these, for images."""
     sys.path.append(str(_ROOT / "tests"))
     table = importlib.import_module("test_algorithms").ALGORITHMS
-    model = fl.models.logistic((28, 28, 1), 10)
-    return {name: _trained(functools.partial(make, model), _IMAGE) for name, make in table.items()}
+    model = importlib.import_module("problems").regression_model(784)
+    features = {"x": jax.ShapeDtypeStruct((784,), np.float32), "y": _NUMBER}
+    return {
+        name: _trained(functools.partial(make, model), features) for name, make in table.items()
+    }
 
 
 def cases() -> dict[str, Case]:

@@ -21,13 +21,16 @@ def regression_dataset(sizes=SIZES, seed=0):
     return fl.FederatedDataset.from_clients(clients)
 
 
-def regression_model():
+def regression_model(num_features=3):
     def loss(params, batch):
         return (batch["x"] @ params["w"] + params["b"] - batch["y"]) ** 2 / 2
 
     def init(key):
         """A start for each key, in a program that compiles in half the time of random bits."""
-        return {"w": jnp.cos(jax.random.key_data(key)[-1] + jnp.arange(3.0)), "b": 0.0}
+        return {
+            "w": jnp.cos(jax.random.key_data(key)[-1] + jnp.arange(float(num_features))),
+            "b": 0.0,
+        }
 
     return fl.function_model(loss, init)
 
