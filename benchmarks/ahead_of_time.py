@@ -308,15 +308,15 @@ def cases() -> dict[str, Case]:
     }
 
 
-# Where four devices differ in more than how many clients they share: in what is exchanged.
-_ON_FOUR = ("quickstart", "dense", "scaffold", "feedback", "median")
+# Of which four devices differ from one in how many clients they share alone.
+_LARGE = ("cnn", "cifar", "lstm", "transformer")
 
 
 def targets_of(name: str) -> list[str]:
     """What a case is compiled for: all that takes ten minutes on two cores."""
     if name == "resnet18":  # Of which a TPU's compiler takes five minutes.
         return ["h100 x1"]
-    return [target for target, (_, n) in TARGETS.items() if n == 1 or name in _ON_FOUR]
+    return [target for target, (_, n) in TARGETS.items() if n == 1 or name not in _LARGE]
 
 
 def measure(case: Case, target: str, lanes: int | None) -> Row:
