@@ -110,6 +110,7 @@ def _repeat(
 ) -> PyTree:
     """`fori_loop(0, end, body, state)`, or the same as a scan up to a static bound."""
     if bound is None:
+        # From a zero of the type of `end`, for which `sum_waves` has traced a wave.
         return jax.lax.fori_loop(jnp.zeros_like(end), end, body, state)
 
     def masked(state: PyTree, i: jax.Array) -> tuple[PyTree, None]:

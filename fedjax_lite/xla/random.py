@@ -177,7 +177,7 @@ def _counter(shape: tuple[int, ...]) -> jax.Array:
 
 @jax.jit
 def _hashed_pair(words: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    first, second = (jnp.asarray(x).astype(jnp.uint32) for x in (first, second))
+    first, second = first.astype(jnp.uint32), second.astype(jnp.uint32)
     salt = (first + 1) * jnp.uint32(_GOLDEN)
     pair = jnp.broadcast_arrays(
         _mix(_mix(words[0] ^ second) + salt), _mix(_mix(words[1] + second) ^ salt)
@@ -191,7 +191,7 @@ def _permuted(
 ) -> jax.Array:
     # XLA:CPU fails to compile the swaps of what it knows to be one element.
     size = jax.lax.optimization_barrier(size)
-    first = jnp.asarray(which).astype(jnp.uint32) * jnp.uint32(num_rounds)
+    first = which.astype(jnp.uint32) * jnp.uint32(num_rounds)
 
     def swap_or_not(i: jax.Array, x: jax.Array) -> jax.Array:
         number = (first + i.astype(jnp.uint32)) * jnp.uint32(_GOLDEN)
@@ -205,7 +205,7 @@ def _permuted(
 
     # A CPU runs a loop over few numbers as fast as its rounds one by one, which take long to
     # compile; elsewhere each turn would be a kernel or more.
-    index = jnp.asarray(index).astype(jnp.uint32)
+    index = index.astype(jnp.uint32)
     # Nothing is added; inside a `shard_map` it varies over the devices if the key or the size does.
     index += (words[0] ^ words[0]) | (size ^ size)
     x = jax.lax.platform_dependent(
