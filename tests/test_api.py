@@ -53,14 +53,12 @@ NAMES = {
         *("model", "client_optimizer", "server_optimizer", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
     ],
-    "gaussian_mixture": [
-        *("num_components", "feature", "min_variance", *UPDATE, *SPEED),
-    ],
+    "gaussian_mixture": ["model", "min_variance", *UPDATE, *SPEED],
     "ifca": [
         *("model", "client_optimizer", "server_optimizer", "num_clusters", "weighting"),
         *(*UPDATE, *STEPS, *SPEED, "memory_kind"),
     ],
-    "k_means": ["num_clusters", "feature", "keep_counts", *UPDATE, *SPEED],
+    "k_means": ["model", "keep_counts", *UPDATE, *SPEED],
     "mime": [
         *("model", "client_optimizer", "server_optimizer", "weighting"),
         *(*UPDATE, *STEPS, *SPEED),
@@ -384,9 +382,11 @@ SERVER_OPTIMIZERS = {
     "fed_yogi": ["learning_rate", "b1", "b2", "tau"],
 }
 MODELS = {
+    "centroids": ["input_shape", "num_clusters"],
     "cifar_cnn": ["num_classes", "dropout_rates"],
     "emnist_cnn": ["num_classes", "dropout_rates"],
     "emnist_dense": ["num_classes"],
+    "gaussians": ["input_shape", "num_components", "full"],
     "halfspace_classifier": ["negative_slope"],
     "lenet": ["input_shape", "num_classes"],
     "logistic": ["input_shape", "num_classes"],
@@ -603,9 +603,9 @@ FACTORIES = {
     "fed_rep": lambda **options: fl.fed_rep(MODEL, SGD, personal="*", num_head_epochs=0, **options),
     "fed_sam": lambda **options: fl.fed_sam(MODEL, SGD, rho=0.1, **options),
     "fed_shuffle": lambda **options: fl.fed_shuffle(MODEL, SGD, **options),
-    "gaussian_mixture": lambda **options: fl.gaussian_mixture(2, **options),
+    "gaussian_mixture": lambda **options: fl.gaussian_mixture(GAUSSIANS, **options),
     "ifca": lambda **options: fl.ifca(MODEL, SGD, num_clusters=2, **options),
-    "k_means": lambda **options: fl.k_means(2, **options),
+    "k_means": lambda **options: fl.k_means(CENTROIDS, **options),
     "mime": lambda **options: fl.mime(MODEL, SGD, **options),
     "mime_lite": lambda **options: fl.mime_lite(MODEL, SGD, **options),
     "moon": lambda **options: fl.moon(MODEL, SGD, mu=1, **options),
@@ -617,6 +617,7 @@ FACTORIES = {
     ),
 }
 MODEL, SGD = fl.function_model(lambda params, batch: params), optax.sgd(0.1)
+CENTROIDS, GAUSSIANS = fl.models.centroids((2,), 2), fl.models.gaussians((2,), 2)
 
 
 @pytest.mark.parametrize("name", FACTORIES)

@@ -502,6 +502,12 @@ def trained(built, num_rounds):
             lambda *common, **options: fl.apfl(*common, alpha=0.2, layerwise=True, **options),
         ),
         (
+            {"algorithm": "fed_ex_lora", "model": "lora(mlp((4,)), rank=2)"},
+            lambda model, client_optimizer, server_optimizer, **options: fl.fed_ex_lora(
+                model, client_optimizer, **options
+            ),
+        ),
+        (
             {"reducer": "coordinate_median", "updates": "error_feedback(quantize_uniform(4))"},
             lambda *common, **options: fl.fed_avg(
                 *common,
@@ -524,6 +530,18 @@ def test_settings_become_the_algorithm(path, settings, by_hand):
     built = build(Settings(dataset=path, cohort_size=3, num_epochs=2, **settings))
     algorithm = by_hand(built.model, optax.sgd(0.1), optax.sgd(1.0), batch_size=10, num_epochs=2)
     assert_is_one_program(built, algorithm)
+
+
+@pytest.mark.parametrize(
+    ("model", "algorithm"),
+    [("centroids(2)", "k_means"), ("gaussians(2, full=True)", "gaussian_mixture")],
+)
+def test_examples_are_clustered(model, algorithm, path):
+    built = build(Settings(dataset=path, model=model, algorithm=algorithm, cohort_size=3))
+    assert built.metric == "loss"
+    begin = built.algorithm.init(jax.random.key(0))
+    before, after = (float(built.evaluate(state)["loss"]) for state in (begin, trained(built, 5)))
+    assert after < before
 
 
 def test_clients_have_models_for_themselves(path):

@@ -225,14 +225,18 @@ def test_functions_of_ones_own(tmp_path, monkeypatch):
 
 def test_names_are_those_of_the_python_api():
     assert set(ALGORITHM.table) == {
-        *("ada_fed_prox", "agnostic_fed_avg", "apfl", "ditto", "fed_avg", "fed_dyn", "fed_exp"),
-        *("fed_nova", "fed_prox", "fed_rep", "fed_sam", "fed_sgd", "fed_shuffle", "ifca", "mime"),
-        *("mime_lite", "moon", "p_fed_me", "per_fed_avg", "q_fed_avg", "scaffold"),
+        *("ada_fed_prox", "agnostic_fed_avg", "apfl", "ditto", "fed_avg", "fed_dyn"),
+        *("fed_ex_lora", "fed_exp", "fed_nova", "fed_prox", "fed_rep", "fed_sam", "fed_sgd"),
+        *("fed_shuffle", "gaussian_mixture", "ifca", "k_means", "mime", "mime_lite", "moon"),
+        *("p_fed_me", "per_fed_avg", "q_fed_avg", "scaffold"),
     }
     for name, function in ALGORITHM.table.items():
         assert getattr(fl, name) is function
-    for name, *modules in (("model", fl.models), ("sampler", fl.samplers, fl.durations)):
-        assert set(ROLES[name].table) == {
+    for name, more, *modules in (
+        ("model", {"frozen", "lora"}, fl.models),
+        ("sampler", set(), fl.samplers, fl.durations),
+    ):
+        assert set(ROLES[name].table) == more | {
             n for module in modules for n in dir(module) if inspect.isfunction(vars(module)[n])
         }
     assert set(ROLES["partition"].table) == set(dir(fl.partition))

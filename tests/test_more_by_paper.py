@@ -343,9 +343,9 @@ several_devices = pytest.mark.parametrize(
 )
 
 
-def cluster(factory, params, speed, **more):
+def cluster(factory, model, params, speed, **more):
     mesh = fl.clients_mesh(speed["mesh"])
-    algorithm = factory(**{**speed, "mesh": mesh}, **more)
+    algorithm = factory(model, **{**speed, "mesh": mesh}, **more)
     return run(algorithm, points(), params, mesh=mesh)
 
 
@@ -353,10 +353,11 @@ def cluster(factory, params, speed, **more):
 @pytest.mark.parametrize("keep_counts", [True, False])
 def test_k_means(keep_counts, speed):
     centroids = np.array([[0.0, 0.5], [0.5, 0.0], [4.0, 4.0], [50.0, 50.0]])
+    model = fl.models.centroids((2,), 4)
     with jax.enable_x64(True):
         clients = [points()[i]["x"] for i in range(len(SIZES))]
         history = clusters.k_means(centroids, clients, cohorts=COHORTS, keep_counts=keep_counts)
-        found = cluster(fl.k_means, centroids, speed, num_clusters=4, keep_counts=keep_counts)
+        found = cluster(fl.k_means, model, centroids, speed, keep_counts=keep_counts)
         for ids, expected, (state, info) in zip(COHORTS, history, found, strict=True):
             np.testing.assert_allclose(state.params, expected.centroids, rtol=1e-9)
             np.testing.assert_array_equal(state.opt_state, expected.counts)
@@ -370,6 +371,7 @@ def test_k_means(keep_counts, speed):
 @pytest.mark.parametrize("kind", ["diagonal", "bounded", "full"])
 def test_gaussian_mixture(kind, speed):
     floor = 0.8 if kind == "bounded" else 0.0
+    model = fl.models.gaussians((2,), 3, full=kind == "full")
     covariances = np.stack([np.eye(2), 2.0 * np.eye(2), np.eye(2)])
     params = {
         "weights": np.array([0.5, 0.5, 0.0]),
@@ -379,7 +381,7 @@ def test_gaussian_mixture(kind, speed):
     with jax.enable_x64(True):
         clients = [points()[i]["x"] for i in range(len(SIZES))]
         history = clusters.gaussian_mixture(*params.values(), clients, cohorts=COHORTS, floor=floor)
-        found = cluster(fl.gaussian_mixture, params, speed, num_components=3, min_variance=floor)
+        found = cluster(fl.gaussian_mixture, model, params, speed, min_variance=floor)
         for expected, (state, info) in zip(history, found, strict=True):
             for name, x in state.params.items():
                 np.testing.assert_allclose(x, getattr(expected, name), rtol=1e-8, atol=1e-12)
@@ -389,13 +391,21 @@ def test_gaussian_mixture(kind, speed):
 
 
 def test_what_cannot_be_clustered_is_refused():
-    with pytest.raises(ValueError, match=r"params are .*\[3, 2\]; .*\[clusters, features\] of 2 c"):
-        next(run(fl.k_means(2, mesh=fl.clients_mesh(1)), points(), np.zeros((3, 2), np.float32)))
-    with pytest.raises(ValueError, match=r"feature 'x' is .*\[.*, 2\] in a batch; .*\[batch, 3\]"):
-        next(run(fl.k_means(2, mesh=fl.clients_mesh(1)), points(), np.zeros((2, 3), np.float32)))
+    centroids, gaussians = fl.models.centroids((2,), 2), fl.models.gaussians((2,), 2)
+    algorithm = fl.k_means(centroids, mesh=fl.clients_mesh(1))
+    with pytest.raises(ValueError, match=r"params is .*\[3, 2\], .*\[2, 2\]; .* as many centroids"):
+        algorithm.init(np.zeros((3, 2), np.float32))
+    narrow = points().map(lambda client: {"x": client["x"][:, :1]})
+    with pytest.raises(ValueError, match=r"'x' is .*\[.*, 1\] in a batch, .* for 2 features; pass"):
+        next(run(algorithm, narrow, np.zeros((2, 2), np.float32)))
     mixture = {"weights": np.ones(2, np.float32) / 2, "centers": np.zeros((2, 2), np.float32)}
-    with pytest.raises(ValueError, match=r"params are .*weights.*; pass algorithm.init a dict of"):
-        next(run(fl.gaussian_mixture(2, mesh=fl.clients_mesh(1)), points(), mixture))
-    for factory in (fl.k_means, fl.gaussian_mixture):
+    with pytest.raises(ValueError, match=r"params is .*weights.*, in place of .*covariances"):
+        fl.gaussian_mixture(gaussians).init(mixture)
+    for factory, model, other in (
+        (fl.k_means, centroids, gaussians),
+        (fl.gaussian_mixture, gaussians, centroids),
+    ):
+        with pytest.raises(ValueError, match=r"model draws params .*; pass fl.models"):
+            factory(other)
         with pytest.raises(ValueError, match=r"reducer is .*sums, which add up; leave it out"):
-            factory(2, reducer=fl.coordinate_median())
+            factory(model, reducer=fl.coordinate_median())

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from fedjax_lite import _validate
 from fedjax_lite.algorithms import server
-from fedjax_lite.algorithms.k_means import adding_up, points
+from fedjax_lite.algorithms.k_means import adding_up
 from fedjax_lite.algorithms.options import RoundOptions, complete, documented
 from fedjax_lite.base import (
     Batch,
@@ -20,9 +20,8 @@ from fedjax_lite.base import (
     PyTree,
     ServerState,
 )
-from fedjax_lite.models.model import function_model
-
-Mixture = dict[str, jax.Array]
+from fedjax_lite.models.clusters import Mixture, drawn_by, log_joint, points
+from fedjax_lite.models.model import Model
 
 
 class _Sums(NamedTuple):
@@ -32,9 +31,8 @@ class _Sums(NamedTuple):
 
 @documented
 def gaussian_mixture(
-    num_components: int,
+    model: Model,
     *,
-    feature: str = "x",
     min_variance: ArrayLike = 0.0,
     **options: Unpack[RoundOptions],
 ) -> FederatedAlgorithm:
@@ -60,27 +58,27 @@ def gaussian_mixture(
     Source: Dempster et al. (1977), "Maximum Likelihood from Incomplete Data via the EM Algorithm".
 
     Args:
-      num_components: Number of Gaussians.
-      feature: The feature that is modelled, `[batch, features]`.
+      model: `fl.models.gaussians(input_shape, num_components)`.
       min_variance: Least variance, not negative, of covariances that are diagonal; may be traced.
         With 0, a component that has come down to one example makes densities infinite, and no
         client contributes any more.
       **options: Those of `RoundOptions`. A `pipeline` acts on the sums; a `reducer` is refused.
 
     Returns:
-      A `FederatedAlgorithm`, whose `init` takes and whose `state.params` are a dict of `weights`
-      `[components]`, `centers` `[components, features]` and `covariances`, `[components, features,
-      features]` or, where they are diagonal, their diagonals `[components, features]`. `loss` is
-      the mean of $-\log \sum_j \pi_j N(x; \mu_j, \Sigma_j)$ at those that the round began with.
+      A `FederatedAlgorithm`, whose `init` takes a key or params, and whose `state.params` are a
+      dict of `weights` `[components]`, `centers` `[components, features]` and `covariances`,
+      `[components, features, features]` or, where they are diagonal, their diagonals `[components,
+      features]`. `loss` is the mean of $-\log \sum_j \pi_j N(x; \mu_j, \Sigma_j)$ at those that
+      the round began with.
 
     Raises:
-      ValueError: `num_components` is below 1, `min_variance` negative; `init` is not given so many
-        components; the feature is not `[batch, features]`; a `reducer` is given; another option is
-        out of range.
+      ValueError: `model` is another one, or `min_variance` negative; a `reducer` is given; another
+        option is out of range; in `init`, params are of another form than those of the model; in a
+        round, examples have another number of features.
       TypeError: An option is unknown.
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
-    >>> algorithm = gaussian_mixture(2)
+    >>> algorithm = gaussian_mixture(fl.models.gaussians((1,), 2))
     >>> far_apart = {
     ...     "weights": jnp.array([0.5, 0.5]),
     ...     "centers": jnp.array([[0.0], [100.0]]),
@@ -95,27 +93,12 @@ def gaussian_mixture(
     0.6667
     """
     options = complete(gaussian_mixture, options)
-    num_components = _validate.integer("num_components", num_components, minimum=1)
+    names = dict.fromkeys(("weights", "centers", "covariances"), 0)
+    form = drawn_by(model, names, "fl.models.gaussians(input_shape, num_components)")
     min_variance = _validate.number("min_variance", min_variance)
-
-    def log_joint(mixture: Mixture, x: jax.Array) -> jax.Array:
-        """`[batch, components]`."""
-        centers, covariances = mixture["centers"], mixture["covariances"]
-        if covariances.ndim == 2:
-            deviations = jnp.sqrt(covariances)
-            densities = jax.scipy.stats.norm.logpdf(x[:, None], centers, deviations).sum(-1)
-        else:
-            density: Any = jax.scipy.stats.multivariate_normal.logpdf
-            densities = jax.vmap(density, (None, 0, 0), 1)(x, centers, covariances)
-        return jnp.log(mixture["weights"]) + densities
-
-    def loss(mixture: Mixture, batch: Batch) -> jax.Array:
-        x = points(batch, feature, mixture["centers"].shape[1])
-        return -jax.nn.logsumexp(log_joint(mixture, x), axis=-1)
 
     def client_init(shared: ServerState, client: Client) -> _Sums:
         del client
-        _check(shared.params, num_components)
         return _Sums(optax.tree.zeros_like(shared.params), jnp.zeros(()))
 
     def client_step(
@@ -123,17 +106,17 @@ def gaussian_mixture(
     ) -> _Sums:
         del client, key
         mixture = shared.params
-        x = points(batch, feature, mixture["centers"].shape[1])
+        x = points(batch, mixture["centers"].shape[1])
         joint = log_joint(mixture, x)
         marginal = jax.nn.logsumexp(joint, axis=-1)
         mask = batch["mask"]
         r = jnp.where(mask[:, None], jnp.exp(joint - marginal[:, None]), 0)
-        away = x[:, None] - mixture["centers"]
+        moves = x[:, None] - mixture["centers"]
         second = "bk,bkf,bkf->kf" if mixture["covariances"].ndim == 2 else "bk,bkf,bkg->kfg"
         moments = {
             "weights": r.sum(0),
-            "centers": jnp.einsum("bk,bkf->kf", r, away),
-            "covariances": jnp.einsum(second, r, away, away),
+            "centers": jnp.einsum("bk,bkf->kf", r, moves),
+            "covariances": jnp.einsum(second, r, moves, moves),
         }
         return _Sums(
             optax.tree.add(sums.moments, moments), sums.loss - jnp.where(mask, marginal, 0).sum()
@@ -143,6 +126,11 @@ def gaussian_mixture(
         del shared
         mean = sums.loss / jnp.maximum(client.num_examples, 1)
         return ClientResult(sums.moments, 1.0, {"loss": mean})
+
+    def init(mixture: PyTree) -> tuple[()]:
+        remedy = "pass algorithm.init a key, or params of that form."
+        _validate.same_form("params", mixture, form, remedy, dtypes=False)
+        return ()
 
     def maximise(
         moments: Mixture, state: tuple[()], mixture: Mixture, **extra_args: Any
@@ -164,28 +152,9 @@ def gaussian_mixture(
 
     options["reducer"] = adding_up(options["reducer"])
     return server.federated_algorithm(
-        function_model(loss),
+        model,
         ClientUpdate(client_init, client_step, client_final),
-        optax.GradientTransformationExtraArgs(lambda mixture: (), maximise),
+        optax.GradientTransformationExtraArgs(init, maximise),
         shuffle=False,
         **options,
     )
-
-
-def _check(mixture: PyTree, num_components: int) -> None:
-    """Refuses what are not the params of a mixture of so many Gaussians."""
-    expected = "a dict of weights [components], centers [components, features] and covariances"
-    is_mixture = isinstance(mixture, dict) and set(mixture) == {"weights", "centers", "covariances"}
-    if is_mixture and mixture["centers"].ndim == 2:
-        components, features = mixture["centers"].shape
-        shapes = {(components, features), (components, features, features)}
-        is_mixture = (
-            components == num_components
-            and mixture["weights"].shape == (components,)
-            and mixture["covariances"].shape in shapes
-        )
-    if not is_mixture:
-        shown = jax.tree.map(_validate.form, mixture)
-        raise ValueError(
-            f"params are {shown}; pass algorithm.init {expected} of {num_components} components."
-        )

@@ -19,7 +19,8 @@ from fedjax_lite.base import (
     Reducer,
     ServerState,
 )
-from fedjax_lite.models.model import function_model
+from fedjax_lite.models.clusters import drawn_by, points
+from fedjax_lite.models.model import Model
 from fedjax_lite.updates.reducers import weighted_mean
 
 
@@ -31,9 +32,8 @@ class _Sums(NamedTuple):
 
 @documented
 def k_means(
-    num_clusters: int,
+    model: Model,
     *,
-    feature: str = "x",
     keep_counts: bool = True,
     **options: Unpack[RoundOptions],
 ) -> FederatedAlgorithm:
@@ -55,24 +55,24 @@ def k_means(
     Federated's `build_fed_kmeans`.
 
     Args:
-      num_clusters: Number of centroids.
-      feature: The feature that is clustered, `[batch, features]`.
+      model: `fl.models.centroids(input_shape, num_clusters)`.
       keep_counts: Whether $c_j$ goes on from round to round.
       **options: Those of `RoundOptions`. A `pipeline` acts on sums of $\mu_j - x$; a `reducer` is
         refused.
 
     Returns:
-      A `FederatedAlgorithm`, whose `init` takes centroids `[clusters, features]`, such as examples
-      that the server has. `state.params` are the centroids, `state.opt_state` is $c$, and `loss` is
-      the mean squared distance to the nearest of those that the round began with.
+      A `FederatedAlgorithm`, whose `init` takes a key, or centroids `[clusters, features]`, such as
+      examples that the server has. `state.params` are the centroids, `state.opt_state` is $c$, and
+      `loss` is the mean squared distance to the nearest of those that the round began with.
 
     Raises:
-      ValueError: `num_clusters` is below 1; `init` is not given so many centroids; the feature is
-        not `[batch, features]`; a `reducer` is given; another option is out of range.
+      ValueError: `model` is another one; a `reducer` is given; another option is out of range; in
+        `init`, the centroids are others than those of the model; in a round, examples have another
+        number of features.
       TypeError: An option is unknown.
 
     >>> import jax, jax.numpy as jnp, fedjax_lite as fl
-    >>> algorithm = k_means(2)
+    >>> algorithm = k_means(fl.models.centroids((1,), 2))
     >>> dataset = fl.FederatedDataset.from_clients([{"x": [[1.0], [9.0]]}, {"x": [[2.0]]}])
     >>> state = algorithm.init(jnp.array([[0.0], [10.0]]))
     >>> everyone = fl.cohort_of(dataset.resident(), [0, 1])
@@ -83,32 +83,22 @@ def k_means(
     2.0
     """
     options = complete(k_means, options)
-    num_clusters = _validate.integer("num_clusters", num_clusters, minimum=1)
+    form = drawn_by(model, 0, "fl.models.centroids(input_shape, num_clusters)")
     _validate.choice("keep_counts", keep_counts, (True, False))
-
-    def away(centroids: jax.Array, batch: Batch) -> jax.Array:
-        """`[batch, clusters, features]`."""
-        return centroids - points(batch, feature, centroids.shape[1])[:, None]
-
-    def loss(centroids: jax.Array, batch: Batch) -> jax.Array:
-        return jnp.square(away(centroids, batch)).sum(-1).min(-1)
 
     def client_init(shared: ServerState, client: Client) -> _Sums:
         del client
-        if jnp.shape(shared.params)[:1] != (num_clusters,) or jnp.ndim(shared.params) != 2:
-            raise ValueError(
-                f"params are {_validate.form(shared.params)}; pass algorithm.init an array"
-                f" [clusters, features] of {num_clusters} centroids."
-            )
-        return _Sums(jnp.zeros_like(shared.params), jnp.zeros(num_clusters), jnp.zeros(()))
+        centroids = shared.params
+        return _Sums(jnp.zeros_like(centroids), jnp.zeros(len(centroids)), jnp.zeros(()))
 
     def client_step(
         shared: ServerState, client: Client, sums: _Sums, batch: Batch, key: jax.Array
     ) -> _Sums:
         del client, key
-        moves = away(shared.params, batch)
+        centroids = shared.params
+        moves = centroids - points(batch, centroids.shape[1])[:, None]
         distances = jnp.square(moves).sum(-1)
-        own = jax.nn.one_hot(distances.argmin(-1), num_clusters, dtype=moves.dtype)
+        own = jax.nn.one_hot(distances.argmin(-1), len(centroids), dtype=moves.dtype)
         own = jnp.where(batch["mask"][:, None], own, 0)
         return _Sums(
             sums.moves + jnp.einsum("bk,bkf->kf", own, moves),
@@ -122,8 +112,9 @@ def k_means(
         return ClientResult(sums.moves, 1.0, {"loss": mean}, statistics=sums.counts)
 
     def init(centroids: PyTree) -> jax.Array:
-        del centroids
-        return jnp.ones(num_clusters)
+        remedy = "pass algorithm.init a key, or as many centroids."
+        _validate.same_form("params", centroids, form, remedy, dtypes=False)
+        return jnp.ones(len(centroids))
 
     def update(
         moves: jax.Array,
@@ -139,28 +130,12 @@ def k_means(
 
     options["reducer"] = adding_up(options["reducer"])
     return server.federated_algorithm(
-        function_model(loss),
+        model,
         ClientUpdate(client_init, client_step, client_final),
         optax.GradientTransformationExtraArgs(init, update),
         shuffle=False,
         **options,
     )
-
-
-def points(batch: Batch, feature: str, num_features: int) -> jax.Array:
-    """The feature of a batch, `[batch, features]`.
-
-    Raises:
-      ValueError: It is not of that shape.
-    """
-    with _validate.reading(batch):
-        x = batch[feature]
-    if x.ndim != 2 or x.shape[1] != num_features:
-        raise ValueError(
-            f"feature {feature!r} is {_validate.form(x)} in a batch; have it be [batch,"
-            f" {num_features}], by dataset.map, as params are for {num_features} features."
-        )
-    return x
 
 
 def adding_up(reducer: Reducer | None) -> Reducer:

@@ -295,7 +295,11 @@ def _default_model(loaded: Loaded) -> Call:
 
 def _with_vocabulary(model: Any, dataset: Any) -> Any:
     """The model with the vocabulary of data that are drawn."""
-    if not isinstance(model, Call) or not model.takes("vocabulary_size"):
+    if not isinstance(model, Call):
+        return model
+    inside = {name: _with_vocabulary(value, dataset) for name, value in model.arguments.items()}
+    model = model.with_arguments(**inside)
+    if not model.takes("vocabulary_size"):
         return model
     drawn = isinstance(dataset, Call) and dataset.arguments.get("vocabulary_size")
     default = model.parameters["vocabulary_size"].default
@@ -312,7 +316,7 @@ def _model(value: Any, loaded: Loaded) -> tuple[Model, list[str]]:
         "num_classes": loaded.num_classes,
         "target_shape": examples["y"].shape[1:],
     }
-    if not loaded.num_classes and isinstance(value, Call) and value.takes("num_classes"):
+    if not loaded.num_classes and isinstance(value, Call) and _asks_for("num_classes", value):
         raise ValueError(
             f"model is {value.name}, of classes, and the data have y of dtype"
             f" {examples['y'].dtype}; choose regression, or a model of your own for such targets."

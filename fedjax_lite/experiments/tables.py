@@ -13,6 +13,7 @@ from fedjax_lite.base import FederatedAlgorithm, Reducer, UpdateTransform
 from fedjax_lite.data import partition
 from fedjax_lite.evaluation import metrics
 from fedjax_lite.experiments.expressions import Role, Table
+from fedjax_lite.models.frozen import frozen, lora
 from fedjax_lite.samplers import durations
 
 
@@ -72,10 +73,9 @@ def _role(setting: str, table: Table, plural: str, *known: str) -> Role:
     return Role(setting, table, plural, frozenset(known))
 
 
+_MODELS: Table = {**_functions(models), "frozen": frozen, "lora": lora}
 _SAMPLERS = _functions(samplers)
 _KNOWN_TO_SAMPLERS = ("num_clients", "num_examples", "num_rounds", "algorithm")
-# Of these, runs have no models: none at all, or adapters.
-_OF_NO_MODEL = ("fed_ex_lora", "gaussian_mixture", "k_means")
 _OPTIMIZERS_AND_SCHEDULES = {**OPTIMIZERS, **SCHEDULES}
 ROLES: Mapping[str, Role] = {
     role.setting: role
@@ -90,10 +90,10 @@ ROLES: Mapping[str, Role] = {
             "seed",
             "num_clients",
         ),
-        _role("model", _functions(models), "models", "input_shape", "num_classes", "target_shape"),
+        _role("model", _MODELS, "models", "input_shape", "num_classes", "target_shape"),
         _role(
             "algorithm",
-            _returning(FederatedAlgorithm, algorithms, *_OF_NO_MODEL, "federated_algorithm"),
+            _returning(FederatedAlgorithm, algorithms, "federated_algorithm"),
             "algorithms",
             *("model", "client_optimizer", "server_optimizer", "pipeline", "reducer"),
             *("lanes", "mesh", "max_staleness"),

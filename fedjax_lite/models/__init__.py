@@ -5,6 +5,7 @@ r"""The small models of the field's benchmarks, each a function that returns a `
 | `halfspace_classifier`      | points of the plane, `data.halfspace` |        3 |
 | `logistic`, `mlp`           | any classes                         |            |
 | `regression`                | any real numbers                    |            |
+| `centroids`, `gaussians`    | no labels                           |            |
 | `emnist_dense`              | characters, `data.emnist`           |    209,662 |
 | `emnist_cnn`                | characters, `data.emnist`           |  1,206,590 |
 | `cifar_cnn`                 | photographs, `data.cifar10`         |  1,626,442 |
@@ -40,6 +41,7 @@ symbol counts as an error.
 """
 
 from fedjax_lite.models.bag_of_words import stackoverflow_tags
+from fedjax_lite.models.clusters import centroids, gaussians
 from fedjax_lite.models.convolutional import cifar_cnn, emnist_cnn, lenet, mnist_cnn, resnet18
 from fedjax_lite.models.dense import (
     emnist_dense,
@@ -52,9 +54,11 @@ from fedjax_lite.models.recurrent import shakespeare_lstm, stackoverflow_lstm
 from fedjax_lite.models.transformer import stackoverflow_transformer
 
 __all__ = [
+    "centroids",
     "cifar_cnn",
     "emnist_cnn",
     "emnist_dense",
+    "gaussians",
     "halfspace_classifier",
     "lenet",
     "logistic",
