@@ -159,18 +159,17 @@ def run_clients(
         )
         update, kept_store = result.update, result.store
         if not alone:
+            without = () if reducer.stacked is not None else update
+            result = sum_over_devices(result._replace(update=without, store=()))
             if jax.tree.leaves(kept_store):
-                weights = result.clients["weight"].at[own_table].get(mode="fill", fill_value=0)
+                weights = result.clients["weight"].at[table].get(mode="fill", fill_value=0)
                 kept_store = exchange(
                     store if spread else kept_store,
                     kept_store if spread else None,
                     places,
-                    own_entries,
+                    entries,
                     weights != 0,
-                    execution.num_devices,
                 )
-            without = () if reducer.stacked is not None else update
-            result = sum_over_devices(result._replace(update=without, store=()))
         if reducer.stacked is not None:
             weights = result.clients["weight"]
             key_stack = random.fold_in_pair(key, KEY_REDUCER, 0)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from fedjax_lite import _validate
 from fedjax_lite.base import PyTree
-from fedjax_lite.xla.mesh import AXIS, from_host, resolve
+from fedjax_lite.xla.mesh import AXIS, from_host, gather_over_devices, resolve
 from fedjax_lite.xla.rows import Rows, map_rows, pack_row, wants_flat
 
 STORES = ("store", "pipeline_store")
@@ -190,7 +190,6 @@ def exchange(
     places: jax.Array,
     client_ids: jax.Array,
     kept: jax.Array,
-    num_devices: int,
 ) -> PyTree:
     """A device's copy of the store, or its part, with what the clients of all devices keep.
 
@@ -198,22 +197,20 @@ def exchange(
       store: The copy or part.
       own: What holds the new entries of the device's own clients; `None` if its copy does.
       places: Where, int32 `[waves, lanes]`.
-      client_ids: The device's own clients, int32 `[waves, lanes]`.
+      client_ids: The clients of all devices, int32 `[devices, waves, lanes]`.
       kept: Whether these keep something new.
-      num_devices: How many devices there are.
     """
-    num_waves, lanes = places.shape
+    num_devices, num_waves, lanes = client_ids.shape
     size = _waves_at_once(store, num_devices, num_waves, lanes)
 
     # Some waves at a time, so that memory does not grow with the cohort.
     def one_group(i: jax.Array, store: PyTree) -> PyTree:
         start = jnp.minimum(i * size, num_waves - size)
         at, ids, keeps = (
-            jax.lax.dynamic_slice_in_dim(x, start, size).reshape(-1)
+            jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim - 2).reshape(-1)
             for x in (places, client_ids, kept)
         )
-        new = (ids, keeps, read(store if own is None else own, at))
-        ids, keeps, entries = jax.lax.all_gather(new, AXIS, tiled=True)
+        entries = gather_over_devices(read(store if own is None else own, at))
         if own is not None:
             ids, is_here = _local(store, ids)
             keeps &= is_here
