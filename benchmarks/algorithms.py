@@ -132,9 +132,9 @@ ALGORITHMS: dict[str, Build] = {
     ),
     # With all local steps along one mean gradient, it diverges at rates that are good for others.
     "mime": lambda model, rate, **more: fl.mime(model, optax.sgd(rate / 3), **more),
-    # Without momentum it would be FedAvg.
-    "mime_lite": lambda model, rate, **more: fl.mime_lite(
-        model, optax.sgd(rate / 10, momentum=0.9), **more
+    # Without momentum it would be FedAvg; that of the server points one way for an epoch's batches.
+    "mime_lite": lambda model, rate, batches, **more: fl.mime_lite(
+        model, optax.sgd(rate / batches, momentum=0.9), **more
     ),
     "fed_exp": _with(fl.fed_exp),
     "fed_sam": _with(fl.fed_sam, rho=0.05),
