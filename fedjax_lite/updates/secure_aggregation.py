@@ -185,14 +185,16 @@ def _masked(update: PyTree, ring: _Ring, client_id: jax.Array) -> PyTree:
     """The update of a client with its own mask, and those of all of its pairs."""
     place = jnp.argmax(ring.ids == client_id)
 
+    # The client's own mask comes first: a generator takes long to compile, and is there once.
     def add(number: jax.Array, update: PyTree) -> PyTree:
-        other = ring.neighbour(place, number)
+        is_own, other = number == 0, ring.neighbour(place, number - 1)
         # A pair is there for each slot that the other client fills.
         factor = jnp.sign(ring.ids[other] - client_id) * ring.slots[other]
-        return _plus(update, factor, _pair_key(ring.key, client_id, ring.ids[other]))
+        own = random.fold_in_pair(ring.key, _KEY_OWN, client_id)
+        key = jnp.where(is_own, own, _pair_key(ring.key, client_id, ring.ids[other]))
+        return _plus(update, jnp.where(is_own, 1, factor), key)
 
-    update = _plus(update, 1, random.fold_in_pair(ring.key, _KEY_OWN, client_id))
-    return jax.lax.fori_loop(0, ring.degree, add, update)
+    return jax.lax.fori_loop(0, 1 + ring.degree, add, update)
 
 
 def _unmasked(total: PyTree, ring: _Ring, arrived: jax.Array) -> PyTree:
@@ -207,25 +209,22 @@ def _unmasked(total: PyTree, ring: _Ring, arrived: jax.Array) -> PyTree:
     # Those of whom something is missing come first.
     places = jnp.argsort(~missing)
 
-    def take_own(place: jax.Array, total: PyTree) -> PyTree:
-        key = random.fold_in_pair(ring.key, _KEY_OWN, ring.ids[place])
-        return _plus(total, -arrived[place], key)
-
-    def take_pair(number: jax.Array, total: PyTree) -> PyTree:
-        place = places[number // ring.degree]
-        other = ring.neighbour(place, number % ring.degree)
+    def take(number: jax.Array, total: PyTree) -> PyTree:
+        is_own, pair = number < ring.size, number - ring.size
+        place = jnp.where(is_own, number, places[pair // ring.degree])
+        other = ring.neighbour(place, pair % ring.degree)
         own_id, other_id = ring.ids[place], ring.ids[other]
         left = arrived[place] * ring.slots[other] - arrived[other] * ring.slots[place]
         # Of two that are missing, one takes the masks of the pair.
         factor = jnp.where(missing[other] & (other_id < own_id), 0, left)
-        factor *= jnp.sign(own_id - other_id)
-        return _plus(total, factor, _pair_key(ring.key, own_id, other_id))
+        factor = jnp.where(is_own, -arrived[place], factor * jnp.sign(own_id - other_id))
+        own = random.fold_in_pair(ring.key, _KEY_OWN, own_id)
+        return _plus(total, factor, jnp.where(is_own, own, _pair_key(ring.key, own_id, other_id)))
 
-    # One loop for all pairs: XLA:CPU may lose a copy of what nested ones carry, with the flags of
-    # `configure_cpu`.
+    # One loop for all, own masks first: XLA:CPU may lose a copy of what nested ones carry, with
+    # the flags of `configure_cpu`, and a generator takes long to compile.
     total = jax.tree.map(lambda x: x.astype(jnp.uint32), total)
-    total = jax.lax.fori_loop(0, ring.size, take_own, total)
-    return jax.lax.fori_loop(0, missing.sum() * ring.degree, take_pair, total)
+    return jax.lax.fori_loop(0, ring.size + missing.sum() * ring.degree, take, total)
 
 
 def _pair_key(key: jax.Array, one_id: jax.Array, other_id: jax.Array) -> jax.Array:
