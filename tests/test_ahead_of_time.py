@@ -138,6 +138,9 @@ ROUNDS = {
     ),
     "versions": lambda **where: fl.fed_avg(logistic(), optax.sgd(0.1), max_staleness=3, **where),
     "two models for each client": lambda **where: fl.apfl(logistic(), optax.sgd(0.1), **where),
+    "small store, whole on each device": lambda **where: fl.scaffold(
+        fl.models.regression((28, 28, 1)), optax.sgd(0.1), **where
+    ),
 }
 
 
