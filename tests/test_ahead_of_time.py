@@ -142,6 +142,7 @@ ROUNDS = {
         fl.models.regression((28, 28, 1)), optax.sgd(0.1), **where
     ),
 }
+LANES = {"small store, whole on each device": 16}  # In a single wave, which is no loop.
 
 
 def compiled(build, mesh, sizes, lanes=4, **placed):
@@ -166,7 +167,7 @@ def copied(name, chip, num_devices):
     stale = {"staleness": jax.ShapeDtypeStruct((MANY.cohort,), np.int32)}
     more = stale if name == "versions" else {}
     mesh = described_mesh(chip, num_devices)
-    round, state, cohort = compiled(ROUNDS[name], mesh, MANY, **more)
+    round, state, cohort = compiled(ROUNDS[name], mesh, MANY, LANES.get(name, 4), **more)
     return copies(Program(round.as_text()), state, cohort)
 
 
