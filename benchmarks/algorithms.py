@@ -170,6 +170,7 @@ ALGORITHMS: dict[str, Build] = {
         **more,
     ),
     "moon": _with(fl.moon, mu=1.0),
+    "fed_ntd": _with(fl.fed_ntd),
     "ifca": _with(fl.ifca, num_clusters=2),
 }
 _BY_LAYER = {"fed_per", "fed_rep", "moon"}  # Which need another than that of logistic regression.

@@ -89,6 +89,9 @@ ALGORITHMS = {
     "moon": lambda model, **kw: fl.moon(
         model, optax.sgd(0.1), mu=0.05, features=slopes, batch_size=4, **kw
     ),
+    "fed_ntd": lambda model, **kw: fl.fed_ntd(
+        model, optax.sgd(0.1), beta=0.05, logits=slopes, batch_size=4, **kw
+    ),
     "fed_sam": lambda model, **kw: fl.fed_sam(model, optax.sgd(0.1), rho=0.02, batch_size=4, **kw),
     "ifca": lambda model, **kw: fl.ifca(
         model, optax.sgd(0.1), optax.adam(0.2), num_clusters=2, batch_size=4, **kw

@@ -40,6 +40,11 @@ NAMES = {
         *(*UPDATE, *STEPS, *SPEED),
     ],
     "fed_ex_lora": [*("model", "client_optimizer", "weighting"), *UPDATE, *STEPS, *SPEED],
+    "fed_ntd": [
+        *("model", "client_optimizer", "server_optimizer"),
+        *("beta", "temperature", "logits", "weighting"),
+        *(*UPDATE, *STEPS, *SPEED),
+    ],
     "fed_rep": [
         *("model", "client_optimizer", "server_optimizer"),
         *("personal", "num_head_epochs", "weighting"),
@@ -600,6 +605,7 @@ FACTORIES = {
     "fed_dyn": lambda **options: fl.fed_dyn(MODEL, SGD, alpha=0.1, **options),
     "fed_ex_lora": lambda **options: fl.fed_ex_lora(fl.lora(MODEL), SGD, **options),
     "fed_exp": lambda **options: fl.fed_exp(MODEL, SGD, **options),
+    "fed_ntd": lambda **options: fl.fed_ntd(CLASSIFIER, SGD, **options),
     "fed_rep": lambda **options: fl.fed_rep(MODEL, SGD, personal="*", num_head_epochs=0, **options),
     "fed_sam": lambda **options: fl.fed_sam(MODEL, SGD, rho=0.1, **options),
     "fed_shuffle": lambda **options: fl.fed_shuffle(MODEL, SGD, **options),
@@ -617,6 +623,7 @@ FACTORIES = {
     ),
 }
 MODEL, SGD = fl.function_model(lambda params, batch: params), optax.sgd(0.1)
+CLASSIFIER = fl.models.logistic((2,), 3)
 CENTROIDS, GAUSSIANS = fl.models.centroids((2,), 2), fl.models.gaussians((2,), 2)
 
 

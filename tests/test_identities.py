@@ -42,9 +42,14 @@ def close(actual, desired, tolerance=1e-5):
     chex.assert_trees_all_close(actual, desired, rtol=tolerance, atol=tolerance)
 
 
+def scores(params, model_state, batch):
+    return batch["x"] * params["w"]
+
+
 @pytest.mark.parametrize(
     ("factory", "options"),
     [
+        (fl.fed_ntd, {"beta": 0.0, "logits": scores, "weighting": "uniform"}),
         (fl.q_fed_avg, {"q": 0.0, "lipschitz": 3.0}),
         (fl.fed_sam, {"rho": 0.0}),
         (fl.fed_exp, {"epsilon": 1e6}),
@@ -180,6 +185,7 @@ def test_p_fed_me_ends_at_the_proximal_point():
 NUMBERS = {
     "fed_dyn": {"alpha": 0.5},
     "fed_exp": {"epsilon": 0.1},
+    "fed_ntd": {"beta": 0.5},
     "agnostic_fed_avg": {"domain_learning_rate": 0.1},
     "q_fed_avg": {"q": 0.5, "lipschitz": 10.0},
     "ada_fed_prox": {"mu": 0.5, "step_size": 0.1},
@@ -188,7 +194,7 @@ NUMBERS = {
     "per_fed_avg": {"alpha": 0.1},
     "fed_sam": {"rho": 0.1},
 }
-OTHERS = {"agnostic_fed_avg": {"num_domains": 10}}
+OTHERS = {"agnostic_fed_avg": {"num_domains": 10}, "fed_ntd": {"logits": scores}}
 
 
 @pytest.mark.parametrize("name", NUMBERS)

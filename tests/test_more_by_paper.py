@@ -265,6 +265,40 @@ def test_moon():
             close(state.store.params, of_all(kept))
 
 
+def test_fed_ntd():
+    model, params = NETWORK
+    more = {"beta": 2.0, "temperature": 1.5}
+    history = drift.fed_ntd(params, LABELLED, cohorts=COHORTS, batches=batches(), rate=RATE, **more)
+
+    def logits(params, model_state, batch):
+        return features(params, model_state, batch) @ params["head_w"] + params["head_b"]
+
+    labelled = dataset().map(lambda features: {**features, "y": features["label"]})
+    with jax.enable_x64(True):
+        algorithm = fl.fed_ntd(model, optax.sgd(RATE), logits=logits, **more, **options())
+        found = run(algorithm, labelled, params)
+        for expected, (state, _) in zip(history, found, strict=True):
+            close(state.params, expected.params)
+
+
+def test_logits_are_by_default_the_predictions_of_the_model():
+    model = fl.models.logistic((3,), 3)
+    labelled = dataset().map(
+        lambda features: {"x": features["x"].astype(np.float32), "y": features["label"]}
+    )
+    params, _ = model.init(jax.random.key(0))
+    algorithm = fl.fed_ntd(model, optax.sgd(RATE), **options())
+    *_, (state, _) = run(algorithm, labelled, params)
+    *_, (plain, _) = run(fl.fed_avg(model, optax.sgd(RATE), **options()), labelled, params)
+    apart = jax.tree.map(lambda a, b: float(abs(a - b).max()), state.params, plain.params)
+    assert min(jax.tree.leaves(apart)) > 1e-4
+    with pytest.raises(ValueError, match="logits is None, and the model has no predictions"):
+        fl.fed_ntd(regression_model(), optax.sgd(RATE))
+    wrong = fl.fed_ntd(model, optax.sgd(RATE), logits=lambda *args: jnp.ones(3), **options())
+    with pytest.raises(ValueError, match=r"logits are \S+\[3\] for a batch of"):
+        next(run(wrong, labelled, params))
+
+
 def test_features_are_by_default_what_the_last_dense_layer_is_given():
     model = fl.models.mlp((3,), (5,), 3)
     labelled = dataset().map(

@@ -569,6 +569,16 @@ def test_contrastive_loss_by_hand():
     assert drift.contrastive_loss(z, previous, server, 0.5).item() == pytest.approx(found + 2)
 
 
+def test_not_true_divergence_by_hand():
+    # Without the true class, (1/4, 3/4) of the student and (1/2, 1/2) of the teacher.
+    student, teacher = torch.tensor([[9.0, 0.0, math.log(3)]]), torch.tensor([[-9.0, 1.0, 1.0]])
+    found = drift.not_true_divergence(student, teacher, torch.tensor([0]), 1.0).item()
+    assert found == pytest.approx(math.log(4 / 3) / 2)
+    # Twice the temperature halves the logits.
+    warmer = drift.not_true_divergence(2 * student, 2 * teacher, torch.tensor([0]), 2.0).item()
+    assert warmer == pytest.approx(4 * found, rel=1e-5)
+
+
 def test_moon():
     clients, params = labelled_clients(), network_params()
     run = lambda mu, cohorts: drift.moon(

@@ -13,6 +13,7 @@ from fedjax_lite.algorithms.fed_dyn import fed_dyn
 from fedjax_lite.algorithms.fed_ex_lora import fed_ex_lora
 from fedjax_lite.algorithms.fed_exp import fed_exp
 from fedjax_lite.algorithms.fed_nova import fed_nova
+from fedjax_lite.algorithms.fed_ntd import fed_ntd
 from fedjax_lite.algorithms.fed_rep import fed_rep
 from fedjax_lite.algorithms.fed_sam import fed_sam
 from fedjax_lite.algorithms.fed_sgd import fed_sgd
@@ -41,6 +42,7 @@ __all__ = [
     "fed_ex_lora",
     "fed_exp",
     "fed_nova",
+    "fed_ntd",
     "fed_prox",
     "fed_rep",
     "fed_sam",

@@ -399,6 +399,62 @@ def moon(
     return history
 
 
+def not_true_divergence(logits, teacher, labels, temperature):
+    """FedNTD's distillation loss (Lee et al. 2022), its mean over a batch.
+
+    The divergence of the student's distribution over the classes that are not the true one from
+    that of the teacher, times the square of the temperature, as in the authors' code.
+    """
+    others = labels[:, None] != torch.arange(logits.shape[1])
+
+    def log_not_true(z):
+        return functional.log_softmax(z[others].reshape(len(z), -1) / temperature, dim=1)
+
+    return temperature**2 * functional.kl_div(
+        log_not_true(logits), log_not_true(teacher), reduction="batchmean", log_target=True
+    )
+
+
+def fed_ntd(
+    params,
+    clients,
+    forward=models.forward,
+    *,
+    cohorts,
+    batches,
+    rate,
+    beta,
+    temperature,
+    weighting="examples",
+):
+    """FedNTD (Lee et al. 2022): cross-entropy and beta times the distillation loss.
+
+    `forward(params, x)` gives features and logits, in tensors; the teacher is the model that the
+    server sent.
+    """
+    w, history = Vector(params), []
+    for cohort, drawn in zip(cohorts, batches, strict=True):
+        received = models.tensors(w)
+
+        def loss(w_k, x, y, received=received):
+            logits, teacher = forward(w_k, x)[1], forward(received, x)[1]
+            distance = not_true_divergence(logits, teacher, y, temperature)
+            return functional.cross_entropy(logits, y) + beta * distance
+
+        (after,) = fed_avg(
+            w,
+            clients,
+            models.autograd(loss),
+            cohorts=[cohort],
+            batches=[drawn],
+            rate=rate,
+            weighting=weighting,
+        )
+        w = after.params
+        history.append(after)
+    return history
+
+
 def fed_lc(
     params,
     clients,
