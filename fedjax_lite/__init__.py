@@ -43,6 +43,7 @@ from fedjax_lite.models.frozen import frozen, lora
 from fedjax_lite.models.linen import linen_model
 from fedjax_lite.models.model import Model, function_model
 from fedjax_lite.models.nnx import nnx_model
+from fedjax_lite.models.sharpness import sharpness_aware
 from fedjax_lite.runs import (
     Checkpoints,
     History,
@@ -120,6 +121,7 @@ __all__ = [
     "replicate",
     "samplers",
     "server_optimizers",
+    "sharpness_aware",
     "stopping",
     "store_in_file",
     "summarize_clients",

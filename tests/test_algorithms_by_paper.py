@@ -79,6 +79,10 @@ def per_fed_avg(params, *, rate, **options):
     return personal.per_fed_avg(params, grad=models.network.grad, beta=rate, **options)
 
 
+def fed_speed(model, *args, rho, **options):
+    return fl.fed_dyn(fl.sharpness_aware(model, rho), *args, **options)
+
+
 GRAD = models.regression.grad
 CASES = {
     "fed_dyn": Case(
@@ -187,6 +191,16 @@ CASES = {
             per_fed_avg,
             **{"alpha": 0.4, "hessian_free": True, "delta": 1e-5},
             **{"clients": LABELLED, "batches": halves()},
+        ),
+        problem=NETWORK,
+    ),
+    "fed_speed": Case(
+        partial(fed_speed, rho=0.3, alpha=0.3),
+        partial(
+            drift.fed_dyn,
+            alpha=0.3,
+            clients=LABELLED,
+            grad=drift.sharpness_aware(models.network.grad, 0.3),
         ),
         problem=NETWORK,
     ),

@@ -243,6 +243,7 @@ NAMES = {
     "discrete_gaussian_noise": ["max_norm", "noise_multiplier", "num_clients", "transform"],
     "downlink": ["transform"],
     "error_feedback": ["transform", "decay", "max_age"],
+    "sharpness_aware": ["model", "rho"],
     "dp_sgd": ["model", "max_norm", "noise_multiplier", "report_clipped"],
     "local_gaussian_noise": ["max_norm", "noise_multiplier"],
     "local_laplace_noise": ["max_norm", "epsilon"],

@@ -242,7 +242,7 @@ def test_names_are_those_of_the_python_api():
     for name, function in ALGORITHM.table.items():
         assert getattr(fl, name) is function
     for name, more, *modules in (
-        ("model", {"frozen", "lora"}, fl.models),
+        ("model", {"frozen", "lora", "sharpness_aware"}, fl.models),
         ("sampler", set(), fl.samplers, fl.durations),
     ):
         assert set(ROLES[name].table) == more | {

@@ -2,20 +2,15 @@
 
 from typing import Unpack
 
-import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from fedjax_lite import _validate
 from fedjax_lite.algorithms import local, server
 from fedjax_lite.algorithms.options import LocalOptions, complete, documented
 from fedjax_lite.algorithms.training import local_training
-from fedjax_lite.base import Batch, Client, FederatedAlgorithm, ServerState
+from fedjax_lite.base import FederatedAlgorithm
 from fedjax_lite.models.model import Model
-from fedjax_lite.xla.precision import squared_norm
-
-_SMALLEST = 1e-24  # Of squared norms: a gradient of zero has no direction.
+from fedjax_lite.models.sharpness import sharpness_aware
 
 
 @documented
@@ -31,11 +26,7 @@ def fed_sam(
     r"""FedSAM: FedAvg whose clients minimize how sharp the minimum is that they find.
 
     A local step goes along the gradient at the params of about the largest loss within a distance
-    of $\rho$, on the same batch and with the same randomness: with $g = \nabla f(w_i)$,
-
-    $$\nabla f \Big( w_i + \rho \frac{g}{\|g\|} \Big) .$$
-
-    The norm is that of the whole tree.
+    of $\rho$: `fed_avg` of `fl.sharpness_aware(model, rho)`, which other algorithms can train, too.
 
     Source: Qu et al. (2022), "Generalized Federated Learning via Sharpness Aware Minimization",
     Algorithm 1.
@@ -50,8 +41,8 @@ def fed_sam(
       **options: Those of `LocalOptions`.
 
     Returns:
-      A `FederatedAlgorithm`, as `fed_avg` does. The `loss` of clients is that at $w_i$. A local
-      step takes two gradients.
+      A `FederatedAlgorithm`, as `fed_avg` does. The `loss` of clients is that of the model. A
+      local step takes two gradients.
 
     Raises:
       ValueError: `rho` is negative or no scalar; another option is out of range.
@@ -67,28 +58,9 @@ def fed_sam(
     2.5
     """
     options = complete(fed_sam, options)
-    rho = _validate.number("rho", rho)
-    training = local_training(model, client_optimizer, weighting=weighting)
-    optimizer = local.resolve_optimizer(client_optimizer)
-
-    def client_step(
-        shared: ServerState,
-        client: Client,
-        trained: local.LocalState,
-        batch: Batch,
-        key: jax.Array,
-    ) -> local.LocalState:
-        del client
-        ascent, aux = local.gradient(model, trained.params, trained, batch, key)
-        scale = rho / jnp.sqrt(jnp.maximum(squared_norm(ascent), _SMALLEST))
-        worst = optax.tree.add_scale(trained.params, scale, ascent)
-        worst = optax.tree.cast_like(worst, trained.params)
-        gradient, _ = local.gradient(model, worst, trained, batch, key)
-        return local.descend(optimizer(shared), trained, gradient, aux, batch)
-
     return server.federated_algorithm(
         model,
-        training._replace(step=client_step),
+        local_training(sharpness_aware(model, rho), client_optimizer, weighting=weighting),
         server.resolve_server_optimizer(server_optimizer),
         **options,
     )

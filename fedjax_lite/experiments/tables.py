@@ -14,6 +14,7 @@ from fedjax_lite.data import partition
 from fedjax_lite.evaluation import metrics
 from fedjax_lite.experiments.expressions import Role, Table
 from fedjax_lite.models.frozen import frozen, lora
+from fedjax_lite.models.sharpness import sharpness_aware
 from fedjax_lite.samplers import durations
 
 
@@ -73,7 +74,12 @@ def _role(setting: str, table: Table, plural: str, *known: str) -> Role:
     return Role(setting, table, plural, frozenset(known))
 
 
-_MODELS: Table = {**_functions(models), "frozen": frozen, "lora": lora}
+_MODELS: Table = {
+    **_functions(models),
+    "frozen": frozen,
+    "lora": lora,
+    "sharpness_aware": sharpness_aware,
+}
 _SAMPLERS = _functions(samplers)
 _KNOWN_TO_SAMPLERS = ("num_clients", "num_examples", "num_rounds", "algorithm")
 _OPTIMIZERS_AND_SCHEDULES = {**OPTIMIZERS, **SCHEDULES}

@@ -330,6 +330,16 @@ def fed_shuffle(
     return history
 
 
+def sharpness_aware(grad, rho, epsilon=1e-12):
+    """The gradient at the params of about the largest loss within `rho` (Foret et al. 2021)."""
+
+    def sharp(w, x, y):
+        g = grad(w, x, y)
+        return grad(w + rho / (norm(g) + epsilon) * g, x, y)
+
+    return sharp
+
+
 def fed_sam(
     params, clients, grad, *, cohorts, batches, rate, rho, epsilon=1e-12, weighting="examples"
 ):
@@ -339,10 +349,7 @@ def fed_sam(
     added: 1e-7 in FL-Simulator. Qu et al. weigh clients uniformly.
     """
 
-    def sharp(w, x, y):
-        g = grad(w, x, y)
-        return grad(w + rho / (norm(g) + epsilon) * g, x, y)
-
+    sharp = sharpness_aware(grad, rho, epsilon)
     return fed_avg(
         params, clients, sharp, cohorts=cohorts, batches=batches, rate=rate, weighting=weighting
     )
