@@ -34,6 +34,7 @@ _ALGORITHMS: dict[str, dict[str, Any]] = {
         "client_lr": 0.3,
     },
     "MOON": {"algorithm": "moon(mu=1.0)"},
+    "FedNTD": {"algorithm": "fed_ntd"},
     "IFCA": {"algorithm": "ifca(num_clusters=2)"},
     "Per-FedAvg": {"algorithm": "per_fed_avg(alpha=0.1)", "fine_tune_steps": 1},
     "APFL": {"algorithm": "apfl"},
