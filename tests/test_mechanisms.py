@@ -12,6 +12,7 @@ import pytest
 from problems import everyone, regression_dataset, regression_model
 
 import fedjax_lite as fl
+from fedjax_lite.engine.counting import counting_calls
 
 KEY = jax.random.key(0)
 WIDE = {name: np.zeros(n, np.float32) for name, n in {"a": (50, 40), "b": 2000, "c": ()}.items()}
@@ -434,6 +435,21 @@ def test_two_gradients_of_one_step_do_not_share_noise():
     cohort = fl.cohort_of(dataset.resident(), [0])
     state, _ = algorithm.round(KEY, algorithm.init(jnp.zeros(3000)), cohort)
     assert_std(np.asarray(state.params), np.sqrt(2) * 2.0 / 4)
+
+
+def test_the_gradients_of_a_sharpness_aware_step_do_not_share_noise():
+    model = fl.dp_sgd(LINEAR, 1.0, 2.0)
+    batch = {"x": np.ones((4, 3), np.float32), "mask": np.ones(4, bool)}
+
+    def of(model):
+        return jax.grad(lambda w: model.loss(w, {}, batch, KEY)[0].mean())(jnp.ones(3))
+
+    with counting_calls():
+        first, second = of(model), of(model)
+    with counting_calls():  # That of the ascent comes first.
+        aware = of(fl.sharpness_aware(model, 0.1))
+    assert not np.allclose(first, second)
+    np.testing.assert_allclose(aware, second, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["scaffold", "frozen"])

@@ -110,8 +110,7 @@ def fed_ntd(
         del client, key
         student, teacher = (log_not_true(p, shared, batch) for p in (params, shared.params))
         divergence = optax.losses.kl_divergence_with_log_targets(student, teacher)
-        total = jnp.where(batch["mask"], divergence, 0).sum()
-        return loss + beta * temperature**2 * total / jnp.maximum(batch["mask"].sum(), 1)
+        return loss + beta * temperature**2 * local.mean_over(batch, divergence)
 
     return server.federated_algorithm(
         model,

@@ -20,7 +20,7 @@ from fedjax_lite.base import (
     PyTree,
     ServerState,
 )
-from fedjax_lite.models.clusters import Mixture, drawn_by, log_joint, points
+from fedjax_lite.models.clusters import Mixture, form_of, log_joint, points
 from fedjax_lite.models.model import Model
 
 
@@ -94,7 +94,7 @@ def gaussian_mixture(
     """
     options = complete(gaussian_mixture, options)
     names = dict.fromkeys(("weights", "centers", "covariances"), 0)
-    form = drawn_by(model, names, "fl.models.gaussians(input_shape, num_components)")
+    form = form_of(model, names, "fl.models.gaussians(input_shape, num_components)")
     min_variance = _validate.number("min_variance", min_variance)
 
     def client_init(shared: ServerState, client: Client) -> _Sums:

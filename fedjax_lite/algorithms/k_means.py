@@ -19,7 +19,7 @@ from fedjax_lite.base import (
     Reducer,
     ServerState,
 )
-from fedjax_lite.models.clusters import drawn_by, points
+from fedjax_lite.models.clusters import form_of, points
 from fedjax_lite.models.model import Model
 from fedjax_lite.updates.reducers import weighted_mean
 
@@ -83,7 +83,7 @@ def k_means(
     2.0
     """
     options = complete(k_means, options)
-    form = drawn_by(model, 0, "fl.models.centroids(input_shape, num_clusters)")
+    form = form_of(model, 0, "fl.models.centroids(input_shape, num_clusters)")
     _validate.choice("keep_counts", keep_counts, (True, False))
 
     def client_init(shared: ServerState, client: Client) -> _Sums:

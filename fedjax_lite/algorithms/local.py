@@ -186,6 +186,11 @@ def losses_of(
     return jnp.where(batch["mask"], losses, 0), after
 
 
+def mean_over(batch: Batch, values: jax.Array) -> jax.Array:
+    """The mean over the real examples of a batch, of values `[batch]`."""
+    return jnp.where(batch["mask"], values, 0).sum() / jnp.maximum(batch["mask"].sum(), 1)
+
+
 def gradient(
     model: Model, params: PyTree, local: LocalState, batch: Batch, key: jax.Array
 ) -> tuple[PyTree, tuple[jax.Array, PyTree]]:

@@ -121,8 +121,7 @@ def moon(
             for other in (shared.params, personal.client_model(shared, client.entry)[0])
         )
         contrast = jax.nn.softplus((to_previous - to_server) / temperature)
-        total = jnp.where(batch["mask"], contrast, 0).sum()
-        return loss + mu * total / jnp.maximum(batch["mask"].sum(), 1)
+        return loss + mu * local.mean_over(batch, contrast)
 
     def finish(
         result: ClientResult, shared: ServerState, client: Client, trained: local.LocalState

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fedjax_lite import _validate
 from fedjax_lite.base import Batch, PyTree
-from fedjax_lite.models.model import Model, function_model
+from fedjax_lite.models.model import Model, drawn_by, function_model
 
 Mixture = dict[str, jax.Array]
 """Params of `gaussians`."""
@@ -93,7 +93,7 @@ def gaussians(input_shape: Sequence[int], num_components: int, *, full: bool = F
     return function_model(loss, init)
 
 
-def drawn_by(model: Model, like: PyTree, call: str) -> PyTree:
+def form_of(model: Model, like: PyTree, call: str) -> PyTree:
     """The form of the params that a model draws.
 
     Raises:
@@ -101,7 +101,7 @@ def drawn_by(model: Model, like: PyTree, call: str) -> PyTree:
       ValueError: They are not of the structure of those of the function that `call` calls.
     """
     _validate.instance("model", model, Model, call)
-    form, _ = jax.eval_shape(model.init, jax.random.key(0))
+    form = drawn_by(model)
     given: Any = jax.tree.structure(form)
     if given != jax.tree.structure(like):
         shown = jax.tree.map(_validate.form, form)

@@ -126,7 +126,7 @@ def applying(model: Model, params: PyTree, batch: Batch) -> Iterator[None]:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if isinstance(error, ValueError) and frame.f_globals.get("__package__") == __package__:
             raise  # An adapter has said what is wrong.
-        if (expected := _drawn(model)) is not None:
+        if (expected := drawn_by(model)) is not None:
             remedy = "pass a state of an algorithm that was built with this model."
             own = "pass client_model=algorithm.client_model to fl.evaluate_clients."
             one_of_each = jax.tree.map(lambda x: jax.numpy.shape(x)[1:], params)
@@ -147,7 +147,7 @@ def applying(model: Model, params: PyTree, batch: Batch) -> Iterator[None]:
         raise
 
 
-def _drawn(model: Model) -> PyTree:
+def drawn_by(model: Model) -> PyTree:
     """The form of params that the model draws itself; `None` if it cannot."""
     try:
         drawn = jax.eval_shape(lambda: model.init(jax.random.key(0))[0])

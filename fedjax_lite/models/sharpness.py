@@ -75,7 +75,6 @@ def sharpness_aware(model: Model, rho: ArrayLike) -> Model:
     def loss(
         params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, PyTree]:
-        losses, after = aware(params, model_state, dict(batch), key)
-        return losses, after
+        return aware(params, model_state, dict(batch), key)
 
     return model._replace(loss=loss)

@@ -1,5 +1,7 @@
 """The devices that a round runs on."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -70,35 +72,26 @@ def resolve(mesh: Mesh | None) -> Mesh | None:
 
 
 def sum_over_devices(tree: T) -> T:
-    """The sum over the devices of a mesh, inside of `shard_map`.
-
-    Devices wait for each other once per array: for small ones, longer than the sum takes. They
-    are summed as one.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    small = [x for x in leaves if x.size <= _SMALL]
-    summed = iter(unpack(jax.lax.psum(pack(small), AXIS), small))
-    return jax.tree.unflatten(
-        structure,
-        [next(summed) if x.size <= _SMALL else jax.lax.psum(x, AXIS) for x in leaves],
-    )
+    """The sum over the devices of a mesh, inside of `shard_map`."""
+    return _exchanged(tree, functools.partial(jax.lax.psum, axis_name=AXIS), _SMALL, 0)
 
 
 def gather_over_devices(tree: T) -> T:
-    """Arrays `[rows, ...]` of all devices one after the other, inside of `shard_map`.
+    """Arrays `[rows, ...]` of all devices one after the other, inside of `shard_map`."""
+    gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
+    return _exchanged(tree, gather, _SMALL_SENT, 1)
 
-    Small ones are sent as one, as in `sum_over_devices`.
+
+def _exchanged(tree: T, exchange: Callable[[Any], Any], small: int, num_axes: int) -> T:
+    """Arrays that devices exchange, those of no more than `small` entries as one.
+
+    Devices wait for each other once per array: for small ones, longer than the exchange takes.
     """
     leaves, structure = jax.tree.flatten(tree)
-    small = [x for x in leaves if x.size <= _SMALL_SENT]
-    packed = jax.lax.all_gather(pack(small, 1), AXIS, tiled=True)
-    gathered = iter(unpack(packed, small, 1))
+    few = [x for x in leaves if x.size <= small]
+    together = iter(unpack(exchange(pack(few, num_axes)), few, num_axes))
     return jax.tree.unflatten(
-        structure,
-        [
-            next(gathered) if x.size <= _SMALL_SENT else jax.lax.all_gather(x, AXIS, tiled=True)
-            for x in leaves
-        ],
+        structure, [next(together) if x.size <= small else exchange(x) for x in leaves]
     )
 
 
