@@ -130,7 +130,7 @@ ALGORITHMS: dict[str, Build] = {
     "fed_shuffle": lambda model, rate, batches, **more: fl.fed_shuffle(
         model, optax.sgd(batches * rate), **more
     ),
-    # With all local steps along one mean gradient, it diverges at rates that are good for others.
+    # With all local steps along one mean gradient, it is slower at rates that are good for others.
     "mime": lambda model, rate, **more: fl.mime(model, optax.sgd(rate / 3), **more),
     # Without momentum it would be FedAvg; that of the server points one way for an epoch's batches.
     "mime_lite": lambda model, rate, batches, **more: fl.mime_lite(

@@ -22,7 +22,7 @@ _ALGORITHMS: dict[str, dict[str, Any]] = {
     "FedNova": {"algorithm": "fed_nova"},
     # Its steps are divided by their number, of about three batches in each of five epochs.
     "FedShuffle": {"algorithm": "fed_shuffle", "client_lr": 0.3},
-    # With all local steps along one mean gradient, it diverges at rates that are good for others.
+    # With all local steps along one mean gradient, it is slower at rates that are good for others.
     "Mime": {"algorithm": "mime", "client_lr": 0.03},
     # Without momentum it would be FedAvg.
     "MimeLite": {"algorithm": "mime_lite", "client_optimizer": "sgd(0.01, momentum=0.9)"},
