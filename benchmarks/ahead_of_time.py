@@ -194,10 +194,10 @@ def _inner_jaxprs(eqn: Any) -> Iterator[Any]:
 
 
 def step_flops(jaxpr: Any) -> int:
-    """Operations of a turn of the loop over local steps; of several, the one with the most."""
+    """Operations of a turn of the local steps; of several loops, the one with the most."""
     return max(
         (
-            flops(inner) if str(eqn.source_info.name_stack).endswith(STEPS) else step_flops(inner)
+            flops(inner) if _is_step(str(eqn.source_info.name_stack)) else step_flops(inner)
             for eqn in jaxpr.eqns
             for inner in _inner_jaxprs(eqn)
         ),
@@ -206,9 +206,18 @@ def step_flops(jaxpr: Any) -> int:
 
 
 def step_kernels(program: Program) -> list[Kernel]:
-    """The kernels of a turn of the loop over local steps; of several, the one with the most."""
+    """The kernels of a turn of the local steps; of several loops, the one with the most.
+
+    Without a loop, if there is a single turn.
+    """
     bodies = program.loops(rf"^((jit\(\w+\)|shard_map|while/body)/)*{STEPS}/while$")
+    if not bodies:
+        return [kernel for kernel in program.kernels(program.entry) if _is_step(kernel.source)]
     return max((list(program.kernels(body)) for body in bodies), key=len)
+
+
+def _is_step(source: str) -> bool:
+    return STEPS in source.split("/")
 
 
 def copies(program: Program, state: fl.ServerState, cohort: fl.Cohort | None = None) -> list[str]:

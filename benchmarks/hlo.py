@@ -74,11 +74,13 @@ class Kernel(NamedTuple):
       nbytes: Bytes that it reads from and writes to the device's memory; of an array of which it
         reads rows or writes a slice, these.
       whole: The arrays of which it writes all.
+      source: The name of the code that it comes of.
     """
 
     name: str
     nbytes: int
     whole: list[Array]
+    source: str
 
 
 class Program:
@@ -134,7 +136,7 @@ class Program:
             # Of what it reads and what it writes, the smaller one is what it moves.
             moved = min(array.nbytes for array in instruction.arrays if array.dims)
             whole = instruction.arrays[:1] if instruction.opcode == "copy-start" else []
-            return Kernel(instruction.name, moved, whole)
+            return Kernel(instruction.name, moved, whole, instruction.source)
         operands = [around[name] for name in instruction.operands]
         if instruction.opcode == "fusion":
             fused = self._computations[instruction.called("calls")]
@@ -153,7 +155,7 @@ class Program:
         results = list(zip(instruction.arrays, sizes, strict=True))
         written = sum(min(x.nbytes, size) for x, size in results if x.space == DEVICE)
         whole = [x for x, size in results if size >= x.nbytes]
-        return Kernel(instruction.name, read + written, whole)
+        return Kernel(instruction.name, read + written, whole, instruction.source)
 
     def _read(self, fused: Computation, array: Instruction) -> int:
         """How many bytes of an array the instructions of a kernel read."""

@@ -54,8 +54,8 @@ class Cohort:
         from, for algorithms with `max_staleness`; `None` if all start from the newest.
       has_entries: Whether the stores of the state hold the entries of this cohort's clients alone,
         one for each slot, as they do while a store lies in a file (static).
-      most_examples: What no client of the population has more examples than, which bounds batches;
-        `None` if that is not known (static: a round compiles anew for another one).
+      most_examples: What no client of the population has more examples than, which bounds batches
+        and steps; `None` if that is not known (static: a round compiles anew for another one).
       sample: For generated clients, the function that draws a batch (static).
     """
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,6 +161,19 @@ def test_generated_batches_are_masked_beyond_the_number_of_examples():
     for slot in range(2):
         masks = [read(Slot.of(cohort, slot), step)["mask"] for step in (0, 1)]
         assert np.sum(masks) == 5 + cohort.client_ids[slot]
+
+
+def test_generated_clients_have_no_more_examples_than_any_may_have():
+    population = fl.data.GeneratedPopulation(
+        num_clients=3,
+        num_examples=lambda key, client_id: 4 + client_id,
+        sample=lambda key, client_id: {"x": jnp.ones(4)},
+        most_examples=5,
+    )
+    cohort = fl.cohort_of(population, [0, 1, 2, -1], key=jax.random.key(0))
+    assert cohort.num_examples.tolist() == [4, 5, 5, 0]
+    with pytest.raises(ValueError, match="most_examples"):
+        dataclasses.replace(population, most_examples=-1)
 
 
 @pytest.mark.parametrize("generated", [False, True])

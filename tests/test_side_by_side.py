@@ -72,14 +72,17 @@ ALGORITHMS = {
 }
 
 
-# With 16 lanes, all clients are in one wave.
-@pytest.mark.parametrize(("name", "lanes"), [*((name, 3) for name in ALGORITHMS), ("sum", 16)])
-def test_steps_side_by_side_give_what_they_give_in_turn(name, lanes, monkeypatch):
+# With 16 lanes, all clients are in one wave; with 64 steps at once, in one turn, without a loop.
+@pytest.mark.parametrize(
+    ("name", "lanes", "most"),
+    [*((name, 3, 3) for name in ALGORITHMS), ("sum", 16, 3), *((n, 16, 64) for n in ALGORITHMS)],
+)
+def test_steps_side_by_side_give_what_they_give_in_turn(name, lanes, most, monkeypatch):
     sizes = (7, 5, 0, 1, 5, 12, 3, 5, 2)
     own = [0, 2, 3, 5, 6, 8]  # The others' rows are next to theirs.
     population = poisoned(sizes, own).resident(fl.clients_mesh(1))
     cohort = fl.cohort_of(population, [*own, -1], max_steps=[9, 9, 9, 4, 9, 9, 9])
-    monkeypatch.setattr(execution, "_MOST_STEPS", 3)
+    monkeypatch.setattr(execution, "_MOST_STEPS", most)
     results = []
     for platform in ("cpu", "gpu"):
         monkeypatch.setattr(execution, "_platform", lambda _, platform=platform: platform)
@@ -158,20 +161,24 @@ def test_each_step_is_taken_once_with_its_own_batch_and_key(lanes, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("platform", "stats", "options", "expected"),
+    ("platform", "stats", "options", "most_steps", "expected"),
     [
-        ("cpu", None, {}, 1),
-        ("gpu", None, {}, 16),  # It does not tell.
-        ("gpu", None, {"differentiable": True}, 1),
-        ("gpu", {"bytes_limit": 80 * 2**30}, {}, 16),
-        ("gpu", {"bytes_limit": 41 * 2**20}, {}, 5),  # Of 1 MiB in an eighth of it.
-        ("tpu", {"bytes_limit": 1}, {}, 1),
+        ("cpu", None, {}, 9, 1),
+        ("gpu", None, {}, None, 16),  # It does not tell.
+        ("gpu", None, {}, 9, 9),
+        ("gpu", None, {"differentiable": True}, 9, 1),
+        ("gpu", {"bytes_limit": 80 * 2**30}, {}, None, 16),
+        ("gpu", {"bytes_limit": 80 * 2**30}, {}, 0, 1),
+        ("gpu", {"bytes_limit": 41 * 2**20}, {}, 9, 5),  # Of 1 MiB in an eighth of it.
+        ("tpu", {"bytes_limit": 1}, {}, 9, 1),
     ],
 )
-def test_steps_are_many_where_they_fit(platform, stats, options, expected):
+def test_steps_are_many_where_they_fit_and_no_more_than_there_are(
+    platform, stats, options, most_steps, expected
+):
     device = types.SimpleNamespace(platform=platform, memory_stats=lambda: stats)
     mesh = types.SimpleNamespace(devices=np.array([device]), local_devices=[device])
-    assert choose_steps(Execution(4, mesh, **options), lambda: 2**18) == expected
+    assert choose_steps(Execution(4, mesh, **options), most_steps, lambda: 2**18) == expected
 
 
 def test_what_a_function_computes_is_counted_in_what_it_calls():

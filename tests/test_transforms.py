@@ -1,5 +1,8 @@
 """Training as a function: differentiated, and mapped over the numbers that it is run with."""
 
+import dataclasses
+import functools
+
 import chex
 import jax
 import jax.flatten_util
@@ -77,11 +80,20 @@ def test_gradients_are_finite_where_nothing_changes():
     assert jnp.isfinite(jax.jit(jax.grad(final_bias))(0.0))
 
 
-def test_a_generated_population_needs_a_number_of_steps():
-    algorithm = fl.fed_avg(fl.models.halfspace_classifier(), optax.sgd(0.1), differentiable=True)
-    cohort = fl.cohort(jax.random.key(0), fl.data.halfspace(), 2)
+def test_a_generated_population_needs_a_bound_on_its_steps():
+    build = functools.partial(fl.fed_avg, fl.models.halfspace_classifier(), optax.sgd(0.1))
+    algorithm = build(differentiable=True)
+    population = fl.data.halfspace(batch_size=10)
+    state = algorithm.init(jax.random.key(0))
+    unbounded = dataclasses.replace(population, most_examples=None)
+    cohort = fl.cohort(jax.random.key(0), unbounded, 2)
     with pytest.raises(ValueError, match="num_steps is None with differentiable=True and a gen"):
-        algorithm.round(jax.random.key(0), algorithm.init(jax.random.key(0)), cohort)
+        algorithm.round(jax.random.key(0), state, cohort)
+    cohort = fl.cohort(jax.random.key(0), population, 2)
+    assert cohort.num_examples.max() > 10 * 5
+    same, _ = build().round(jax.random.key(0), state, cohort)
+    bounded, _ = algorithm.round(jax.random.key(0), state, cohort)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), bounded, same)
 
 
 @eight_devices

@@ -207,5 +207,6 @@ def stackoverflow_tags_like(
         num_clients=num_clients,
         num_examples=lambda key, client_id: jnp.int32(num_examples),
         sample=lambda key, client_id: draw(key, batch_size),
+        most_examples=num_examples,
     )
     return population, draw

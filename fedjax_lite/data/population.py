@@ -68,20 +68,26 @@ class GeneratedPopulation:
         client's examples, called for each local step. The key differs between rounds, clients
         and steps; the batch has the same size for all of them, and what it holds beyond
         `num_examples` is masked.
+      most_examples: What no client has more examples than, `None` if nothing bounds them: a client
+        for which `num_examples` returns more has as many. Known, a GPU or TPU needs no loop over
+        the steps of FedSGD, and rounds can be `differentiable`.
 
     Raises:
-      ValueError: `num_clients` is out of range.
+      ValueError: `num_clients` or `most_examples` is out of range.
     """
 
     num_clients: int
     num_examples: Callable[[jax.Array, jax.Array], Any]
     sample: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
+    most_examples: int | None = None
 
     def __repr__(self) -> str:
         return f"GeneratedPopulation({self.num_clients} clients)"
 
     def __post_init__(self) -> None:
         _validate.integer("num_clients", self.num_clients, minimum=1, maximum=2**31 - 1)
+        if self.most_examples is not None:
+            _validate.integer("most_examples", self.most_examples, minimum=0)
 
 
 # The functions are structure and not numbers: all of a generated population is static.

@@ -91,5 +91,6 @@ def noisy_successors(
         num_clients=num_clients,
         num_examples=lambda key, client_id: jnp.int32(num_examples),
         sample=lambda key, client_id: draw(key, batch_size),
+        most_examples=num_examples,
     )
     return population, draw

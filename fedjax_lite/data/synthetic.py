@@ -63,7 +63,12 @@ def halfspace(
         del client_id
         return halfspace_batch(key, batch_size)
 
-    return GeneratedPopulation(num_clients=num_clients, num_examples=num_examples, sample=sample)
+    return GeneratedPopulation(
+        num_clients=num_clients,
+        num_examples=num_examples,
+        sample=sample,
+        most_examples=batch_size * max_batches,
+    )
 
 
 def synthetic(
@@ -223,6 +228,7 @@ def gaussian_images(
         num_clients=num_clients,
         num_examples=lambda key, client_id: jnp.int32(num_examples),
         sample=sample,
+        most_examples=num_examples,
     )
     return population, draw
 

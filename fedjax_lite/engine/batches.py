@@ -77,8 +77,9 @@ def adapt_batch_size(cohort: Cohort, batching: Batching, requested: int | None) 
       ValueError: Another size was requested.
     """
     if cohort.sample is None:
-        most = max(1, _most_examples(cohort))
-        return dataclasses.replace(batching, batch_size=min(batching.batch_size, most))
+        most = _most_examples(cohort)
+        assert most is not None  # Known of rows.
+        return dataclasses.replace(batching, batch_size=min(batching.batch_size, max(1, most)))
     batch = jax.eval_shape(cohort.sample, jax.random.key(0), jnp.int32(0))
     _validate.features("the sample function of the population", batch)
     (drawn,) = {feature.shape[0] for feature in batch.values()}
@@ -90,8 +91,10 @@ def adapt_batch_size(cohort: Cohort, batching: Batching, requested: int | None) 
     return dataclasses.replace(batching, batch_size=drawn)
 
 
-def _most_examples(cohort: Cohort) -> int:
-    """What no client of a cohort with rows has more of, known when compiling."""
+def _most_examples(cohort: Cohort) -> int | None:
+    """What no client of a cohort has more of, if that is known when compiling."""
+    if cohort.sample is not None:
+        return cohort.most_examples
     num_rows = next(iter(cohort.examples.values())).shape[0]
     return num_rows if cohort.most_examples is None else min(num_rows, cohort.most_examples)
 
@@ -147,12 +150,20 @@ def count_processed(cohort: Cohort, num_steps: jax.Array, batching: Batching) ->
     return epochs * num_examples + jnp.minimum(rest * batching.batch_size, num_examples)
 
 
-def bound_steps(cohort: Cohort, batching: Batching) -> int:
-    """The most local steps that any client of the cohort could take, known when compiling.
+def bound_steps(cohort: Cohort, batching: Batching) -> int | None:
+    """The most local steps that any client of the cohort could take, if known when compiling."""
+    if batching.num_steps is not None:
+        return None if callable(batching.num_steps) else batching.num_steps
+    most = _most_examples(cohort)
+    if most is None or callable(batching.num_epochs):
+        return None
+    return batching.num_epochs * -(-most // batching.batch_size)
 
-    Raises:
-      ValueError: Nothing bounds the size of a generated client, or a function the number of steps.
-    """
+
+def check_bounded(bound: int | None, batching: Batching) -> None:
+    """Refuses `differentiable` where nothing bounds the number of steps."""
+    if bound is not None:
+        return
     for name in ("num_steps", "num_epochs"):
         if callable(getattr(batching, name)):
             raise ValueError(
@@ -160,16 +171,11 @@ def bound_steps(cohort: Cohort, batching: Batching) -> int:
                 " number; pass a number, and the fewer steps of some clients as max_steps= of the"
                 " cohort."
             )
-    assert not callable(batching.num_steps)
-    assert not callable(batching.num_epochs)
-    if batching.num_steps is not None:
-        return batching.num_steps
-    if cohort.sample is not None:
-        raise ValueError(
-            "num_steps is None with differentiable=True and a generated population, whose clients"
-            " may have any size; pass num_steps=, the number of local steps."
-        )
-    return batching.num_epochs * -(-_most_examples(cohort) // batching.batch_size)
+    raise ValueError(
+        "num_steps is None with differentiable=True and a generated population, whose clients may"
+        " have any size; pass num_steps=, the number of local steps, or most_examples= of the"
+        " population."
+    )
 
 
 def read_batch(

@@ -214,6 +214,8 @@ def _collect(population: Population, client_ids: jax.Array, key: jax.Array | Non
         assert key is not None  # Of resident clients, `cohort_of` needs none.
         keys = random.fold_in_pair(key, 0, own)
         num_examples = jax.vmap(population.num_examples)(keys, own).astype(jnp.int32)
+        if population.most_examples is not None:
+            num_examples = jnp.minimum(num_examples, population.most_examples)
         offsets, sample = jnp.zeros_like(num_examples), population.sample
     else:
         offsets, sample = population.offsets[own], None
@@ -224,6 +226,6 @@ def _collect(population: Population, client_ids: jax.Array, key: jax.Array | Non
         offsets=offsets,
         examples={},
         num_clients=population.num_clients,
-        most_examples=getattr(population, "most_examples", None),
+        most_examples=population.most_examples,
         sample=sample,
     )

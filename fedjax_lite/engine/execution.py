@@ -82,7 +82,9 @@ def choose_lanes(execution: Execution, shared: PyTree, capacity: int) -> int:
     return min(lanes, -(-capacity // execution.num_devices))
 
 
-def choose_steps(execution: Execution, step_bytes: Callable[[], int]) -> int:
+def choose_steps(
+    execution: Execution, most_steps: int | None, step_bytes: Callable[[], int]
+) -> int:
     """How many steps of a client run at once that do not depend on each other.
 
     Those beyond a client's last one are computed in vain: no more than fit an eighth of the memory,
@@ -90,15 +92,17 @@ def choose_steps(execution: Execution, step_bytes: Callable[[], int]) -> int:
 
     Args:
       execution: With its mesh and lanes.
+      most_steps: What no client takes more of, if that is known.
       step_bytes: Bytes of what a step computes on its way.
     """
     if execution.differentiable or not runs_side_by_side(execution):
         return 1
+    most_steps = _MOST_STEPS if most_steps is None else min(_MOST_STEPS, max(1, most_steps))
     bytes_limit = _bytes_limit(execution)
     if bytes_limit is None:
-        return _MOST_STEPS
+        return most_steps
     assert execution.lanes is not None  # Resolved.
-    return min(_MOST_STEPS, max(1, bytes_limit // 8 // (execution.lanes * step_bytes())))
+    return min(most_steps, max(1, bytes_limit // 8 // (execution.lanes * step_bytes())))
 
 
 def runs_side_by_side(execution: Execution) -> bool:

@@ -21,6 +21,7 @@ from fedjax_lite.engine.batches import (
     KEY_REDUCER,
     Batching,
     bound_steps,
+    check_bounded,
     count_processed,
     count_steps,
 )
@@ -122,7 +123,9 @@ def run_clients(
         if spread:
             own_store = collect(store, entries)
             places = jnp.arange(own_entries.size, dtype=jnp.int32).reshape(own_entries.shape)
-        bound = bound_steps(cohort, batching) if execution.differentiable else None
+        most_steps = bound_steps(cohort, batching)
+        if execution.differentiable:
+            check_bounded(most_steps, batching)
         kept_store = store if keep_output else ()
         work_of = functools.partial(
             client_work,
@@ -142,7 +145,7 @@ def run_clients(
             most_bytes = functools.partial(
                 step_bytes, client, waves, key, own_store, places, versions
             )
-            client = work_of(at_once=choose_steps(execution, most_bytes))
+            client = work_of(at_once=choose_steps(execution, most_steps, most_bytes))
         result = sum_waves(
             client,
             waves,
@@ -155,7 +158,8 @@ def run_clients(
             keep_output=keep_output,
             stacks=reducer.stacked is not None,
             in_turn=not runs_side_by_side(execution),
-            bound=bound,
+            most_steps=most_steps,
+            differentiable=execution.differentiable,
         )
         update, kept_store = result.update, result.store
         if not alone:
@@ -239,6 +243,8 @@ def _deal(cohort: Cohort, execution: Execution, num_steps: jax.Array | None) -> 
     num_devices, lanes = execution.num_devices, execution.lanes
     assert lanes is not None  # Resolved.
     table = cohort.device_slots
+    if num_devices == 1 < cohort.capacity == lanes and table is None:
+        return jnp.arange(lanes, dtype=jnp.int32)[None, None]  # All at once, in any order.
     if table is None:
         table = deal(cohort.num_examples if num_steps is None else num_steps, num_devices)
     elif table.shape[0] != num_devices:

@@ -150,17 +150,22 @@ def _wave(lane: Work, *, alone: bool, stacks: bool) -> Work:
     return Work(jax.vmap(lane.init), step, jax.vmap(lane.measure), final, lane.at_once)
 
 
-def _run_wave(wave: Work, bound: int | None, looks_ahead: bool, trainees: Trainee) -> Sent:
-    """A wave from beginning to end.
+def _run_wave(
+    wave: Work, most_turns: int | None, differentiable: bool, side_by_side: bool, trainees: Trainee
+) -> Sent:
+    """A wave from beginning to end; without a loop, side by side, if it has a single turn at most.
 
     GPUs end the product that makes a gradient by the step along it, without writing the gradient,
     if nothing is computed for it but is there: which clients go on, so that the turn before tells.
     """
     states = wave.init(trainees)
     before = wave.measure(trainees, states)
+    bound = most_turns if differentiable else None
     with jax.named_scope(STEPS):
         turns = wave.turns(trainees.num_steps.max())
-        if looks_ahead:
+        if side_by_side and most_turns is not None and most_turns <= 1:
+            states = wave.step(jnp.int32(0), trainees, states)
+        elif side_by_side:
             own_turns = wave.turns(trainees.num_steps)
 
             def turn(i: jax.Array, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
@@ -204,7 +209,8 @@ def sum_waves(
     keep_output: bool,
     stacks: bool,
     in_turn: bool,
-    bound: int | None,
+    most_steps: int | None,
+    differentiable: bool,
 ) -> CohortResult:
     """Runs one device's waves and sums what their clients send.
 
@@ -221,11 +227,14 @@ def sum_waves(
       stacks: Whether updates are returned one by one, `[slots, ...]`, and not their sum.
       in_turn: Whether a device does one thing after the other: then a single wave is in a loop as
         well, which need not run.
-      bound: Length of the loops if they are to be differentiated.
+      most_steps: What no client takes more steps than, if that is known.
+      differentiable: Whether loops have a length known when compiling.
     """
     if alone := table.shape[1] == 1:
         table, waves, places = table[:, 0], waves[:, 0], places[:, 0]
     work, num_axes = _wave(lane, alone=alone, stacks=stacks), table.ndim - 1
+    side_by_side = not in_turn and not alone
+    most_turns = None if most_steps is None else -(-most_steps // lane.at_once)
 
     def trainees_of(wave: jax.Array, store: PyTree) -> Trainee:
         row, place = (
@@ -235,7 +244,7 @@ def sum_waves(
 
     @functools.partial(jax.jit, inline=True)  # Traced once, for its form and for the loop.
     def run_wave(wave: jax.Array, store: PyTree) -> Sent:
-        return _run_wave(work, bound, not in_turn and not alone, trainees_of(wave, store))
+        return _run_wave(work, most_turns, differentiable, side_by_side, trainees_of(wave, store))
 
     def add_wave(wave: jax.Array, carry: tuple[PyTree, PyTree, PyTree]) -> PyTree:
         (updates, *total), per_client, kept_store = carry
@@ -274,10 +283,10 @@ def sum_waves(
         store if keep_output else (),
     )
     # A client alone sends what it has not trained, where it has nothing to train on.
-    if num_waves == 1 and not in_turn and not alone:
+    if num_waves == 1 and side_by_side:
         carry = add_wave(jnp.int32(0), carry)
     else:
-        carry = _repeat(num_turns, add_wave, carry, None if bound is None else num_waves)
+        carry = _repeat(num_turns, add_wave, carry, num_waves if differentiable else None)
     (update, weight, model_state, statistics), per_client, kept_store = carry
     if stacks:  # One axis of slots.
         update = jax.tree.map(lambda x: x.reshape(-1, *x.shape[1 + num_axes :]), update)

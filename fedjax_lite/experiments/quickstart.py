@@ -15,6 +15,7 @@ from fedjax_lite.engine.cohorts import cohort
 from fedjax_lite.evaluation.central import evaluate
 from fedjax_lite.models import halfspace_classifier, mlp
 from fedjax_lite.models.model import Model
+from fedjax_lite.xla import random
 
 MIN_COHORT, MAX_COHORT = 20, 29
 
@@ -90,8 +91,8 @@ def simulation(
     def round(
         key: jax.Array, state: ServerState, population: Population
     ) -> tuple[ServerState, dict[str, jax.Array]]:
-        key_evaluation, key_size, key_cohort, key_round = jax.random.split(
-            jax.random.fold_in(key, state.round), 4
+        key_evaluation, key_size, key_cohort, key_round = (
+            random.fold_in_pair(key, purpose, state.round) for purpose in range(4)
         )
         metrics = evaluate(model, state, evaluation(key_evaluation))
         cohort_size = jax.random.randint(key_size, (), MIN_COHORT, MAX_COHORT + 1)
