@@ -37,7 +37,7 @@ from fedjax_lite.engine.stacking import reduce_stacked
 from fedjax_lite.engine.store import check_store, collect, exchange, is_spread
 from fedjax_lite.engine.waves import CohortResult, Versions, schedule, step_bytes, sum_waves
 from fedjax_lite.xla import random
-from fedjax_lite.xla.mesh import AXIS, deal, sum_over_devices
+from fedjax_lite.xla.mesh import AXIS, deal, dealt, sum_over_devices
 
 ON_NONFINITE = ("drop", "keep")
 _DEFAULT = Execution()
@@ -117,8 +117,11 @@ def run_clients(
         slots_or_ids = cohort.client_ids
         if cohort.has_entries:
             slots_or_ids = jnp.arange(cohort.capacity, dtype=jnp.int32)
-        entries = slots_or_ids.at[table].get(mode="fill", fill_value=0)
-        own_table, own_entries = table[device], entries[device]
+        entries = dealt(slots_or_ids, table)
+        own_table, own_entries = (
+            jax.lax.dynamic_index_in_dim(x, device, keepdims=False, allow_negative_indices=False)
+            for x in (table, entries)
+        )
         own_store, places = store, own_entries
         if spread:
             own_store = collect(store, entries)
@@ -166,7 +169,7 @@ def run_clients(
             without = () if reducer.stacked is not None else update
             result = sum_over_devices(result._replace(update=without, store=()))
             if jax.tree.leaves(kept_store):
-                weights = result.clients["weight"].at[table].get(mode="fill", fill_value=0)
+                weights = dealt(result.clients["weight"], table)
                 kept_store = exchange(
                     store if spread else kept_store,
                     kept_store if spread else None,
@@ -253,7 +256,7 @@ def _deal(cohort: Cohort, execution: Execution, num_steps: jax.Array | None) -> 
             f" {num_devices}; give dataset.streamed() and the algorithm the same mesh."
         )
     elif num_steps is not None:
-        steps = num_steps.at[table].get(mode="fill", fill_value=-1)
+        steps = dealt(num_steps, table, -1)
         table = jnp.take_along_axis(table, jnp.argsort(-steps, axis=1, stable=True), axis=1)
     waves = -(-table.shape[1] // lanes)
     unused = waves * lanes - table.shape[1]

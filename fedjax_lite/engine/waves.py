@@ -12,6 +12,7 @@ from fedjax_lite.engine.batches import KEY_DATA, KEY_INIT, KEY_STEP, Slot, clien
 from fedjax_lite.engine.client import Sent, Trainee, Work
 from fedjax_lite.engine.store import read, write
 from fedjax_lite.xla.memory import computed_bytes
+from fedjax_lite.xla.mesh import dealt
 from fedjax_lite.xla.packing import pack, unpack
 
 MEASURED = ("_before", "_after")
@@ -68,7 +69,7 @@ def schedule(
     if versions is not None:
         fields += [versions.places, versions.staleness]
     # A slot that is none takes no step.
-    return jnp.stack(fields, 1).at[table].get(mode="fill", fill_value=0)
+    return dealt(jnp.stack(fields, 1), table)
 
 
 def _trainee(
@@ -236,11 +237,11 @@ def sum_waves(
     side_by_side = not in_turn and not alone
     most_turns = None if most_steps is None else -(-most_steps // lane.at_once)
 
+    def of_wave(x: jax.Array, wave: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(x, wave, keepdims=False, allow_negative_indices=False)
+
     def trainees_of(wave: jax.Array, store: PyTree) -> Trainee:
-        row, place = (
-            jax.lax.dynamic_index_in_dim(x, wave, keepdims=False) for x in (waves, places)
-        )
-        return _trainee(row, place, key, store, versions)
+        return _trainee(of_wave(waves, wave), of_wave(places, wave), key, store, versions)
 
     @functools.partial(jax.jit, inline=True)  # Traced once, for its form and for the loop.
     def run_wave(wave: jax.Array, store: PyTree) -> Sent:
@@ -251,7 +252,9 @@ def sum_waves(
         sent = run_wave(wave, kept_store if keep_output else store)
 
         def put(all_: jax.Array, x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_index_in_dim(all_, x, wave, 0)
+            return jax.lax.dynamic_update_index_in_dim(
+                all_, x, wave, 0, allow_negative_indices=False
+            )
 
         update, *others = sent.summed
         updates = jax.tree.map(put if stacks else jnp.add, updates, update)
@@ -259,8 +262,7 @@ def sum_waves(
         per_client = list(map(put, per_client, pack(sent.metrics, num_axes)))
         if keep_output:
             kept = sent.metrics["weight"] != 0
-            place = jax.lax.dynamic_index_in_dim(places, wave, keepdims=False)
-            kept_store = write(kept_store, place, kept, sent.output)
+            kept_store = write(kept_store, of_wave(places, wave), kept, sent.output)
         return (updates, *total), per_client, kept_store
 
     num_waves = table.shape[0]
@@ -292,7 +294,8 @@ def sum_waves(
         update = jax.tree.map(lambda x: x.reshape(-1, *x.shape[1 + num_axes :]), update)
 
     def in_cohort_order(x: jax.Array) -> jax.Array:
-        return jnp.zeros((capacity, x.shape[-1]), x.dtype).at[table].set(x, mode="drop")
+        empty = jnp.zeros((capacity, x.shape[-1]), x.dtype)
+        return empty.at[table].set(x, mode="drop", wrap_negative_indices=False)
 
     clients = unpack([in_cohort_order(x) for x in per_client], sent.metrics, num_axes)
     return CohortResult(update, weight, model_state, statistics, kept_store, clients)

@@ -187,6 +187,12 @@ def deal(sizes: jax.Array | np.ndarray, num_devices: int) -> Any:
     return xp.where(backwards, dealt[:, ::-1], dealt).T
 
 
+def dealt(x: jax.Array, table: jax.Array, fill_value: int = 0) -> jax.Array:
+    """What slots have, `[slots, ...]`, where a table of `deal` sends them; a value for none."""
+    rows = x.at[table]
+    return rows.get(mode="fill", fill_value=fill_value, wrap_negative_indices=False)
+
+
 def local_positions(mesh: Mesh | None) -> list[int]:
     """Which of the devices that rounds run on are those of this process."""
     if mesh is None:

@@ -11,6 +11,8 @@ from jax.flatten_util import ravel_pytree
 
 from fedjax_lite.base import PyTree
 
+_SHORT = 512  # Entries, over which a loop runs for less than a microsecond.
+
 
 @jax.jit  # Traced once, not once for each use.
 def concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
@@ -19,15 +21,22 @@ def concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
     XLA:CPU runs through the parts of a concatenation in loops that are all as long as the longest
     part, and masks what is beyond the end of a shorter one. That is six times the work for two
     matrices and four biases; and a hundred times, in some runs, where it is memory that the process
-    does not have. Hence one part after the other, into one array.
+    does not have. Hence one part after the other, into one array, but for parts so short that to
+    compile a loop for each takes longer than all of its runs.
     """
 
     def one_by_one() -> jax.Array:
-        ends = list(itertools.accumulate(x.shape[-1] for x in arrays))
-        zeros = jnp.zeros((*arrays[0].shape[:-1], ends[-1]), arrays[0].dtype)
+        parts: list[jax.Array] = []
+        for is_short, group in itertools.groupby(arrays, lambda x: x.size <= _SHORT):
+            some = list(group)
+            parts += [jnp.concatenate(some, axis=-1)] if is_short else some
+        if len(parts) == 1:
+            return parts[0]
+        ends = list(itertools.accumulate(x.shape[-1] for x in parts))
+        zeros = jnp.zeros((*parts[0].shape[:-1], ends[-1]), parts[0].dtype)
         # Without the barrier, the first part would be padded, in four times the time.
         whole = jax.lax.optimization_barrier(zeros)
-        for x, end in zip(arrays, ends, strict=True):
+        for x, end in zip(parts, ends, strict=True):
             start = end - x.shape[-1]
             whole = jax.lax.dynamic_update_slice_in_dim(whole, x, start, axis=-1)
         return whole
@@ -63,11 +72,13 @@ def pack(tree: PyTree, num_axes: int = 0) -> list[jax.Array]:
 
 def unpack(packed: list[jax.Array], like: PyTree, num_axes: int = 0) -> PyTree:
     """The arrays that `pack(like, num_axes)` laid side by side; other leading axes may lead."""
-    rest = dict(zip(dict.fromkeys(x.dtype for x in jax.tree.leaves(like)), packed, strict=True))
+    arrays = dict(zip(dict.fromkeys(x.dtype for x in jax.tree.leaves(like)), packed, strict=True))
+    ends = dict.fromkeys(arrays, 0)
 
     def take(x: jax.Array) -> jax.Array:
-        shape, array = x.shape[num_axes:], rest[x.dtype]
-        taken, rest[x.dtype] = jnp.split(array, [math.prod(shape)], axis=-1)
+        shape, array, start = x.shape[num_axes:], arrays[x.dtype], ends[x.dtype]
+        ends[x.dtype] += math.prod(shape)
+        taken = jax.lax.slice_in_dim(array, start, ends[x.dtype], axis=-1)
         return taken.reshape(*array.shape[:-1], *shape)
 
     return jax.tree.map(take, like)
