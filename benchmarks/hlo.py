@@ -144,14 +144,16 @@ class Program:
                 (x for x in fused.values() if x.opcode == "parameter"),
                 key=lambda x: int(x.arguments),
             )
+            scope, root = fused, list(fused.values())[-1]
         else:
             fused, parameters = {instruction.name: instruction}, operands
+            scope, root = around, instruction
         read = sum(
             min(given.nbytes, self._read(fused, parameter))
             for given, parameter in zip(operands, parameters, strict=True)
             if all(array.space == DEVICE for array in given.arrays)
         )
-        sizes = _written(fused, list(fused.values())[-1])
+        sizes = _written(scope, root)
         results = list(zip(instruction.arrays, sizes, strict=True))
         written = sum(min(x.nbytes, size) for x, size in results if x.space == DEVICE)
         whole = [x for x, size in results if size >= x.nbytes]
@@ -216,13 +218,13 @@ def _turns(loop: Instruction) -> int | None:
     return int(found[1]) if found else None
 
 
-def _written(fused: Computation, root: Instruction) -> list[int]:
-    """How many bytes of each of its results a kernel writes."""
+def _written(around: Computation, root: Instruction) -> list[int]:
+    """How many bytes of each of its results the instruction that ends a kernel writes."""
     if root.opcode == "tuple":
-        return [size for name in root.operands for size in _written(fused, fused[name])]
-    if root.opcode == "bitcast" and root.operands[0] in fused:
-        return _written(fused, fused[root.operands[0]])
+        return [size for name in root.operands for size in _written(around, around[name])]
+    if root.opcode == "bitcast" and root.operands[0] in around:
+        return _written(around, around[root.operands[0]])
     place = _UPDATES.get(root.opcode)
-    if place is not None and len(root.arrays) == 1 and root.operands[place] in fused:
-        return [fused[root.operands[place]].nbytes]
+    if place is not None and len(root.arrays) == 1 and root.operands[place] in around:
+        return [around[root.operands[place]].nbytes]
     return [array.nbytes for array in root.arrays]

@@ -24,8 +24,9 @@ from benchmarks.ahead_of_time import (
     traced,
 )
 from benchmarks.hlo import Program
+from fedjax_lite.engine.waves import STEPS
 
-LABEL = jax.ShapeDtypeStruct((), np.int32)
+LABEL, NUMBER = (jax.ShapeDtypeStruct((), dtype) for dtype in (np.int32, np.float32))
 IMAGE = {"x": jax.ShapeDtypeStruct((28, 28, 1), np.float32), "y": LABEL}
 # So many clients that several devices each hold what their share of them keeps.
 MANY, FEW = Sizes(num_clients=10_012, cohort=64), Sizes(num_clients=1000, cohort=64, rows=2000)
@@ -191,6 +192,35 @@ def test_rounds_compile_for_tpus(name, chip, num_devices):
     assert [leaf for leaf in copied(name, chip, num_devices) if "bias" not in leaf] == []
 
 
+@pytest.mark.parametrize(("chip", "num_devices"), [target("tpu-v5e", 1)])
+def test_tpus_do_not_copy_rows_that_are_too_wide_for_them_to_gather(chip, num_devices):
+    def build(**where):
+        return fl.scaffold(fl.models.regression((128, 128, 3)), optax.sgd(0.1), **where)
+
+    algorithm = build(mesh=described_mesh(chip, num_devices), lanes=4)
+    image = {"x": jax.ShapeDtypeStruct((128, 128, 3), np.float32), "y": NUMBER}
+    args = arguments(algorithm, image, described_mesh(chip, num_devices), FEW)
+    round = traced(algorithm.round, *args).lower().compile()
+    held = nbytes([args[1].store, args[2].examples])
+    assert round.memory_analysis().temp_size_in_bytes < held / 10
+
+
+@pytest.mark.parametrize(("chip", "num_devices"), [target("h100", 1)])
+def test_gpus_write_what_lanes_begin_with_once(chip, num_devices):
+    build = lambda **where: fl.fed_avg(dense(), optax.adam(0.1), **where)
+    round, state, _ = compiled(build, described_mesh(chip, num_devices), FEW, lanes=8)
+    params = {(8, *x.shape) for x in jax.tree.leaves(state.params)}
+    program = Program(round.as_text())
+    written = [
+        array.dims
+        for kernel in program.kernels(program.entry)
+        if STEPS not in kernel.source
+        for array in kernel.whole
+    ]
+    # Params, and the zeros of both moments, of which one is a copy of the other.
+    assert all(written.count(shape) <= 3 for shape in params)
+
+
 @on_both
 def test_memory_does_not_grow_with_the_cohort(chip, num_devices):
     mesh = described_mesh(chip, num_devices)
@@ -287,7 +317,8 @@ PROGRAM = """
   %first = f32[1,8]{1,0:S(1)} slice(%read), slice={[0:1], [0:8]}
   %zero = s32[] constant(0)
   %put = f32[100,8]{1,0} fusion(%table, %first, %zero), kind=kLoop, calls=%update
-  ROOT %next = (f32[100,8]{1,0}, s32[4]{0}) tuple(%put, %ids)
+  %set = f32[100,8]{1,0} dynamic-update-slice(%put, %first, %zero, %zero)
+  ROOT %next = (f32[100,8]{1,0}, s32[4]{0}) tuple(%set, %ids)
 }
 
 ENTRY %main (table: f32[100,8], ids: s32[4]) -> f32[100,8] {
@@ -310,8 +341,9 @@ def test_kernels_count_the_bytes_that_they_touch_and_loops_their_turns():
         "read": 4 * 4 + 4 * row + 4 * row,  # Which rows, these, and what is made of them.
         "first": row,  # Into a space that is not the device's memory.
         "put": 4 + row,  # In place, from that space; and where.
+        "set": 2 * 4 + row,
     }
     kernels = list(program.kernels(program.entry))
-    assert [kernel.name for kernel in kernels] == ["copy", *3 * ["read", "first", "put"]]
+    assert [kernel.name for kernel in kernels] == ["copy", *3 * ["read", "first", "put", "set"]]
     tables = [k.name for k in kernels if any(array.dims == (100, 8) for array in k.whole)]
     assert tables == ["copy"]

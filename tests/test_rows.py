@@ -57,9 +57,30 @@ def test_rows_are_those_of_the_array(flattening):
     assert jax.grad(total)(kept).flat.sum() == 200
 
 
+def test_wide_rows_are_read_one_by_one(monkeypatch):
+    monkeypatch.setattr(rows, "_WIDEST", 100)
+    x = np.random.default_rng(0).normal(size=(5, 10, 20)).astype(np.float32)
+    kept = jax.device_put(Rows(rows.pack_row(x, 1), (10, 20)))
+    index = jnp.array([[4, 0], [1, 1]])
+    read = jax.jit(lambda kept, index: kept[index])
+    mapped = jax.jit(jax.vmap(read, (None, 0)))
+    for some in (read, mapped):
+        np.testing.assert_array_equal(some(kept, index), x[index])
+        assert "gather" not in some.lower(kept, index).as_text()
+    np.testing.assert_array_equal(read(kept, 3), x[3])
+    both = jax.tree.map(lambda flat: jnp.stack([flat, -flat]), kept)
+    signed = np.stack([x[index[0]], -x[index[1]]])
+    np.testing.assert_array_equal(jax.vmap(read)(both, index), signed)
+    gradient = jax.grad(lambda kept: (mapped(kept, index) ** 2).sum())(kept)
+    expected = 2 * x * np.array([1, 2, 0, 0, 1])[:, None, None]
+    np.testing.assert_allclose(gradient[:], expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("lanes", [1, 3])
-@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True, "wide"])
 def test_a_round_reads_them_as_any_others(shuffle, lanes, monkeypatch):
+    if shuffle == "wide":
+        monkeypatch.setattr(rows, "_WIDEST", 64)
     rng = np.random.default_rng(0)
     clients = [
         {"x": rng.normal(size=(n, 10, 10)).astype(np.float32), "y": np.arange(n, dtype=np.int32)}
@@ -70,7 +91,7 @@ def test_a_round_reads_them_as_any_others(shuffle, lanes, monkeypatch):
     model = fl.function_model(lambda w, batch: (batch["x"].sum(1) @ w - batch["y"]) ** 2)
     mesh = fl.clients_mesh(1)
     algorithm = fl.fed_avg(
-        model, optax.sgd(0.01), batch_size=4, shuffle=shuffle, lanes=lanes, mesh=mesh
+        model, optax.sgd(0.01), batch_size=4, shuffle=bool(shuffle), lanes=lanes, mesh=mesh
     )
     states = []
     for apart in (True, False):
@@ -92,10 +113,18 @@ def test_a_round_reads_them_as_any_others(shuffle, lanes, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num_devices", "lanes", "memory_kind"),
-    [(1, 1, "device"), (1, 3, "pinned_host"), (2, 2, "device")],
+    ("num_devices", "lanes", "memory_kind", "widest"),
+    [
+        (1, 1, "device", 2**15),
+        (1, 3, "pinned_host", 2**15),
+        (2, 2, "device", 2**15),
+        (1, 3, "device", 64),
+    ],
 )
-def test_what_clients_keep_is_the_same_in_rows(num_devices, lanes, memory_kind, monkeypatch):
+def test_what_clients_keep_is_the_same_in_rows(
+    num_devices, lanes, memory_kind, widest, monkeypatch
+):
+    monkeypatch.setattr(rows, "_WIDEST", widest)
     if num_devices > jax.device_count():
         pytest.skip("needs several devices")
     rng = np.random.default_rng(0)

@@ -24,6 +24,7 @@ from fedjax_lite.engine.execution import Rewrite
 from fedjax_lite.engine.frozen import frozen_given
 from fedjax_lite.engine.store import check_entry
 from fedjax_lite.xla import random
+from fedjax_lite.xla.fusion import unshared
 from fedjax_lite.xla.precision import squared_norm
 
 _REPORTED = {
@@ -140,7 +141,8 @@ def client_work(
 
     def init(trainee: Trainee) -> PyTree:
         with frozen_given(frozen):
-            return _validate.strong(client_update.init(broadcast(trainee), trainee.client))
+            received = unshared(broadcast(trainee))
+            return _validate.strong(client_update.init(received, trainee.client))
 
     def step(step: jax.Array, trainee: Trainee, client_state: PyTree) -> PyTree:
         batch, key = read(step, trainee)
@@ -214,12 +216,13 @@ def client_work(
         floats = [x for x in jax.tree.leaves(others) if jnp.issubdtype(x.dtype, jnp.inexact)]
         finite = jnp.isfinite(norm + squared_norm(jax.lax.stop_gradient(floats)) + weight)
         finite &= weight >= 0  # Below zero, a client would pull the mean to the other side.
-        left_out = ~finite if on_nonfinite == "drop" else jnp.bool_(False)
+        absent = trainee.num_steps == 0
+        left_out = absent | ~finite if on_nonfinite == "drop" else absent
         weight = jnp.where(left_out, 0, weight)
-        counts = weight != 0
+        zero = unshared(jnp.int32(0))
 
-        def weighted(tree: PyTree) -> PyTree:
-            return jax.tree.map(lambda x: jnp.where(left_out, 0, weight * x), tree)
+        def zero_where(condition: jax.Array, tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda x: jnp.where(condition, zero.astype(x.dtype), x), tree)
 
         metrics = {
             **result.metrics,
@@ -228,16 +231,17 @@ def client_work(
             "weight": weight,
             "nonfinite": jnp.where(finite, 0.0, 1.0),
         }
-        update = result.update
+        update, model_state = result.update, result.model_state
         if reducer.summand is not None:
             update = reducer.summand(update, weight)
+        if model_state is None:  # Which the client leaves as it is: there is nothing to add up.
+            model_state = ()
         return Sent(
-            update=jax.tree.map(lambda x: jnp.where(left_out, 0, x), update),
+            update=zero_where(left_out, update),
             weight=weight,
-            # Of a client that leaves it as it is, there is nothing to add up.
-            model_state=weighted(() if result.model_state is None else result.model_state),
-            statistics=jax.tree.map(lambda x: jnp.where(counts, x, 0), result.statistics),
-            metrics=metrics,
+            model_state=zero_where(left_out, jax.tree.map(lambda x: weight * x, model_state)),
+            statistics=zero_where(weight == 0, result.statistics),
+            metrics=zero_where(absent, jax.tree.map(jnp.asarray, metrics)),
             output=entry,
         )
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from fedjax_lite import _validate
 from fedjax_lite.base import PyTree
 from fedjax_lite.xla.mesh import AXIS, from_host, gather_over_devices, resolve
-from fedjax_lite.xla.rows import Rows, map_rows, pack_row, wants_flat
+from fedjax_lite.xla.rows import Rows, map_rows, pack_row, read_rows, wants_flat
 
 STORES = ("store", "pipeline_store")
 """The fields of a `ServerState` that have an entry for each client."""
@@ -116,10 +116,10 @@ def read(store: PyTree, client_ids: jax.Array) -> PyTree:
     """The entries of a client, or of clients `[lanes]`, in device memory."""
 
     def entries(x: Any) -> jax.Array:
-        if isinstance(x, Rows):
-            return x.read(entries)
-        if not _on_host(x):
-            return x[client_ids]
+        on_host = _on_host(x.flat if isinstance(x, Rows) else x)
+        return read_rows(x, one_by_one) if on_host else x[client_ids]
+
+    def one_by_one(x: jax.Array) -> jax.Array:
         if client_ids.ndim == 0:
             return _read_host(x, client_ids)
         return jax.lax.map(functools.partial(_read_host, x), client_ids)

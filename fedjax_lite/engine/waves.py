@@ -139,7 +139,6 @@ def _wave(lane: Work, *, alone: bool, stacks: bool) -> Work:
 
     def final(trainees: Trainee, states: PyTree, measured: PyTree) -> Sent:
         sent = jax.vmap(lane.final)(trainees, states, measured)
-        sent = _where(trainees.num_steps > 0, sent, jax.tree.map(jnp.zeros_like, sent))
         update, *others = sent.summed
         weight, model_state, statistics = jax.tree.map(lambda x: x.sum(0), others)
         if not stacks:
@@ -284,8 +283,7 @@ def sum_waves(
         [none_yet(x, num_waves) for x in packed],
         store if keep_output else (),
     )
-    # A client alone sends what it has not trained, where it has nothing to train on.
-    if num_waves == 1 and side_by_side:
+    if num_waves == 1 and not in_turn:
         carry = add_wave(jnp.int32(0), carry)
     else:
         carry = _repeat(num_turns, add_wave, carry, num_waves if differentiable else None)

@@ -1,4 +1,4 @@
-"""Loops that XLA:CPU is to keep apart."""
+"""What XLA is to keep apart."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -41,3 +41,15 @@ def apart(compute: Callable[[], T], word: jax.Array) -> T:
     computed = iter(jax.lax.platform_dependent(cpu=behind_a_branch, default=arrays))
     leaves = [numbers[i] if i in numbers else next(computed) for i in range(structure.num_leaves)]
     return jax.tree.unflatten(structure, leaves)
+
+
+def unshared(tree: T) -> T:
+    """The same arrays, but XLA:GPU computes anew what it has computed of the originals.
+
+    It would compute something once for two readers, such as the params of all lanes or zeros in
+    their shape, write it, and copy it for the one that is a loop and overwrites it: where the other
+    could have computed it by the way, three passes over memory for one. TPUs do better without, as
+    they keep what is shared in the memory of a core.
+    """
+    barrier = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(tree, cuda=barrier, rocm=barrier, default=lambda tree: tree)

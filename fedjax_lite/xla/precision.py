@@ -39,17 +39,21 @@ def reduced(x: jax.Array, by: jnp.ufunc) -> jax.Array:
     width = x.size // _NUM_SLABS
     if width < 512:
         return by.reduce(x)
+
     # A CPU adds one entry after the other to a sum, but slabs side by side as vectors: the time
     # falls to that of reading the array once.
-    ends = range(width, x.size + 1, width)
-    slabs = [jax.lax.slice(x, (end - width,), (end,)) for end in ends[:_NUM_SLABS]]
-    column = functools.reduce(by, slabs)
-    # The select changes nothing. Without it, XLA:CPU would leave the terms to YNNPACK together
-    # with their sum, and copy the slabs for it.
-    result = by.reduce(jnp.where(jnp.isnan(column), jnp.nan, column))
-    if rest := x.size % _NUM_SLABS:
-        result = by(result, by.reduce(jax.lax.slice(x, (x.size - rest,), (x.size,))))
-    return result
+    def in_slabs(x: jax.Array) -> jax.Array:
+        ends = range(width, x.size + 1, width)
+        slabs = [jax.lax.slice(x, (end - width,), (end,)) for end in ends[:_NUM_SLABS]]
+        column = functools.reduce(by, slabs)
+        # The select changes nothing. Without it, XLA:CPU would leave the terms to YNNPACK together
+        # with their sum, and copy the slabs for it.
+        result = by.reduce(jnp.where(jnp.isnan(column), jnp.nan, column))
+        if rest := x.size % _NUM_SLABS:
+            result = by(result, by.reduce(jax.lax.slice(x, (x.size - rest,), (x.size,))))
+        return result
+
+    return jax.lax.platform_dependent(x, cpu=in_slabs, default=by.reduce)
 
 
 def _squares(x: jax.Array) -> jax.Array:

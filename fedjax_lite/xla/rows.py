@@ -15,6 +15,7 @@ from fedjax_lite.base import PyTree
 
 _TILE = 128  # Entries that a TPU moves at once; it lays rows of a multiple of these out one by one.
 _MOST_PADDING = 1.5
+_WIDEST = 2**15  # Entries: of wider rows TPUs gather pieces, each of a copy of that of all rows.
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +40,9 @@ class Rows:
         return self.flat.dtype
 
     def __getitem__(self, index: Any) -> Any:
+        several = isinstance(index, jax.Array) and index.ndim > 0
+        if several and isinstance(self.flat, jax.Array) and self.flat.shape[1] > _WIDEST:
+            return self._unpacked(_one_by_one(self.flat, index))
         return self._unpacked(self.flat[index])
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
@@ -59,6 +63,32 @@ class Rows:
             info = jnp.finfo(flat.dtype)
             flat = jax.lax.reduce_precision(flat, info.nexp, info.nmant)
         return flat[..., : math.prod(self.dims)].reshape(*flat.shape[:-1], *self.dims)
+
+
+@jax.custom_vjp
+def _one_by_one(flat: jax.Array, index: jax.Array) -> jax.Array:
+    """`flat[index]`, row after row, under `vmap` too."""
+    return _read_in_turn(flat, index)
+
+
+@jax.custom_batching.custom_vmap
+def _read_in_turn(flat: jax.Array, index: jax.Array) -> jax.Array:
+    rows = jax.lax.map(lambda i: flat[i], index.reshape(-1))
+    return rows.reshape(*index.shape, -1)
+
+
+@_read_in_turn.def_vmap
+def _(axis_size: int, batched: Any, flat: jax.Array, index: jax.Array) -> tuple[jax.Array, bool]:
+    if batched == [False, True]:
+        return _read_in_turn(flat, index), True
+    return jax.vmap(lambda x, i: x[i], [0 if x else None for x in batched])(flat, index), True
+
+
+# JAX differentiates no function that has a rule for `vmap`.
+_one_by_one.defvjp(
+    lambda flat, index: (_one_by_one(flat, index), (flat, index)),
+    lambda read, rows: (jnp.zeros_like(read[0]).at[read[1]].add(rows), None),
+)
 
 
 def read_rows(x: Any, some: Callable[[jax.Array], jax.Array]) -> jax.Array:
