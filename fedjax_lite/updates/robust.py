@@ -1,5 +1,6 @@
 """Robust rules coordinate by coordinate: medians and trimmed means."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -127,14 +128,20 @@ def told(counted: Counted, f: jax.Array) -> dict[str, jax.Array]:
 
 def in_order(x: jax.Array, rows: jax.Array) -> jax.Array:
     """The values of each coordinate from the smallest to the largest, then infinity for others."""
-    # A network of minima and maxima: XLA's own sort takes four times as long on a CPU, of 50 rows.
+    wide = jnp.where(rows[:, None], widen(x), jnp.inf)
+    sort = functools.partial(jnp.sort, axis=0)
+    return jax.lax.platform_dependent(wide, cuda=sort, rocm=sort, default=_sorted_by_network)
+
+
+def _sorted_by_network(x: jax.Array) -> jax.Array:
+    """The values of each column in order, by a network of minima and maxima.
+
+    On a CPU, of 50 rows, it takes a quarter of the time of XLA's own sort, and on a TPU it needs
+    half of the memory; a GPU would move all values through its memory in each stage.
+    """
     partners = _bitonic(len(x))
     missing = partners.shape[1] - len(x)
-    padded = jnp.pad(
-        jnp.where(rows[:, None], widen(x), jnp.inf),
-        ((0, missing), (0, 0)),
-        constant_values=jnp.inf,
-    )
+    padded = jnp.pad(x, ((0, missing), (0, 0)), constant_values=jnp.inf)
     place = np.arange(partners.shape[1])
 
     def compare(x: jax.Array, partner: jax.Array) -> tuple[jax.Array, None]:
