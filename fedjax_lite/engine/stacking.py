@@ -39,6 +39,9 @@ def reduce_stacked(
     """
     assert reducer.stacked is not None
     leaves, structure = jax.tree.flatten(updates)
+    # Where each client is: each has been dealt to a slot.
+    rows = jnp.zeros(len(weights), jnp.int32)
+    rows = rows.at[slots].set(jnp.arange(len(slots), dtype=jnp.int32), mode="drop")
 
     def padded(flat: jax.Array) -> jax.Array:
         return jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % num_devices)))
@@ -47,8 +50,7 @@ def reduce_stacked(
         flat = x.reshape(len(x), -1)
         if num_devices > 1:
             flat = jax.lax.all_to_all(padded(flat), AXIS, split_axis=1, concat_axis=0, tiled=True)
-        placed = jnp.zeros((len(weights), flat.shape[1]), flat.dtype)
-        return placed.at[slots].set(flat, mode="drop")
+        return flat.at[rows].get(mode="promise_in_bounds")
 
     def own_part(x: jax.Array) -> jax.Array:
         flat = x.reshape(1, -1)
