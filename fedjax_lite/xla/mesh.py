@@ -73,7 +73,16 @@ def resolve(mesh: Mesh | None) -> Mesh | None:
 
 def sum_over_devices(tree: T) -> T:
     """The sum over the devices of a mesh, inside of `shard_map`."""
-    return _exchanged(tree, functools.partial(jax.lax.psum, axis_name=AXIS), _SMALL, 0)
+    add = functools.partial(jax.lax.psum, axis_name=AXIS)
+
+    def together(tree: T) -> T:
+        return _exchanged(tree, add, _SMALL, 0)
+
+    if jax.process_count() > 1:
+        return together(tree)
+    # Virtual devices of one process meet once for all arrays, and to lay these side by side takes
+    # as long to compile as the rest of what is done with a small one.
+    return jax.lax.platform_dependent(tree, cpu=add, default=together)
 
 
 def gather_over_devices(tree: T) -> T:
