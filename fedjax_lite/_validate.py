@@ -217,6 +217,12 @@ def per_example(name: str, shape: tuple[int, ...], batch_size: int) -> None:
         )
 
 
+def row_per_example(told: str, values: Any, batch_size: int, remedy: str) -> None:
+    """Refuses values that are no array `[batch, columns]`."""
+    if np.ndim(values) != 2 or values.shape[0] != batch_size:
+        raise ValueError(f"{told} {form(values)} for a batch of {batch_size}; {remedy}")
+
+
 def labels(values: Any, num_classes: int | None) -> None:
     """Refuses labels outside of the classes, whose loss would not be a number.
 

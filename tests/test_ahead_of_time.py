@@ -194,12 +194,10 @@ def test_rounds_compile_for_tpus(name, chip, num_devices):
 
 @pytest.mark.parametrize(("chip", "num_devices"), [target("tpu-v5e", 1)])
 def test_tpus_do_not_copy_rows_that_are_too_wide_for_them_to_gather(chip, num_devices):
-    def build(**where):
-        return fl.scaffold(fl.models.regression((128, 128, 3)), optax.sgd(0.1), **where)
-
-    algorithm = build(mesh=described_mesh(chip, num_devices), lanes=4)
+    mesh, model = described_mesh(chip, num_devices), fl.models.regression((128, 128, 3))
+    algorithm = fl.scaffold(model, optax.sgd(0.1), mesh=mesh, lanes=4)
     image = {"x": jax.ShapeDtypeStruct((128, 128, 3), np.float32), "y": NUMBER}
-    args = arguments(algorithm, image, described_mesh(chip, num_devices), FEW)
+    args = arguments(algorithm, image, mesh, FEW)
     round = traced(algorithm.round, *args).lower().compile()
     held = nbytes([args[1].store, args[2].examples])
     assert round.memory_analysis().temp_size_in_bytes < held / 10

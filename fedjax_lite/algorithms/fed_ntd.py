@@ -91,11 +91,8 @@ def fed_ntd(
         """`[batch, classes]`, the logarithm of $q$, and of zero for the true classes."""
         with _validate.reading(batch):
             z, labels = predict(params, shared.model_state, batch), batch["y"]
-        if jnp.ndim(z) != 2 or z.shape[0] != batch["mask"].shape[0]:
-            raise ValueError(
-                f"logits are {_validate.form(z)} for a batch of {batch['mask'].shape[0]}; pass a"
-                " function that returns an array [batch, classes]."
-            )
+        remedy = "pass a function that returns an array [batch, classes]."
+        _validate.row_per_example("logits are", z, batch["mask"].shape[0], remedy)
         is_true = labels[:, None] == jnp.arange(z.shape[1])
         return jax.nn.log_softmax(jnp.where(is_true, jnp.finfo(z.dtype).min, z / temperature))
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Unpack
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
@@ -108,11 +107,8 @@ def moon(
         def at(params: PyTree) -> jax.Array:
             with _validate.reading(batch):
                 z = features_of(params, shared.model_state, batch)
-            if jnp.ndim(z) != 2 or z.shape[0] != batch["mask"].shape[0]:
-                raise ValueError(
-                    f"features returned {_validate.form(z)} for a batch of"
-                    f" {batch['mask'].shape[0]}; return an array [batch, dim]."
-                )
+            remedy = "return an array [batch, dim]."
+            _validate.row_per_example("features returned", z, batch["mask"].shape[0], remedy)
             return z
 
         z = at(params)

@@ -77,9 +77,8 @@ def adapt_batch_size(cohort: Cohort, batching: Batching, requested: int | None) 
       ValueError: Another size was requested.
     """
     if cohort.sample is None:
-        most = _most_examples(cohort)
-        assert most is not None  # Known of rows.
-        return dataclasses.replace(batching, batch_size=min(batching.batch_size, max(1, most)))
+        most = _most_examples(cohort) or 1
+        return dataclasses.replace(batching, batch_size=min(batching.batch_size, most))
     batch = jax.eval_shape(cohort.sample, jax.random.key(0), jnp.int32(0))
     _validate.features("the sample function of the population", batch)
     (drawn,) = {feature.shape[0] for feature in batch.values()}

@@ -38,6 +38,7 @@ from fedjax_lite.engine.store import check_store, collect, exchange, is_spread
 from fedjax_lite.engine.waves import CohortResult, Versions, schedule, step_bytes, sum_waves
 from fedjax_lite.xla import random
 from fedjax_lite.xla.mesh import AXIS, deal, dealt, sum_over_devices
+from fedjax_lite.xla.rows import nth
 
 ON_NONFINITE = ("drop", "keep")
 _DEFAULT = Execution()
@@ -118,10 +119,7 @@ def run_clients(
         if cohort.has_entries:
             slots_or_ids = jnp.arange(cohort.capacity, dtype=jnp.int32)
         entries = dealt(slots_or_ids, table)
-        own_table, own_entries = (
-            jax.lax.dynamic_index_in_dim(x, device, keepdims=False, allow_negative_indices=False)
-            for x in (table, entries)
-        )
+        own_table, own_entries = nth(table, device), nth(entries, device)
         own_store, places = store, own_entries
         if spread:
             own_store = collect(store, entries)
@@ -246,7 +244,7 @@ def _deal(cohort: Cohort, execution: Execution, num_steps: jax.Array | None) -> 
     num_devices, lanes = execution.num_devices, execution.lanes
     assert lanes is not None  # Resolved.
     table = cohort.device_slots
-    if num_devices == 1 < cohort.capacity == lanes and table is None:
+    if table is None and num_devices == 1 and lanes == cohort.capacity:
         return jnp.arange(lanes, dtype=jnp.int32)[None, None]  # All at once, in any order.
     if table is None:
         table = deal(cohort.num_examples if num_steps is None else num_steps, num_devices)

@@ -14,6 +14,7 @@ from fedjax_lite.engine.store import read, write
 from fedjax_lite.xla.memory import computed_bytes
 from fedjax_lite.xla.mesh import dealt
 from fedjax_lite.xla.packing import pack, unpack
+from fedjax_lite.xla.rows import nth
 
 MEASURED = ("_before", "_after")
 STEPS = "local_steps"
@@ -163,7 +164,7 @@ def _run_wave(
     bound = most_turns if differentiable else None
     with jax.named_scope(STEPS):
         turns = wave.turns(trainees.num_steps.max())
-        if side_by_side and most_turns is not None and most_turns <= 1:
+        if side_by_side and most_turns in (0, 1):
             states = wave.step(jnp.int32(0), trainees, states)
         elif side_by_side:
             own_turns = wave.turns(trainees.num_steps)
@@ -236,11 +237,8 @@ def sum_waves(
     side_by_side = not in_turn and not alone
     most_turns = None if most_steps is None else -(-most_steps // lane.at_once)
 
-    def of_wave(x: jax.Array, wave: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(x, wave, keepdims=False, allow_negative_indices=False)
-
     def trainees_of(wave: jax.Array, store: PyTree) -> Trainee:
-        return _trainee(of_wave(waves, wave), of_wave(places, wave), key, store, versions)
+        return _trainee(nth(waves, wave), nth(places, wave), key, store, versions)
 
     @functools.partial(jax.jit, inline=True)  # Traced once, for its form and for the loop.
     def run_wave(wave: jax.Array, store: PyTree) -> Sent:
@@ -261,7 +259,7 @@ def sum_waves(
         per_client = list(map(put, per_client, pack(sent.metrics, num_axes)))
         if keep_output:
             kept = sent.metrics["weight"] != 0
-            kept_store = write(kept_store, of_wave(places, wave), kept, sent.output)
+            kept_store = write(kept_store, nth(places, wave), kept, sent.output)
         return (updates, *total), per_client, kept_store
 
     num_waves = table.shape[0]

@@ -189,11 +189,11 @@ def deal(sizes: jax.Array | np.ndarray, num_devices: int) -> Any:
     xp: Any = np if isinstance(sizes, np.ndarray) else jnp
     own = -(-len(sizes) // num_devices)
     order = xp.argsort(-sizes, stable=True).astype(np.int32)
-    dealt = xp.pad(order, (0, own * num_devices - len(sizes)), constant_values=len(sizes))
-    dealt = dealt.reshape(own, num_devices)
+    rows = xp.pad(order, (0, own * num_devices - len(sizes)), constant_values=len(sizes))
+    rows = rows.reshape(own, num_devices)
     # Every other row backwards, or the first device would get all the large ones.
     backwards = (np.arange(own) % 2 == 1)[:, None]
-    return xp.where(backwards, dealt[:, ::-1], dealt).T
+    return xp.where(backwards, rows[:, ::-1], rows).T
 
 
 def dealt(x: jax.Array, table: jax.Array, fill_value: int = 0) -> jax.Array:

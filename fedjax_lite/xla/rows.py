@@ -15,7 +15,7 @@ from fedjax_lite.base import PyTree
 
 _TILE = 128  # Entries that a TPU moves at once; it lays rows of a multiple of these out one by one.
 _MOST_PADDING = 1.5
-_WIDEST = 2**15  # Entries: of wider rows TPUs gather pieces, each of a copy of that of all rows.
+_WIDEST = 2**15  # Entries. Of wider rows TPUs gather pieces, and copy a piece of all rows for each.
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +89,11 @@ _one_by_one.defvjp(
     lambda flat, index: (_one_by_one(flat, index), (flat, index)),
     lambda read, rows: (jnp.zeros_like(read[0]).at[read[1]].add(rows), None),
 )
+
+
+def nth(x: jax.Array, index: jax.Array | int) -> jax.Array:
+    """The row of an index that is known not to be negative, and not checked for it."""
+    return jax.lax.dynamic_index_in_dim(x, index, keepdims=False, allow_negative_indices=False)
 
 
 def read_rows(x: Any, some: Callable[[jax.Array], jax.Array]) -> jax.Array:
